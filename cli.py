@@ -1,0 +1,290 @@
+"""The `compress` program: thin doors, each to one library call. Heavy things are imported where they are used."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mergekit_plus.checkpoint import Checkpoint
+    from mergekit_plus.recipe import Execution, Recipe
+
+app = typer.Typer(
+    name="compress",
+    help="Merge and compress model checkpoints as one stream: read tensor by tensor, written once, checked.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(help="a model folder, a .safetensors file, or org/name[@revision] on the Hub")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="folder to write, or a file where it ends in .safetensors")]
+Set = Annotated[list[str], typer.Option("--set", "-s", metavar="NAME=VALUE", help="option of the method, as `compress methods` lists them; a,b,c: one for each model")]
+Exclude = Annotated[list[str], typer.Option("--exclude", metavar="PATTERN", help="tensors to leave as they are; shell pattern, may be repeated")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an output that exists")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be read, written and needed; write nothing")]
+Memory = Annotated[str | None, typer.Option("--memory", help="bytes in flight, as in 2GB (default: half of what is free)")]
+Workers = Annotated[int | None, typer.Option("--workers", min=1, help="threads that compute (default: one for each core)")]
+ShardSize = Annotated[str, typer.Option("--max-shard-size", help="largest file to write")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float dtype of the result (default: that of the inputs)")]
+Device = Annotated[str, typer.Option("--device", help="where to compute: cpu, cuda, cuda:1")]
+NonFinite = Annotated[bool, typer.Option("--allow-nonfinite", help="carry NaN and infinite values instead of refusing them")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+
+
+@app.command()
+def merge(
+    models: Annotated[list[str], typer.Argument(help="the models to merge: files, folders or org/name")],
+    method: Annotated[str, typer.Option("--method", "-m", help="see `compress methods`")] = "linear",
+    base: Annotated[str | None, typer.Option("--base", "-b", help="the model the others were tuned from")] = None,
+    set_: Set = [],  # noqa: B006
+    exclude: Exclude = [],  # noqa: B006
+    seed: Annotated[int, typer.Option("--seed", help="seed of the methods that draw at random")] = 0,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    memory: Memory = None,
+    workers: Workers = None,
+    max_shard_size: ShardSize = "5GB",
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    allow_nonfinite: NonFinite = False,
+    as_json: Json = False,
+) -> None:
+    """Merge models: `compress merge a.safetensors b.safetensors`."""
+    from mergekit_plus.recipe import check
+
+    names = _distinct(models)
+    step: dict[str, Any] = {"method": method, "models": list(names), "exclude": exclude, "seed": seed, "dtype": dtype, **_settings(set_)}
+    inputs = dict(names)
+    if base is not None:
+        step["base"] = next((name for name, ref in names.items() if ref == base), "base")
+        inputs.setdefault(step["base"], base)
+    recipe = check({"inputs": inputs, "steps": [{"merge": step}]}, Path(), "compress merge")
+    single = all(Path(ref).is_file() for ref in models)
+    how = _execution(out or Path("merged.safetensors" if single else "merged"), overwrite, memory, workers, max_shard_size, allow_nonfinite, device)
+    _carry_out(recipe, how, dry_run, as_json)
+
+
+@app.command()
+def quantize(
+    model: Model = ".",
+    bits: Annotated[int, typer.Option("--bits", help="2, 3, 4, 5, 6 or 8 bits a weight")] = 4,
+    group_size: Annotated[int, typer.Option("--group-size", help="weights that share a scale; 0 for a whole output row")] = 128,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="with zero points")] = False,
+    method: Annotated[str, typer.Option("--method", "-m", help="see `compress methods`")] = "rtn",
+    format_: Annotated[str, typer.Option("--format", help="pack-quantized (compressed-tensors), or dense: the dequantized weights")] = "pack-quantized",
+    set_: Set = [],  # noqa: B006
+    exclude: Exclude = [],  # noqa: B006
+    out: Out = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    memory: Memory = None,
+    workers: Workers = None,
+    max_shard_size: ShardSize = "5GB",
+    device: Device = "cpu",
+    allow_nonfinite: NonFinite = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a model's linear layers: `compress quantize --bits 4` in its folder."""
+    from mergekit_plus.recipe import check
+
+    step = {"bits": bits, "group_size": group_size, "symmetric": not asymmetric, "method": method, "format": format_, "exclude": exclude, **_settings(set_)}
+    recipe = check({"inputs": {"model": model}, "steps": [{"quantize": step}]}, Path(), "compress quantize")
+    default = _beside(model, f"{bits}bit" + ("-dense" if format_ == "dense" else ""))
+    how = _execution(out or default, overwrite, memory, workers, max_shard_size, allow_nonfinite, device)
+    _carry_out(recipe, how, dry_run, as_json)
+
+
+@app.command()
+def dequantize(
+    model: Model = ".",
+    out: Out = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    memory: Memory = None,
+    workers: Workers = None,
+    max_shard_size: ShardSize = "5GB",
+    as_json: Json = False,
+) -> None:
+    """Turn a packed (compressed-tensors) model back into a dense one."""
+    from mergekit_plus.recipe import check
+
+    recipe = check({"inputs": {"model": model}, "steps": [{"dequantize": {}}]}, Path(), "compress dequantize")
+    how = _execution(out or _beside(model, "dense"), overwrite, memory, workers, max_shard_size)
+    _carry_out(recipe, how, dry_run, as_json)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="a recipe, ours or mergekit's")],
+    out: Out = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    memory: Memory = None,
+    workers: Workers = None,
+    max_shard_size: ShardSize = "5GB",
+    device: Device = "cpu",
+    allow_nonfinite: NonFinite = False,
+    as_json: Json = False,
+) -> None:
+    """Carry out a YAML recipe; exit code 1 when a check of it fails."""
+    from mergekit_plus.recipe import load
+
+    loaded = load(recipe)
+    how = _execution(out, overwrite, memory, workers, max_shard_size, allow_nonfinite, device)
+    _carry_out(loaded, how, dry_run, as_json)
+
+
+@app.command()
+def inspect(
+    model: Model = ".",
+    tensors: Annotated[bool, typer.Option("--tensors", help="list every tensor")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a checkpoint holds, from its headers alone."""
+    from mergekit_plus.inspection import inspect as look
+    from mergekit_plus.show import inspection_lines
+
+    facts = look(_open(model), tensors)
+    _print(facts, inspection_lines(facts), as_json)
+
+
+@app.command()
+def diff(a: Model, b: Model, as_json: Json = False) -> None:
+    """Compare two checkpoints tensor by tensor; exit code 1 when they differ."""
+    from dataclasses import asdict
+
+    from mergekit_plus.diff import diff as compare
+
+    found = compare(_open(a), _open(b))
+    text = [f"only in {label}: {name}" for label, names in ((a, found.only_a), (b, found.only_b)) for name in names]
+    text += [f"{name}: other shape or dtype" for name in found.unlike]
+    text += [f"{t.name}: {t.changed:.2%} changed, largest {t.max_abs:.3g}, relative {t.relative:.3g}" for t in found.tensors if t.changed]
+    text.append("the same" if found.same else f"{sum(t.changed > 0 for t in found.tensors)} of {len(found.tensors)} common tensors differ in value")
+    _print({**asdict(found), "same": found.same}, text, as_json)
+    if not found.same:
+        raise typer.Exit(1)
+
+
+@app.command()
+def eval(
+    model: Model,
+    text: Annotated[list[Path], typer.Option("--text", "-t", help="text to measure on; may be repeated")],
+    against: Annotated[str | None, typer.Option("--against", help="reference model for KL and top-1 agreement")] = None,
+    window: Annotated[int, typer.Option("--window", min=2, help="tokens in a window; windows do not overlap")] = 256,
+    windows: Annotated[int | None, typer.Option("--windows", min=1, help="use only so many windows of each text")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity, divergence from a reference, and size."""
+    from mergekit_plus.checks import Checks, measure
+    from mergekit_plus.progress import on
+    from mergekit_plus.show import table
+
+    names = _distinct([str(path) for path in text])
+    checks = Checks(texts=names, window=window, windows=windows)
+    reference = _open(against) if against else None
+    rows = ([measure(reference, checks, Path(), on())] if reference else []) + [measure(_open(model), checks, Path(), on(), reference)]
+    _print({"rows": rows}, table(rows), as_json)
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="one method, with its options")] = None, as_json: Json = False) -> None:
+    """List merge methods and quantizers with their options."""
+    from mergekit_plus.listing import list_methods
+    from mergekit_plus.show import method_lines
+
+    facts = list_methods(name)
+    _print(facts, method_lines(facts), as_json)
+
+
+def _open(ref: str) -> Checkpoint:
+    from mergekit_plus.checkpoint import Checkpoint
+
+    return Checkpoint.open(ref)
+
+
+def _carry_out(recipe: Recipe, how: Execution, dry_run: bool, as_json: bool) -> None:
+    from mergekit_plus.recipe import plan
+    from mergekit_plus.recipe import run as carry_out
+    from mergekit_plus.show import outcome_facts, outcome_lines, plan_lines
+
+    if dry_run:
+        facts = plan(recipe, how)
+        _print(facts, plan_lines(facts), as_json)
+        return
+    outcome = carry_out(recipe, how)
+    _print(outcome_facts(outcome), outcome_lines(outcome), as_json)
+    outcome.raise_failures()
+
+
+def _execution(
+    out: Path | None, overwrite: bool, memory: str | None, workers: int | None, max_shard_size: str, allow_nonfinite: bool = False, device: str = "cpu"
+) -> Execution:
+    from mergekit_plus.checkpoint import SaveOptions
+    from mergekit_plus.checkpoint.shards import parse_size
+    from mergekit_plus.progress import on
+    from mergekit_plus.recipe import Execution
+
+    budget = parse_size(memory) if memory else None
+    return Execution(SaveOptions(overwrite, parse_size(max_shard_size), budget, workers, allow_nonfinite, on()), device, out)
+
+
+def _settings(assignments: list[str]) -> dict[str, Any]:
+    """`name=value` pairs; values are read as YAML, commas make a list (one value for each model)."""
+    import yaml
+
+    from mergekit_plus.errors import OptionError
+
+    settings: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or not name:
+            raise OptionError(f"-s {assignment}: write name=value")
+        settings[name] = [yaml.safe_load(part) for part in value.split(",")] if "," in value else yaml.safe_load(value)
+    return settings
+
+
+def _distinct(refs: list[str]) -> dict[str, str]:
+    """A short name for each reference, in order: the last part of its path, numbered where two would be the same."""
+    names: dict[str, str] = {}
+    for ref in refs:
+        stem = Path(ref).name.removesuffix(".safetensors").removesuffix(".txt") or ref
+        name, number = stem, 2
+        while name in names:
+            name, number = f"{stem}-{number}", number + 1
+        names[name] = ref
+    return names
+
+
+def _beside(model: str, suffix: str) -> Path:
+    """`<name>-<suffix>` in the current folder, or a file of that name for a single file."""
+    path = Path(model)
+    if path.is_file():
+        return Path(f"{path.stem}-{suffix}.safetensors")
+    name = path.resolve().name if path.is_dir() else model.split("@")[0].split("/")[-1]
+    return Path(f"{name}-{suffix}")
+
+
+def _print(data: dict[str, Any], text: list[str], as_json: bool) -> None:
+    print(json.dumps(data, indent=2, default=str) if as_json else "\n".join(text))
+
+
+def main() -> None:
+    """Run the program: one line on stderr and exit code 2 for the user's mistakes, 1 where a check failed."""
+    from mergekit_plus.errors import CheckFailed, CompressError
+
+    try:
+        app()
+    except CompressError as error:
+        print(f"compress: {error}", file=sys.stderr)
+        sys.exit(2)
+    except CheckFailed as error:
+        print(f"compress: check failed: {error}", file=sys.stderr)
+        sys.exit(1)

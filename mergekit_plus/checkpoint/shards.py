@@ -1,0 +1,149 @@
+"""Output files: which tensor goes where, and a file that is written in any order while its SHA-256 follows behind."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import os
+import threading
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, uint8
+
+from ..errors import OptionError
+from .folder import SINGLE
+from .safetensors import encode_header, file_order
+from .spec import TensorSpec, natural_order
+
+READ_BACK = 4 << 20  # bytes hashed at once
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file to be written: its name, its header, where each tensor begins, and its size in bytes."""
+
+    name: str
+    header: bytes
+    offsets: dict[str, int]
+    size: int
+
+
+def plan_shards(specs: Iterable[TensorSpec], max_shard_size: int, single: str = "") -> list[Shard]:
+    """Lay tensors out in files of at most `max_shard_size` bytes, in natural order of their names.
+
+    One file if all fit, or if `single` names it.
+
+    The layout depends on names, dtypes and shapes alone, never on how the inputs were sharded.
+    """
+    groups: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for spec in sorted(specs, key=lambda spec: natural_order(spec.name)):
+        if groups[-1] and filled + spec.nbytes > max_shard_size and not single:
+            groups.append([])
+            filled = 0
+        groups[-1].append(spec)
+        filled += spec.nbytes
+    count = len(groups)
+    names = [single or SINGLE] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    shards = []
+    for name, group in zip(names, groups, strict=True):
+        header, offsets = encode_header(file_order(group))
+        shards.append(Shard(name, header, offsets, len(header) + sum(spec.nbytes for spec in group)))
+    return shards
+
+
+def index_json(shards: list[Shard]) -> dict[str, object]:
+    """`model.safetensors.index.json` of these shards."""
+    weight_map = {name: shard.name for shard in shards for name in shard.offsets}
+    total = sum(shard.size - len(shard.header) for shard in shards)
+    return {"metadata": {"total_size": total}, "weight_map": {name: weight_map[name] for name in sorted(weight_map)}}
+
+
+class ShardFile:
+    """A file being written at any place by any thread; `digest` follows the part that is complete from the start."""
+
+    def __init__(self, folder: Path, shard: Shard) -> None:
+        self.shard = shard
+        self.path = folder / shard.name
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._finalizer = weakref.finalize(self, os.close, self.fd)
+        self._changed = threading.Condition()
+        self._complete = 0  # bytes written without a gap from the start
+        self._ahead: list[tuple[int, int]] = []  # written runs that begin beyond it
+        self._abandoned = False
+        if shard.size:
+            os.posix_fallocate(self.fd, 0, shard.size)
+        self._put(memoryview(shard.header), 0)
+
+    def write(self, tensor: Tensor, name: str, at: int = 0) -> None:
+        """Put a tensor's bytes `at` bytes into the place of the tensor `name`."""
+        if tensor.numel():
+            self._put(tensor.contiguous().view(-1).view(uint8).numpy().data, self.shard.offsets[name] + at)
+
+    def _put(self, data: memoryview, offset: int) -> None:
+        end = offset + len(data)
+        written = 0
+        while written < len(data):
+            written += os.pwrite(self.fd, data[written:], offset + written)
+        with self._changed:
+            heapq.heappush(self._ahead, (offset, end))
+            while self._ahead and self._ahead[0][0] <= self._complete:
+                self._complete = max(self._complete, heapq.heappop(self._ahead)[1])
+            self._changed.notify()
+
+    def digest(self) -> str:
+        """The SHA-256 of the whole file, read back behind the writers; the file is on the disk when this returns.
+
+        Errors: RuntimeError when the writers gave up.
+        """
+        sha = hashlib.sha256()
+        buffer = memoryview(bytearray(READ_BACK))
+        position = 0
+        while position < self.shard.size:
+            with self._changed:
+                while not self._abandoned and self._complete < min(position + READ_BACK, self.shard.size):
+                    self._changed.wait()
+                if self._abandoned:
+                    raise RuntimeError(f"{self.path.name} was not written to the end")
+            got = os.preadv(self.fd, [buffer], position)
+            sha.update(buffer[:got])
+            os.posix_fadvise(self.fd, position, got, os.POSIX_FADV_DONTNEED)  # starts writing back what is still dirty
+            position += got
+        os.fsync(self.fd)
+        return sha.hexdigest()
+
+    def abandon(self) -> None:
+        """Let a waiting `digest` go; the file will not be finished."""
+        with self._changed:
+            self._abandoned = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._finalizer()
+
+
+_UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12, "tb": 10**12,
+          "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}  # fmt: skip
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from "5GB", "512MiB", "2e9" or a number.
+
+    Errors: OptionError.
+    """
+    digits = str(text).strip().lower()
+    unit = digits.lstrip("0123456789.+-")
+    if unit.startswith("e"):  # an exponent, "2e9", not a unit
+        unit = unit[1:].lstrip("0123456789+")
+    number = digits[: len(digits) - len(unit)] if unit else digits
+    try:
+        size = float(number) * _UNITS[unit.strip()]
+    except (ValueError, KeyError):
+        raise OptionError(f"'{text}' is not a size; write 5GB, 512MiB or a number of bytes") from None
+    if not 1 <= size < 1 << 62:
+        raise OptionError(f"a size must be positive (and below 4 EiB), not '{text}'")
+    return int(size)

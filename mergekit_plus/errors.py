@@ -1,0 +1,47 @@
+"""What can go wrong, as a tree: every error says what, where, and what to do, in one line.
+
+    CompressError            the user's to mend; one line on stderr, exit code 2
+      CheckpointError        a file or folder that cannot be read as a checkpoint, or inputs that do not fit together
+      OptionError            a value, a name or a combination of options that cannot be
+      RecipeError            a recipe file; holds every problem found, not the first
+      OutputError            the output exists, or cannot be written
+    CheckFailed              a check of a recipe failed; exit code 1
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CompressError(Exception):
+    """A mistake the user can mend; its text is shown as it is, without a traceback."""
+
+
+class CheckpointError(CompressError):
+    """A checkpoint that cannot be read, or checkpoints that do not fit together."""
+
+
+class OptionError(CompressError):
+    """A value, a name or a combination of options that cannot be."""
+
+
+class RecipeError(CompressError):
+    """Every problem of a recipe at once, one a line."""
+
+
+class OutputError(CompressError):
+    """The output exists already, or cannot be written."""
+
+
+class CheckFailed(Exception):
+    """A check of a recipe measured something outside its bound."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the closest of `names`, or all of them where none is close."""
+    known = list(names)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f" Did you mean '{close[0]}'?"
+    return f" Known: {', '.join(known)}." if known else ""

@@ -1,0 +1,44 @@
+"""What a checkpoint holds, as data, from its headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from .checkpoint import Checkpoint
+from .checkpoint.save import input_files
+from .checkpoint.spec import natural_order
+from .evaluate import size
+from .model import describe, quantized_reason
+
+
+def inspect(checkpoint: Checkpoint, tensors: bool = False) -> dict[str, Any]:
+    """Sizes, dtypes, roles, fused groups and tied names; with `tensors`, a list of every tensor."""
+    specs = checkpoint.specs
+    roles = describe(checkpoint)
+    measured = size(checkpoint)
+    dtypes: Counter[str] = Counter()
+    for spec in specs.values():
+        dtypes[spec.dtype] += spec.nbytes
+    blocks = {tensor.block for tensor in roles.tensors.values() if tensor.block is not None}
+    facts = {
+        "label": checkpoint.label,
+        "architecture": (checkpoint.config.get("architectures") or ["no config.json"])[0],
+        "tensors": len(specs),
+        "files": sum(path.suffix == ".safetensors" for paths in input_files(checkpoint).values() for path in paths),
+        "bytes": checkpoint.nbytes,
+        "parameters": measured.parameters,
+        "bits_per_weight": measured.bits_per_weight,
+        "dtypes": dict(dtypes.most_common()),
+        "roles": dict(Counter(tensor.role for tensor in roles.tensors.values()).most_common()),
+        "blocks": len(blocks),
+        "fused": sorted({" + ".join(name.rsplit(".", 2)[-2] for name in group[:8]) for group in roles.fused}),
+        "tied": [list(names) for names in roles.tied],
+        "quantized": quantized_reason(checkpoint),
+    }
+    if tensors:
+        facts["list"] = [
+            {"name": name, "dtype": specs[name].dtype, "shape": specs[name].shape, "role": roles.tensors[name].role}
+            for name in sorted(specs, key=natural_order)
+        ]
+    return facts

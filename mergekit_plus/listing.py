@@ -1,0 +1,36 @@
+"""The registries as data: every method and quantiser with its options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .errors import OptionError, nearest
+
+
+def list_methods(name: str | None = None) -> dict[str, Any]:
+    """Merge methods and quantisers by name, or the one that is asked for.
+
+    Errors: OptionError for an unknown name.
+    """
+    from quant import QUANTIZERS
+
+    from .merge import METHODS
+
+    found: dict[str, Any] = {}
+    for registry in (METHODS, QUANTIZERS):
+        for key, entry in registry.items():
+            options = [
+                {"name": option.name, "default": _plain(option.default), "required": option.required, "per_model": option.per_model, "help": option.help}
+                for option in entry.options.table.values()
+            ]
+            facts = {"kind": registry.kind, "summary": entry.summary, "options": options}
+            found[key] = facts | ({"needs_base": entry.needs_base} if registry is METHODS else {})
+    if name is None:
+        return found
+    if name not in found:
+        raise OptionError(f"unknown method '{name}'.{nearest(name, found)}")
+    return {name: found[name]}
+
+
+def _plain(default: object) -> object:
+    return default[0] if isinstance(default, tuple) and len(default) == 1 else default

@@ -1,0 +1,133 @@
+"""How a merge method is written: one file, one pure function, its options in its signature.
+
+    @merge_method("task_arithmetic")
+    def task_arithmetic(base, models, *, weight: PerModel[Weight] = (1.0,), lambda_: Lambda = 1.0) -> Tensor: ...
+
+The function gets the same rows of one tensor from every input, in the inputs' own dtypes, and returns the merged rows in
+float32 (float64 where an input is float64); the caller rounds once. It must be elementwise: row i of the result depends on row i
+of the inputs and on nothing else, so that any tensor can be fed in pieces. What a method must know of more than one element
+(a norm, a threshold) is a *statistic*: a second pure function over a `Scan`, whose result arrives as `measured`.
+
+Facts that a plan needs before it reads anything are read off the signature: a parameter `base` means that the method needs a
+base model; `measured`, `noise` and `first` (the flat index of the piece's first element) are filled in by the plan; every other
+keyword-only parameter is an option. Options that fit one by one but not together are refused by the method's `check`, at plan
+time too.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..options import Options, PerModel
+from ..registry import Registry
+from ..statistics import Scan
+
+__all__ = [
+    "METHODS",
+    "Density",
+    "Int8Mask",
+    "Lambda",
+    "MergeMethod",
+    "Normalize",
+    "PerModel",
+    "Rescale",
+    "Scan",
+    "Weight",
+    "merge_method",
+    "scaled",
+    "task_vectors",
+    "working_dtype",
+]
+
+INSIDE = ("measured", "noise", "first")
+
+Weight = Annotated[float, Field(description="how much of this model goes in", allow_inf_nan=False)]
+Density = Annotated[float, Field(gt=0, le=1, description="share of the task vector that is kept")]
+Lambda = Annotated[float, Field(description="scale of the merged task vector", allow_inf_nan=False)]
+Normalize = Annotated[bool, Field(description="divide by the sum of the weights")]
+Rescale = Annotated[bool, Field(description="make up for the elements that were dropped")]
+Int8Mask = Annotated[bool, Field(description="no effect; accepted because recipes carry it")]
+
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """A method and what a plan must know of it."""
+
+    name: str
+    function: Callable[..., Tensor]
+    statistic: Callable[..., Any] | None
+    scope: Literal["tensor", "model"]
+    models: tuple[int, int | None]
+    options: Options = field(compare=False)
+    check: Callable[[Mapping[str, Any]], None] | None = None  # refuses options that do not go together; before any read
+
+    @property
+    def inside(self) -> tuple[str, ...]:
+        """What the plan fills in besides the options."""
+        return tuple(name for name in INSIDE if name in inspect.signature(self.function).parameters)
+
+    @property
+    def needs_base(self) -> bool:
+        return "base" in inspect.signature(self.function).parameters
+
+    @property
+    def random(self) -> bool:
+        return "noise" in inspect.signature(self.function).parameters
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the docstring."""
+        return (inspect.getdoc(self.function) or "").split("\n\n")[0].replace("\n", " ")
+
+
+METHODS: Registry[MergeMethod] = Registry("merge method")
+
+
+def merge_method(
+    name: str,
+    *,
+    statistic: Callable[..., Any] | None = None,
+    scope: Literal["tensor", "model"] = "tensor",
+    models: tuple[int, int | None] = (1, None),
+    check: Callable[[Mapping[str, Any]], None] | None = None,
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Register a merge method.
+
+    statistic: `statistic(scan, **options)`, called with those options of the method that its signature names; once for each
+    tensor (scope "tensor") or once for the whole model (scope "model"). models: least and most models besides the base.
+    check: gets the function's keyword arguments, each fit on its own, and raises OptionError where they do not go together.
+    """
+
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        options = Options(name, function, inside=INSIDE)
+        METHODS.register(name, MergeMethod(name, function, statistic, scope, models, options, check))
+        return function
+
+    return register
+
+
+def working_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32, or float64 where an input is float64."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def scaled(tensor: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    """`factor * tensor` in `dtype`, as a new tensor."""
+    same = tensor.to(dtype)
+    return same * factor if same is tensor else same.mul_(factor)
+
+
+def task_vectors(base: Tensor, models: Sequence[Tensor]) -> Iterator[Tensor]:
+    """`model - base` of each model in the working dtype, as new tensors."""
+    dtype = working_dtype(base, *models)
+    start = base.to(dtype)
+    for model in models:
+        same = model.to(dtype)
+        yield same - start if same is model else same.sub_(start)

@@ -1,0 +1,231 @@
+"""From models and a method to the merged checkpoint: every tensor accounted for, nothing read yet."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import Checkpoint, Measured, Plan, Scan, Step, TensorSpec
+from ..checkpoint.checkpoint import Visit, copy_step, row_multiple
+from ..checkpoint.dtypes import TAGS, TORCH_DTYPES, config_dtype
+from ..checkpoint.save import is_finite
+from ..checkpoint.spec import natural_order
+from ..errors import CheckpointError, OptionError
+from ..model import quantized_reason, tied_alias
+from . import METHODS, MergeMethod
+from .noise import Noise
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What a merge needs beside its inputs and its method's own options."""
+
+    dtype: str | None = None  # tag of the result; by default that of the inputs
+    input_dtype: str | None = None  # tag to which inputs are rounded before the arithmetic (mergekit's `dtype`)
+    exclude: tuple[str, ...] = ()  # shell patterns of tensors that are copied instead of merged
+    seed: int = 0
+    device: str = "cpu"
+    allow_nonfinite: bool = False
+
+
+@dataclass(frozen=True)
+class Account:
+    """What becomes of every tensor: `merged` ones with where each input has them, `copied` ones with the reason."""
+
+    merged: dict[str, tuple[str, ...]]
+    copied: dict[str, str]
+
+
+def merge(
+    models: Sequence[Checkpoint], method: str, base: Checkpoint | None = None, options: Mapping[str, object] | None = None, how: MergeOptions | None = None
+) -> Checkpoint:
+    """The merge of these models, computed as it is read.
+
+    options: the method's own, by name ("lambda", "density"); per-model ones take one value or one for each model, in the models' order.
+    Errors: OptionError for an unknown method or impossible options; CheckpointError where the inputs do not fit together.
+    """
+    how = how or MergeOptions()
+    chosen = METHODS[method]
+    if chosen.needs_base and base is None and chosen.models == (1, 1) and len(models) == 2:
+        base, models = models[0], models[1:]  # between two models, the first is where it starts
+    _check_count(chosen, models, base)
+    arguments = chosen.options.check(options or {}, len(models))
+    if chosen.check is not None:
+        chosen.check(arguments)
+    inputs = ((base,) if chosen.needs_base and base is not None else ()) + tuple(models)
+    donor = base or models[0]
+    account_of = account(inputs, donor, how.exclude)
+
+    bound = _Bound(chosen, arguments, how)
+    shared = Measured(bound.measure, f"{method}: measuring", whole_model=True) if chosen.statistic and chosen.scope == "model" else None
+    steps = []
+    for name in sorted({*account_of.merged, *account_of.copied}, key=natural_order):
+        if name in account_of.copied:
+            steps.append(_copied(name, inputs, donor, how))
+            continue
+        reads = tuple(zip(inputs, account_of.merged[name], strict=True))
+        spec = TensorSpec(name, _result_dtype([part.specs[read] for part, read in reads], how), donor_spec(reads).shape)
+        measured = shared or (Measured(bound.measure) if chosen.statistic else None)
+        step = Step(reads, (spec,), bound.run(spec, [part.label for part in inputs]), row_multiple(spec), measured)
+        if measured is not None:
+            measured.steps.append(step)
+        steps.append(step)
+    result = Checkpoint(f"{method} of {', '.join(model.label for model in models)}", Plan(steps), donor.files)
+    return _with_config(result, inputs)
+
+
+def account(inputs: Sequence[Checkpoint], donor: Checkpoint, exclude: Sequence[str] = ()) -> Account:
+    """Decide for every tensor of the inputs what becomes of it; `donor` gives what is copied.
+
+    Errors: CheckpointError naming tensors that only some inputs have, or whose shapes differ, and inputs that are quantised.
+    """
+    for part in inputs:
+        if reason := quantized_reason(part):
+            raise CheckpointError(reason)
+    merged: dict[str, tuple[str, ...]] = {}
+    copied: dict[str, str] = {}
+    problems: list[str] = []
+    for name in dict.fromkeys(name for part in inputs for name in part.specs):
+        if any(fnmatchcase(name, pattern) for pattern in exclude):
+            copied[name] = "excluded"
+            continue
+        places = [name if name in part.specs else tied_alias(part, name) or "" for part in inputs]
+        missing = [part.label for part, place in zip(inputs, places, strict=True) if not place]
+        if missing:
+            problems.append(f"{name} is missing in {', '.join(missing)}")
+            continue
+        specs = [part.specs[place] for part, place in zip(inputs, places, strict=True)]
+        if len({spec.shape for spec in specs}) > 1:
+            shapes = ", ".join(f"{part.label} has {spec.shape}" for part, spec in zip(inputs, specs, strict=True))
+            problems.append(f"{name}: {shapes}")
+        elif all(spec.is_float for spec in specs):
+            merged[name] = tuple(places)
+        else:
+            copied[name] = f"{specs[0].dtype}, must be equal in all"
+    for name, reason in copied.items():
+        if reason == "excluded" and name not in donor.specs:
+            problems.append(f"{name} is excluded but {donor.label}, from which it would be copied, does not have it")
+    if problems:
+        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+        advice = "Leave tensors out with --exclude (they are then copied), or align the models first"
+        raise CheckpointError(f"the models do not fit together: {shown}. {advice}")
+    return Account(merged, copied)
+
+
+class _Bound:
+    """A method with its options, ready to be applied to any tensor."""
+
+    def __init__(self, method: MergeMethod, arguments: dict[str, Any], how: MergeOptions) -> None:
+        self.method, self.arguments, self.how = method, arguments, how
+        names = set(inspect.signature(method.statistic).parameters) if method.statistic else set()
+        self.statistic_arguments = {name: value for name, value in arguments.items() if name in names}
+
+    def measure(self, scan: Scan) -> Any:
+        assert self.method.statistic is not None
+        return self.method.statistic(_ModelScan(scan, self._split), **self.statistic_arguments)
+
+    def run(self, spec: TensorSpec, labels: Sequence[str]) -> Callable[[Sequence[Tensor], int, Any], Sequence[Tensor]]:
+        dtype = TORCH_DTYPES[spec.dtype]
+        row_elements = spec.numel // max(1, spec.rows)
+        inside = self.method.inside
+
+        def apply(tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
+            if not self.how.allow_nonfinite:
+                for label, tensor in zip(labels, tensors, strict=True):
+                    if not is_finite(tensor):
+                        raise CheckpointError(
+                            f"{label}: {spec.name} holds {int((~torch.isfinite(tensor)).sum())} values that are NaN or infinite; "
+                            "mend the model, or carry them with --allow-nonfinite"
+                        )
+            base, models = self._split(tensors)
+            first = first_row * row_elements
+            known = {"measured": measured, "noise": Noise(self.how.seed, spec.name, first) if "noise" in inside else None, "first": first}
+            given = {name: known[name] for name in inside}
+            with torch.no_grad():
+                result = self.method.function(*((base,) if self.method.needs_base else ()), models, **given, **self.arguments)
+            return (result.to(dtype).to("cpu"),)
+
+        return apply
+
+    def _split(self, tensors: Sequence[Tensor]) -> tuple[Tensor | None, Sequence[Tensor]]:
+        if self.how.input_dtype:
+            tensors = [tensor.to(TORCH_DTYPES[self.how.input_dtype]) for tensor in tensors]
+        if self.how.device != "cpu":
+            tensors = [tensor.to(self.how.device) for tensor in tensors]
+        return (tensors[0], tensors[1:]) if self.method.needs_base else (None, tensors)
+
+
+@dataclass(frozen=True)
+class _ModelScan:
+    """A scan as a method's statistic sees it: base and models instead of what a step reads."""
+
+    scan: Scan
+    split: Callable[[Sequence[Tensor]], tuple[Tensor | None, Sequence[Tensor]]]
+
+    @property
+    def size(self) -> int:
+        return self.scan.size
+
+    def map(self, function: Callable[[Tensor | None, Sequence[Tensor]], Any], sample: bool = False) -> Sequence[Any]:
+        visit: Visit = lambda tensors: function(*self.split(tensors))  # noqa: E731
+        return self.scan.map(visit, sample)
+
+
+def donor_spec(reads: Sequence[tuple[Checkpoint, str]]) -> TensorSpec:
+    """The spec of the first thing read."""
+    part, name = reads[0]
+    return part.specs[name]
+
+
+def _check_count(method: MergeMethod, models: Sequence[Checkpoint], base: Checkpoint | None) -> None:
+    least, most = method.models
+    if method.needs_base and base is None:
+        raise OptionError(f"{method.name} works on task vectors and needs the model they start from: give it with --base")
+    if len(models) < least or (most is not None and len(models) > most):
+        wanted = f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
+        raise OptionError(f"{method.name} merges {wanted} models{' besides the base' if method.needs_base else ''}, not {len(models)}")
+
+
+def _result_dtype(specs: Sequence[TensorSpec], how: MergeOptions) -> str:
+    if how.dtype or how.input_dtype:
+        return how.dtype or how.input_dtype or ""
+    dtype = TORCH_DTYPES[specs[0].dtype]
+    for spec in specs[1:]:
+        dtype = torch.promote_types(dtype, TORCH_DTYPES[spec.dtype])
+    return TAGS[dtype]
+
+
+def _copied(name: str, inputs: Sequence[Checkpoint], donor: Checkpoint, how: MergeOptions) -> Step:
+    holders = [part for part in inputs if name in part.specs]
+    if any(fnmatchcase(name, pattern) for pattern in how.exclude) or len(holders) == 1:
+        return copy_step(donor, name)
+    reads = tuple((part, name) for part in holders)
+
+    def equal(tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
+        for part, tensor in zip(holders[1:], tensors[1:], strict=True):
+            if not torch.equal(tensor, tensors[0]):
+                raise CheckpointError(f"{name} is not a float tensor and differs between {holders[0].label} and {part.label}; --exclude it to copy it")
+        return tensors[:1]
+
+    return Step(reads, (donor.specs.get(name, holders[0].specs[name]),), equal)
+
+
+def _with_config(result: Checkpoint, inputs: Sequence[Checkpoint]) -> Checkpoint:
+    """Config entries that the merge changes: the dtype, and whether the head is tied."""
+    changes: dict[str, Any] = {}
+    dtypes = {spec.dtype for spec in result.specs.values() if spec.is_float}
+    if len(dtypes) == 1:
+        key = "torch_dtype" if "torch_dtype" in result.config else "dtype"
+        if key in result.config:
+            changes[key] = config_dtype(dtypes.pop())
+    if result.config.get("tie_word_embeddings") and any(part.config.get("tie_word_embeddings") is False for part in inputs):
+        changes["tie_word_embeddings"] = False
+    return result.with_config(**changes) if changes else result
+
+

@@ -1,0 +1,374 @@
+"""A recipe is a composition written down: inputs, steps, checks, out. `load` reads one, `build` makes its checkpoint, `run` saves and checks it.
+
+    inputs: {base: org/base, code: ./code}
+    steps:
+      - merge: {method: pcb, base: base, models: [code, docs], lambda: 0.6}
+      - quantize: {bits: 4, group_size: 64}
+    checks: {texts: {code: code.txt}, limits: {perplexity: 40}}
+    out: merged-4bit
+
+Every command of the program is a recipe too, and every output holds the recipe that made it. A file in mergekit's schema is read as well.
+Paths in a recipe are relative to the recipe's folder; `out` is relative to where you stand.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from .checkpoint import Checkpoint, Manifest, SaveOptions, save, steps_of
+from .checkpoint.checkpoint import is_copy
+from .checkpoint.dtypes import parse_float_dtype
+from .checkpoint.save import check_target, plan_save
+from .checkpoint.shards import parse_size
+from .errors import CheckFailed, CheckpointError, OptionError, RecipeError, nearest
+from .checks import Checks, measure_and_compare
+from .merge import METHODS
+from .merge.plan import MergeOptions, merge
+
+RECIPE = "recipe.yaml"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Input(_Strict):
+    """An input: where it is, and optionally the digests that its files must have."""
+
+    ref: str
+    sha256: dict[str, str] = Field(default_factory=dict)
+
+
+class MergeStep(BaseModel):
+    """`merge:` — the keys beside these are options of the method."""
+
+    model_config = ConfigDict(extra="allow")
+
+    method: str = "linear"
+    models: list[str] | dict[str, dict[str, Any]] = Field(min_length=1)  # names of inputs, or name: {option: value of this model}
+    base: str | None = None
+    dtype: str | None = None
+    input_dtype: str | None = None
+    exclude: list[str] = Field(default_factory=list)
+    seed: int = 0
+
+    def options(self) -> dict[str, Any]:
+        """The method's options; per-model ones gathered in the models' order."""
+        given = dict(self.model_extra or {})
+        if isinstance(self.models, dict):
+            for name in dict.fromkeys(name for own in self.models.values() for name in own):
+                if all(name in own for own in self.models.values()):
+                    given[name] = [own[name] for own in self.models.values()]
+                elif name in given or _default_of(self.method, name) is not None:
+                    rest = given.get(name, _default_of(self.method, name))
+                    given[name] = [own.get(name, rest) for own in self.models.values()]
+                else:
+                    lacking = next(model for model, own in self.models.items() if name not in own)
+                    raise OptionError(f"{name} is given for some models but not for {lacking}")
+        return given
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        for name in (*self.models, *([self.base] if self.base else [])):
+            if name not in inputs:
+                yield f"merge: '{name}' is not an input.{nearest(name, inputs)}"
+        try:
+            yield from METHODS[self.method].options.problems(self.options(), len(self.models))
+            for dtype in (self.dtype, self.input_dtype):
+                if dtype:
+                    parse_float_dtype(dtype)
+        except OptionError as error:
+            yield f"merge: {error}"
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        options = MergeOptions(
+            parse_float_dtype(self.dtype) if self.dtype else None,
+            parse_float_dtype(self.input_dtype) if self.input_dtype else None,
+            tuple(self.exclude), self.seed, how.device, how.save.allow_nonfinite,
+        )  # fmt: skip
+        return merge([inputs[name] for name in self.models], self.method, inputs[self.base] if self.base else None, self.options(), options)
+
+
+class QuantizeStep(BaseModel):
+    """`quantize:` — the keys beside these are options of the quantiser."""
+
+    model_config = ConfigDict(extra="allow")
+
+    bits: int
+    group_size: int = 128
+    symmetric: bool = True
+    method: str = "rtn"
+    format: str = "pack-quantized"
+    exclude: list[str] = Field(default_factory=list)
+    of: str | None = None  # an input; by default what the step before made, or the only input
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        from quant.plan import problems
+
+        yield from problems(self.bits, self.group_size, self.symmetric, self.method, self.format, self.model_extra or {})
+        if self.of is not None and self.of not in inputs:
+            yield f"quantize: '{self.of}' is not an input.{nearest(self.of, inputs)}"
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from quant.plan import quantize
+        from quant.quantized import Scheme
+
+        scheme = Scheme(self.bits, self.group_size, self.symmetric)
+        source = inputs[self.of] if self.of else _only(inputs, previous, "quantize")
+        return quantize(
+            source, scheme, self.method, self.model_extra or {}, self.format,
+            exclude=tuple(self.exclude), device=how.device, allow_nonfinite=how.save.allow_nonfinite,
+        )  # fmt: skip
+
+
+class DequantizeStep(_Strict):
+    """`dequantize:` — packed weights back to dense ones."""
+
+    of: str | None = None
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        if self.of is not None and self.of not in inputs:
+            yield f"dequantize: '{self.of}' is not an input.{nearest(self.of, inputs)}"
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from quant.plan import dequantize
+
+        return dequantize(inputs[self.of] if self.of else _only(inputs, previous, "dequantize"))
+
+
+OPERATIONS: dict[str, type[MergeStep] | type[QuantizeStep] | type[DequantizeStep]] = {
+    "merge": MergeStep, "quantize": QuantizeStep, "dequantize": DequantizeStep,
+}  # fmt: skip
+StepOptions = MergeStep | QuantizeStep | DequantizeStep
+
+
+class Recipe(_Strict):
+    """A whole recipe. `folder` is what its paths are relative to."""
+
+    inputs: dict[str, Input]
+    steps: list[dict[str, StepOptions]] = Field(default_factory=list)
+    checks: Checks = Field(default_factory=Checks)
+    out: str | None = None
+    max_shard_size: str | None = None
+    folder: Path = Field(Path(), exclude=True)
+
+    @field_validator("inputs", mode="before")
+    @classmethod
+    def _short_inputs(cls, value: object) -> object:
+        return {name: {"ref": ref} if isinstance(ref, str) else ref for name, ref in value.items()} if isinstance(value, dict) else value
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _named_steps(cls, value: object) -> object:
+        if not isinstance(value, list):
+            return value
+        return [_parse_step(step) for step in value]
+
+    def problems(self) -> list[str]:
+        """Everything wrong that the schema does not see."""
+        found = [problem for step in self.steps for options in step.values() for problem in options.problems(self.inputs)]
+        for name in (*self.checks.beside, *([self.checks.against] if self.checks.against else [])):
+            if name not in self.inputs:
+                found.append(f"checks: '{name}' is not an input.{nearest(name, self.inputs)}")
+        found += self.checks.problems(self.folder)
+        if not self.steps and len(self.inputs) != 1:
+            found.append("steps: there is nothing to do")
+        return found
+
+    def resolve(self, ref: str) -> str:
+        """A reference as it is opened: relative to the recipe where something lies there, else as it is (the Hub)."""
+        here = self.folder / Path(ref).expanduser()
+        return str(here) if here.exists() or ref.startswith((".", "/", "~")) else ref
+
+
+def _parse_step(step: object) -> object:
+    if not isinstance(step, dict) or len(step) != 1:
+        raise ValueError(f"a step is one operation with its options, as in `merge: {{...}}`, not {step!r}")
+    (name, options), = step.items()
+    if name not in OPERATIONS:
+        raise ValueError(f"unknown operation '{name}'.{nearest(str(name), OPERATIONS)}")
+    return {name: options if isinstance(options, BaseModel) else OPERATIONS[name].model_validate(options or {})}
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a recipe is carried out; changes no value of the result."""
+
+    save: SaveOptions = field(default_factory=SaveOptions)
+    device: str = "cpu"
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run wrote and measured; `failures` are the limits that were not kept."""
+
+    out: Path
+    manifest: Manifest
+    table: list[dict[str, Any]]
+    failures: list[str]
+
+    def raise_failures(self) -> None:
+        """CheckFailed where a limit was not kept."""
+        if self.failures:
+            raise CheckFailed("; ".join(self.failures))
+
+
+def load(path: Path) -> Recipe:
+    """Read a recipe, ours or mergekit's.
+
+    Errors: RecipeError with every problem found.
+    """
+    try:
+        parsed = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(parsed, dict):
+        raise RecipeError(f"{path} is not a recipe: it must be a table with inputs and steps")
+    if "merge_method" in parsed:
+        from .mergekit import translate
+
+        return translate(parsed, str(path))
+    return check(parsed, path.parent, str(path))
+
+
+def check(parsed: Mapping[str, Any], folder: Path, name: str) -> Recipe:
+    """A recipe from parsed YAML.
+
+    Errors: RecipeError with every problem found.
+    """
+    try:
+        recipe = Recipe.model_validate({**parsed, "folder": folder})
+    except ValidationError as error:
+        raise RecipeError(f"{name}: {'; '.join(schema_problems(error, Recipe))}") from None
+    if found := recipe.problems():
+        raise RecipeError(f"{name}: {'; '.join(found)}")
+    return recipe
+
+
+def schema_problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """Each problem of a validation as `place: what`, with the nearest known key for an unknown one."""
+    found = []
+    for problem in error.errors():
+        *parents, key = problem["loc"] or ("recipe",)
+        place = ".".join(map(str, parents))
+        if problem["type"] == "extra_forbidden":
+            known: Any = model
+            for parent in parents:
+                annotation = known.model_fields[parent].annotation if isinstance(known, type) and parent in known.model_fields else None
+                known = annotation if annotation is not None else known
+            names = known.model_fields if isinstance(known, type) and issubclass(known, BaseModel) else model.model_fields
+            found.append(f"{place + ': ' if place else ''}unknown key '{key}'.{nearest(str(key), names)}")
+        else:
+            found.append(f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}")
+    return found
+
+
+def build(recipe: Recipe, how: Execution | None = None) -> tuple[Checkpoint, dict[str, Checkpoint]]:
+    """The recipe's result, not yet computed, and its opened inputs."""
+    how = how or Execution()
+    inputs = {name: replace(Checkpoint.open(recipe.resolve(source.ref)), label=source.ref) for name, source in recipe.inputs.items()}
+    result: Checkpoint | None = None
+    for step in recipe.steps:
+        for options in step.values():
+            result = options.build(inputs, result, how)
+    return result if result is not None else _only(inputs, None, "recipe"), inputs
+
+
+def run(recipe: Recipe, how: Execution | None = None) -> Outcome:
+    """Build, save and check. The output stays where a check fails; `outcome.failures` tells.
+
+    Errors: RecipeError without an output; whatever `build` and `save` refuse.
+    """
+    how = how or Execution()
+    out = _target(recipe, how)
+    result, inputs = build(recipe, how)
+
+    def describe(manifest: Manifest) -> Mapping[str, bytes]:
+        _check_digests(recipe, inputs, manifest)
+        return {RECIPE: resolved(recipe, inputs, manifest, out)}
+
+    manifest = save(result, out, _save_options(recipe, how), describe)
+    if recipe.checks.texts or recipe.checks.limits.model_fields_set:
+        table, failures = measure_and_compare(recipe.checks, recipe.folder, inputs, Checkpoint.open(out), how.save.progress)
+        return Outcome(out, manifest, table, failures)
+    return Outcome(out, manifest, [], [])
+
+
+def plan(recipe: Recipe, how: Execution | None = None) -> dict[str, Any]:
+    """What `run` would do, from headers alone: what is read and written, and what memory and disk that takes."""
+    how = how or Execution()
+    out = _target(recipe, how)
+    result, _ = build(recipe, how)
+    check_target(out, how.save.overwrite, result)
+    layout = plan_save(result, out, _save_options(recipe, how))
+    copies = sum(len(step.writes) for step in steps_of(result) if is_copy(step))
+    return {
+        "out": str(out), "files": len(layout.shards), "tensors": {"computed": len(result.specs) - copies, "copied": copies},
+        "bytes_read": layout.bytes_read, "bytes_written": layout.bytes_written, "measurements": len(layout.measurements),
+        "memory": layout.memory, "workers": layout.workers, "largest_unit": layout.largest_unit,
+        "disk_free": shutil.disk_usage(out.parent).free,
+    }  # fmt: skip
+
+
+def _target(recipe: Recipe, how: Execution) -> Path:
+    if how.out is None and recipe.out is None:
+        raise RecipeError("the recipe names no output; give one with -o, or `out:` in the recipe")
+    return how.out or Path(recipe.out or "")
+
+
+def _save_options(recipe: Recipe, how: Execution) -> SaveOptions:
+    return replace(how.save, max_shard_size=parse_size(recipe.max_shard_size)) if recipe.max_shard_size else how.save
+
+
+def resolved(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manifest, out: Path) -> bytes:
+    """The recipe as the output holds it: paths relative to the output, every input with its digests."""
+    content = recipe.model_dump(mode="json", exclude_defaults=True)
+    content["inputs"] = {
+        name: {
+            "ref": _relative(recipe.resolve(source.ref), out),
+            "sha256": {file: facts["sha256"] for file, facts in manifest.inputs.get(inputs[name].label, {}).items()},
+        }
+        for name, source in recipe.inputs.items()
+    }
+    content["steps"] = [{name: options.model_dump(mode="json", exclude_none=True) for name, options in step.items()} for step in recipe.steps]
+    if "checks" in content and recipe.checks.texts:
+        content["checks"]["texts"] = {name: _relative(str(recipe.folder / text), out) for name, text in recipe.checks.texts.items()}
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120).encode()
+
+
+def _relative(ref: str, out: Path) -> str:
+    return os.path.relpath(ref, out) if Path(ref).exists() else ref
+
+
+def _check_digests(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manifest) -> None:
+    for name, source in recipe.inputs.items():
+        found = manifest.inputs.get(inputs[name].label, {})
+        for file, digest in source.sha256.items():
+            if found.get(file, {}).get("sha256") != digest:
+                raise CheckpointError(f"input '{name}': {file} is not the file that the recipe was made with (its SHA-256 differs)")
+
+
+def _only(inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, operation: str) -> Checkpoint:
+    if previous is not None:
+        return previous
+    if len(inputs) == 1:
+        return next(iter(inputs.values()))
+    raise RecipeError(f"{operation}: say which input it works on, with `of:`; there are {len(inputs)}")
+
+
+def _default_of(method: str, name: str) -> Any:
+    option = METHODS[method].options.table.get(name)
+    default = option.default if option else None
+    return default[0] if isinstance(default, tuple) else default
+
+

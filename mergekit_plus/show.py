@@ -1,0 +1,86 @@
+"""Results as lines of text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .recipe import Outcome
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Rows of a table under their headings; the headings are the rows' keys, in order of appearance."""
+    heads = list(dict.fromkeys(head for row in rows for head in row))
+    cells = [heads] + [[_cell(row.get(head)) for head in heads] for row in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(heads))]
+    return ["  ".join(text.ljust(width) if column == 0 else text.rjust(width) for column, (text, width) in enumerate(zip(line, widths, strict=True)))
+            for line in cells]  # fmt: skip
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1 else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def size(nbytes: float) -> str:
+    """Bytes as a person reads them: "1.94 GB"."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:.2f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def method_lines(facts: Mapping[str, Any]) -> list[str]:
+    """`compress methods`."""
+    lines: list[str] = []
+    for name, entry in facts.items():
+        lines.append(f"{name} ({entry['kind']}{', needs --base' if entry.get('needs_base') else ''}): {entry['summary']}")
+        for option in entry["options"]:
+            default = "required" if option["required"] else f"default {option['default']}"
+            lines.append(f"    -s {option['name']}=  {option['help']} ({default}{', one for each model' if option['per_model'] else ''})")
+    return lines
+
+
+def inspection_lines(facts: Mapping[str, Any]) -> list[str]:
+    """`compress inspect`."""
+    lines = [
+        f"{facts['label']}: {facts['architecture']}, {facts['tensors']} tensors in {facts['files']} file{'s' * (facts['files'] != 1)}, {size(facts['bytes'])}",
+        f"{facts['parameters'] / 1e6:.2f} M parameters, {facts['bits_per_weight']:.3g} bits a weight; "
+        + ", ".join(f"{dtype} {size(nbytes)}" for dtype, nbytes in facts["dtypes"].items()),
+        "roles: " + ", ".join(f"{count} {role}" for role, count in facts["roles"].items()) + f"; {facts['blocks']} blocks",
+    ]
+    if facts["fused"]:
+        lines.append("fused by servers: " + "; ".join(facts["fused"]))
+    if facts["tied"]:
+        lines.append("tied: " + ", ".join(" = ".join(names) for names in facts["tied"]))
+    if facts["quantized"]:
+        lines.append(f"it {facts['quantized']}")
+    return lines + [f"  {t['name']}  {t['dtype']} {tuple(t['shape'])}  {t['role']}" for t in facts.get("list", [])]
+
+
+def plan_lines(facts: Mapping[str, Any]) -> list[str]:
+    """`--dry-run`."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in facts["tensors"].items())
+    return [
+        f"would write {facts['out']}: {kinds}; {size(facts['bytes_written'])} in {facts['files']} file{'s' * (facts['files'] != 1)}",
+        f"reads {size(facts['bytes_read'])}{' and ' + str(facts['measurements']) + ' pass over the whole model before' if facts['measurements'] else ''}; "
+        f"at most {size(facts['memory'])} in flight ({facts['workers']} workers, largest unit {size(facts['largest_unit'])}); "
+        f"{size(facts['disk_free'])} free on the disk",
+    ]
+
+
+def outcome_facts(outcome: Outcome) -> dict[str, Any]:
+    """A run as data."""
+    return {
+        "out": str(outcome.out), "bytes": sum(file["bytes"] for file in outcome.manifest.outputs.values()),
+        "outputs": outcome.manifest.outputs, "inputs": outcome.manifest.inputs, "measured": outcome.table, "failures": outcome.failures,
+    }  # fmt: skip
+
+
+def outcome_lines(outcome: Outcome) -> list[str]:
+    """A run as text: its table, where it lies, and what failed."""
+    lines = [*table(outcome.table), ""] if outcome.table else []
+    total = sum(file["bytes"] for name, file in outcome.manifest.outputs.items() if name.endswith(".safetensors"))
+    return [*lines, f"wrote {outcome.out}: {size(total)}"]

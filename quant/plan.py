@@ -1,0 +1,192 @@
+"""From a checkpoint and a scheme to the quantised checkpoint, and back: every tensor accounted for, nothing read yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_plus.checkpoint import Checkpoint, Plan, Step, TensorSpec, copy_step
+from mergekit_plus.checkpoint.save import is_finite
+from mergekit_plus.errors import CheckpointError, OptionError, nearest
+from mergekit_plus.model import ModelMap, describe, quantized_reason
+
+from . import FORMATS, QUANTIZERS, Quantizer, Scheme, decode, read_config
+from . import dequantize as values_of
+from .formats import Format
+
+PACKED = ".weight_packed"
+
+
+def problems(bits: int, group_size: int, symmetric: bool, method: str, format_name: str, options: Mapping[str, object]) -> list[str]:
+    """Everything wrong with these options, a sentence each."""
+    found: list[str] = []
+    try:
+        Scheme(bits, group_size, symmetric)
+    except OptionError as error:
+        found.append(str(error))
+    for registry, name in ((QUANTIZERS, method), (FORMATS, format_name)):
+        if name not in list(registry):
+            found.append(f"unknown {registry.kind} '{name}'.{nearest(name, registry)}")
+    return found + (QUANTIZERS[method].options.problems(options) if method in list(QUANTIZERS) else [])
+
+
+def quantize(
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+    method: str = "rtn",
+    options: Mapping[str, object] | None = None,
+    format_name: str = "pack-quantized",
+    *,
+    exclude: Sequence[str] = (),
+    device: str = "cpu",
+    allow_nonfinite: bool = False,
+) -> Checkpoint:
+    """The checkpoint with the weights of its linear layers quantised; heads, embeddings, norms and what `exclude` matches stay as they are.
+
+    Errors: OptionError for impossible options; CheckpointError where the checkpoint is quantised already, a layer does not fit the scheme,
+    or `exclude` tears apart layers that servers fuse.
+    """
+    quantizer, layout = QUANTIZERS[method], FORMATS[format_name]
+    arguments = quantizer.options.check(options or {})
+    if reason := quantized_reason(checkpoint):
+        raise CheckpointError(reason)
+    roles = describe(checkpoint)
+    chosen, notes = _choose(checkpoint, roles, exclude)
+    _check_fit(checkpoint, chosen, scheme)
+    _check_fused(roles, chosen)
+
+    steps: list[Step] = []
+    for name, spec in checkpoint.specs.items():
+        if name not in chosen:
+            steps.append(copy_step(checkpoint, name))
+            continue
+        fixed = layout.fixed(spec)
+        prefix = name.removesuffix("weight")
+        writes = layout.specs(spec, scheme)
+        rows = tuple(write for write in writes if write.name.removeprefix(prefix) not in fixed)
+        run = _Run(checkpoint.label, name, quantizer, scheme, arguments, layout, device, allow_nonfinite)
+        steps.append(Step(((checkpoint, name),), rows, run, layout.row_unit(scheme)))
+        steps += [_constant(write, fixed[write.name.removeprefix(prefix)]) for write in writes if write not in rows]
+    result = Checkpoint(f"{checkpoint.label} in {scheme}", Plan(steps), checkpoint.files, (*checkpoint.notes, *notes))
+    config = layout.config({roles.tensors[name].module: scheme for name in chosen}, _dense_modules(checkpoint, roles, chosen))
+    if config is None:
+        return result
+    if not result.config:  # a bare file: the packed tensors cannot be read without knowing how they were packed
+        result = replace(result, files={"config.json": b"{}"})
+    return result.with_config(quantization_config=config)
+
+
+def is_packed(checkpoint: Checkpoint) -> bool:
+    """Whether `dequantize` has something to do."""
+    return any(name.endswith(PACKED) for name in checkpoint.specs)
+
+
+def dequantize(checkpoint: Checkpoint) -> Checkpoint:
+    """The dense checkpoint that a packed one (compressed-tensors `pack-quantized`, ours or another's) stands for, in the dtype of its scales.
+
+    Errors: CheckpointError where nothing is packed, or in a way that cannot be read.
+    """
+    if not is_packed(checkpoint):
+        raise CheckpointError(f"{checkpoint.label} holds no packed weights (…{PACKED}); there is nothing to dequantize")
+    scheme_of = read_config(checkpoint.config)
+    steps: list[Step] = []
+    done: set[str] = set()
+    for name in checkpoint.specs:
+        if not name.endswith(PACKED):
+            continue
+        module = name.removesuffix(PACKED)
+        scheme = scheme_of(module)
+        parts = [part for part in ("weight_packed", "weight_scale", "weight_zero_point") if f"{module}.{part}" in checkpoint.specs]
+        if scheme is None or "weight_scale" not in parts or f"{module}.weight_shape" not in checkpoint.specs:
+            raise CheckpointError(f"{checkpoint.label}: {module} is packed, but its scheme in config.json, its scale or its shape is missing")
+        shape = tuple(int(length) for length in checkpoint.read(f"{module}.weight_shape"))
+        reads = tuple((checkpoint, f"{module}.{part}") for part in parts)
+        spec = TensorSpec(f"{module}.weight", checkpoint.specs[f"{module}.weight_scale"].dtype, shape)
+        steps.append(Step(reads, (spec,), _Unpack(tuple(parts), scheme, shape[1]), FORMATS["pack-quantized"].row_unit(scheme)))
+        done |= {f"{module}.{part}" for part in (*parts, "weight_shape")}
+    steps += [copy_step(checkpoint, name) for name in checkpoint.specs if name not in done]
+    result = Checkpoint(f"{checkpoint.label}, dequantized", Plan(steps), checkpoint.files, checkpoint.notes)
+    return result.with_config(quantization_config=None)
+
+
+class _Run:
+    """Quantise and encode rows of one weight."""
+
+    def __init__(
+        self, label: str, name: str, quantizer: Quantizer, scheme: Scheme, arguments: dict[str, Any], layout: Format, device: str, allow_nonfinite: bool
+    ) -> None:
+        self.label, self.name, self.quantizer, self.scheme = label, name, quantizer, scheme
+        self.arguments, self.layout, self.device, self.allow_nonfinite = arguments, layout, device, allow_nonfinite
+
+    def __call__(self, tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
+        (weight,) = tensors
+        if not self.allow_nonfinite and not is_finite(weight):
+            bad = int((~torch.isfinite(weight)).sum())
+            raise CheckpointError(
+                f"{self.label}: {self.name} holds {bad} values that are NaN or infinite; mend the model, or carry them with --allow-nonfinite"
+            )
+        with torch.no_grad():
+            return [part.to("cpu") for part in self.layout.encode(self.quantizer.function(weight.to(self.device), self.scheme, **self.arguments)).values()]
+
+
+class _Unpack:
+    """Decode rows of one weight."""
+
+    def __init__(self, parts: tuple[str, ...], scheme: Scheme, width: int) -> None:
+        self.parts, self.scheme, self.width = parts, scheme, width
+
+    def __call__(self, tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
+        named = dict(zip(self.parts, tensors, strict=True))
+        return [values_of(decode(named, self.scheme, (len(tensors[0]), self.width)))]
+
+
+def _constant(spec: TensorSpec, value: Tensor) -> Step:
+    return Step((), (spec,), lambda tensors, first_row, measured: (value,))
+
+
+def _choose(checkpoint: Checkpoint, roles: ModelMap, exclude: Sequence[str]) -> tuple[set[str], list[str]]:
+    """The weights to quantise, and a note for linear layers that stay as they are."""
+    wanted = [name for name in roles.linears if not any(fnmatchcase(name, pattern) for pattern in exclude)]
+    turned = [name for name in wanted if roles.tensors[name].transposed]
+    notes = [*roles.notes] + ([f"{len(turned)} layers store their weights [in, out] ('{turned[0]}') and stay as they are"] if turned else [])
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in checkpoint.specs):
+            raise OptionError(f"--exclude '{pattern}' matches no tensor.{nearest(pattern, checkpoint.specs) if len(checkpoint.specs) < 1000 else ''}")
+    chosen = {name for name in wanted if name not in turned and checkpoint.specs[name].is_float}
+    if not chosen:
+        raise CheckpointError(f"{checkpoint.label} has no linear layer to quantize{'; ' + '; '.join(notes) if notes else ''}")
+    return chosen, notes
+
+
+def _check_fit(checkpoint: Checkpoint, chosen: set[str], scheme: Scheme) -> None:
+    misfits = {name: reason for name in chosen if (reason := scheme.fits(checkpoint.specs[name].shape))}
+    if not misfits:
+        return
+    name = min(misfits)
+    fitting = [size for size in (128, 64, 32, 16) if all(replace(scheme, group_size=size).fits(checkpoint.specs[name].shape) is None for name in chosen)]
+    advice = f"--group-size {fitting[0]} fits all layers" if fitting else "--group-size 0 (one scale a row) fits all, or leave layers out with --exclude"
+    raise CheckpointError(f"{checkpoint.label}: {name} {misfits[name]}{f' (and {len(misfits) - 1} more)' if len(misfits) > 1 else ''}; {advice}")
+
+
+def _check_fused(roles: ModelMap, chosen: set[str]) -> None:
+    for group in roles.fused:
+        inside = [name for name in group if name in chosen]
+        if inside and len(inside) < len(group):
+            outside = next(name for name in group if name not in chosen)
+            raise OptionError(f"servers fuse {inside[0]} and {outside}: quantize both or neither (--exclude)")
+
+
+def _dense_modules(checkpoint: Checkpoint, roles: ModelMap, chosen: set[str]) -> list[str]:
+    """Modules that are, or may be, linear layers and are not quantised; tied heads, which have no tensor of their own, among them."""
+    tied = [name for group in roles.tied for name in group if name not in checkpoint.specs]
+    dense = [
+        name
+        for name, meaning in roles.tensors.items()
+        if name not in chosen and name.endswith(".weight") and len(checkpoint.specs[name].shape) == 2 and meaning.role in ("linear", "head", "other")
+    ]
+    return [name.removesuffix(".weight") for name in (*dense, *tied)]
