@@ -46,6 +46,7 @@ class Checks(BaseModel):
     window: int = Field(256, gt=1, description="tokens; windows do not overlap")
     windows: int | None = Field(None, gt=0, description="use only so many windows of each text")
     beside: list[str] = Field(default_factory=list, description="inputs that are measured too, for the table")
+    stages: bool = Field(False, description="measure what each step makes, not only the last")
     against: str | None = Field(None, description="the input that ratios, KL and agreement refer to")
     limits: Limits = Field(default_factory=Limits)
 
@@ -94,13 +95,19 @@ def measure(checkpoint: Checkpoint, checks: Checks, folder: Path, progress: Prog
 
 
 def measure_and_compare(
-    checks: Checks, folder: Path, inputs: Mapping[str, Checkpoint], result: Checkpoint, progress: Progress | None = None
+    checks: Checks, folder: Path, inputs: Mapping[str, Checkpoint], stages: Mapping[str, Checkpoint], result: Checkpoint, progress: Progress | None = None
 ) -> tuple[list[Row], list[str]]:
-    """A row of measurements for each input of interest and the result, which comes last; and a sentence for each limit that is not kept."""
+    """A row of measurements for each input of interest, each stage on the way, and the result; and a sentence for each limit that is not kept.
+
+    Stages are measured as they are computed: no file is written for them.
+    """
     progress = progress or quiet()
+    other = inputs[checks.against] if checks.against else None
     beside = list(dict.fromkeys([*checks.beside, *([checks.against] if checks.against else [])]))
     rows = [{**measure(inputs[name], checks, folder, progress), "model": name} for name in beside]
-    row = measure(result, checks, folder, progress, inputs[checks.against] if checks.against else None)
+    if checks.stages:
+        rows += [{**measure(stage, checks, folder, progress, other), "model": name} for name, stage in stages.items()]
+    row = measure(result, checks, folder, progress, other)
     reference = rows[beside.index(checks.against)] if checks.against else {}
     return [*rows, row], failures(checks, row, reference)
 

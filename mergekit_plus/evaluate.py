@@ -201,7 +201,7 @@ def perplexity(
     """
     rows = windows(model, ids, window, limit)
     total, progress = 0.0, progress or quiet()
-    with progress.phase("perplexity", rows.numel()), torch.inference_mode():
+    with progress.phase("perplexity", rows.numel(), " tokens"), torch.inference_mode():
         for part in torch.split(rows, batch or _batch(model, rows)):
             for logits, row in zip(_logits(model, part), part, strict=True):
                 total += functional.cross_entropy(logits[:-1], row[1:].to(logits.device), reduction="none").double().sum().item()
@@ -227,7 +227,7 @@ def compare(
     rows = windows(reference, ids, window, limit)
     windows(model, ids, rows.shape[1], limit)
     kl, same, progress = 0.0, 0, progress or quiet()
-    with progress.phase("comparing", rows.numel()), torch.inference_mode():
+    with progress.phase("comparing", rows.numel(), " tokens"), torch.inference_mode():
         for part in torch.split(rows, batch or _batch(model, rows)):
             for ours, theirs in zip(_logits(model, part), _logits(reference, part), strict=True):
                 if ours.shape != theirs.shape:

@@ -9,10 +9,13 @@ from contextlib import contextmanager
 from typing import Protocol, TextIO
 
 
-class Progress(Protocol):
-    """Phases of work, each advanced by bytes."""
+SHORT = 1.0  # seconds; a phase that took less is not worth a line in a log
 
-    def phase(self, label: str, total: int | None) -> _Phase: ...
+
+class Progress(Protocol):
+    """Phases of work, each advanced by bytes (or by what `unit` says)."""
+
+    def phase(self, label: str, total: int | None, unit: str = "B") -> _Phase: ...
 
     def advance(self, amount: int) -> None: ...
 
@@ -25,7 +28,7 @@ class _Phase(Protocol):
 
 class _Quiet:
     @contextmanager
-    def phase(self, label: str, total: int | None) -> Iterator[None]:
+    def phase(self, label: str, total: int | None, unit: str = "B") -> Iterator[None]:
         yield
 
     def advance(self, amount: int) -> None:
@@ -39,11 +42,13 @@ class _Lines(_Quiet):
         self.stream = stream
 
     @contextmanager
-    def phase(self, label: str, total: int | None) -> Iterator[None]:
+    def phase(self, label: str, total: int | None, unit: str = "B") -> Iterator[None]:
         start = time.monotonic()
         yield
-        size = f" {total / 1e6:.0f} MB" if total else ""
-        print(f"{label}:{size} in {time.monotonic() - start:.1f} s", file=self.stream)
+        seconds = time.monotonic() - start
+        size = "" if not total else f" {total / 1e6:.0f} MB" if unit == "B" else f" {total}{unit}"
+        if seconds >= SHORT:
+            print(f"{label}:{size} in {seconds:.1f} s", file=self.stream)
 
 
 class _Bars(_Quiet):
@@ -53,10 +58,10 @@ class _Bars(_Quiet):
         self.stream = stream
 
     @contextmanager
-    def phase(self, label: str, total: int | None) -> Iterator[None]:
+    def phase(self, label: str, total: int | None, unit: str = "B") -> Iterator[None]:
         from tqdm import tqdm
 
-        with tqdm(desc=label, total=total, unit="B", unit_scale=True, file=self.stream, leave=False, disable=False) as self._bar:
+        with tqdm(desc=label, total=total, unit=unit, unit_scale=True, file=self.stream, leave=False) as self._bar:
             yield
 
     def advance(self, amount: int) -> None:

@@ -273,15 +273,28 @@ def schema_problems(error: ValidationError, model: type[BaseModel]) -> list[str]
     return found
 
 
-def build(recipe: Recipe, how: Execution | None = None) -> tuple[Checkpoint, dict[str, Checkpoint]]:
-    """The recipe's result, not yet computed, and its opened inputs."""
+@dataclass(frozen=True)
+class Built:
+    """A recipe put together: its opened inputs, what each step makes, and the result; nothing is computed yet."""
+
+    inputs: dict[str, Checkpoint]
+    stages: dict[str, Checkpoint]
+    result: Checkpoint
+
+
+def build(recipe: Recipe, how: Execution | None = None) -> Built:
+    """Open the inputs and compose the steps.
+
+    Errors: those of opening a checkpoint and of the operations, before any tensor is read.
+    """
     how = how or Execution()
     inputs = {name: replace(Checkpoint.open(recipe.resolve(source.ref)), label=source.ref) for name, source in recipe.inputs.items()}
+    stages: dict[str, Checkpoint] = {}
     result: Checkpoint | None = None
-    for step in recipe.steps:
-        for options in step.values():
-            result = options.build(inputs, result, how)
-    return result if result is not None else _only(inputs, None, "recipe"), inputs
+    for number, step in enumerate(recipe.steps, 1):
+        for name, options in step.items():
+            stages[f"after step {number}, {name}"] = result = options.build(inputs, result, how)
+    return Built(inputs, dict(list(stages.items())[:-1]), result if result is not None else _only(inputs, None, "recipe"))
 
 
 def run(recipe: Recipe, how: Execution | None = None) -> Outcome:
@@ -291,15 +304,15 @@ def run(recipe: Recipe, how: Execution | None = None) -> Outcome:
     """
     how = how or Execution()
     out = _target(recipe, how)
-    result, inputs = build(recipe, how)
+    built = build(recipe, how)
 
     def describe(manifest: Manifest) -> Mapping[str, bytes]:
-        _check_digests(recipe, inputs, manifest)
-        return {RECIPE: resolved(recipe, inputs, manifest, out)}
+        _check_digests(recipe, built.inputs, manifest)
+        return {RECIPE: resolved(recipe, built.inputs, manifest, out)}
 
-    manifest = save(result, out, _save_options(recipe, how), describe)
+    manifest = save(built.result, out, _save_options(recipe, how), describe)
     if recipe.checks.texts or recipe.checks.limits.model_fields_set:
-        table, failures = measure_and_compare(recipe.checks, recipe.folder, inputs, Checkpoint.open(out), how.save.progress)
+        table, failures = measure_and_compare(recipe.checks, recipe.folder, built.inputs, built.stages, Checkpoint.open(out), how.save.progress)
         return Outcome(out, manifest, table, failures)
     return Outcome(out, manifest, [], [])
 
@@ -308,7 +321,7 @@ def plan(recipe: Recipe, how: Execution | None = None) -> dict[str, Any]:
     """What `run` would do, from headers alone: what is read and written, and what memory and disk that takes."""
     how = how or Execution()
     out = _target(recipe, how)
-    result, _ = build(recipe, how)
+    result = build(recipe, how).result
     check_target(out, how.save.overwrite, result)
     layout = plan_save(result, out, _save_options(recipe, how))
     copies = sum(len(step.writes) for step in steps_of(result) if is_copy(step))
