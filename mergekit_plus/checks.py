@@ -82,11 +82,12 @@ def measure(checkpoint: Checkpoint, checks: Checks, folder: Path, progress: Prog
     row: Row = {"model": checkpoint.label, "MB": facts.nbytes / 1e6, "bits/weight": facts.bits_per_weight}
     if not checks.texts:
         return row
+    texts = {name: _read(folder / text) for name, text in checks.texts.items()}
     model = load_model(dequantize(checkpoint) if is_packed(checkpoint) else checkpoint, progress=progress)
     other = load_model(dequantize(reference) if is_packed(reference) else reference, progress=progress) if reference else None
     tokenizer = load_tokenizer(checkpoint if reference is None or _has_tokenizer(checkpoint) else reference)
-    for name, text in checks.texts.items():
-        ids = tokenize(tokenizer, _read(folder / text))
+    for name, text in texts.items():
+        ids = tokenize(tokenizer, text)
         row[f"ppl {name}"] = perplexity(model, ids, window=checks.window, limit=checks.windows, progress=progress).value
         if other is not None:
             found = compare(model, other, ids, window=checks.window, limit=checks.windows, progress=progress)
