@@ -11,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from mergekit_plus.checkpoint import Checkpoint
+    from mergekit_plus.digests import Digests
     from mergekit_plus.recipe import Execution, Recipe
 
 app = typer.Typer(
@@ -25,7 +26,9 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="a model folder, a .safetensors file, or org/name[@revision] on the Hub")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="folder to write, or a file where it ends in .safetensors")]
-Set = Annotated[list[str], typer.Option("--set", "-s", metavar="NAME=VALUE", help="option of the method, as `compress methods` lists them; a,b,c: one for each model")]
+Set = Annotated[
+    list[str], typer.Option("--set", "-s", metavar="NAME=VALUE", help="option of the method, as `compress methods` lists them; a,b,c: one for each model")
+]
 Exclude = Annotated[list[str], typer.Option("--exclude", metavar="PATTERN", help="tensors to leave as they are; shell pattern, may be repeated")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an output that exists")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be read, written and needed; write nothing")]
@@ -58,6 +61,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge models: `compress merge a.safetensors b.safetensors`."""
+    digests = _hash_early(*models, *([base] if base else []))
     from mergekit_plus.recipe import check
 
     names = _distinct(models)
@@ -68,7 +72,8 @@ def merge(
         inputs.setdefault(step["base"], base)
     recipe = check({"inputs": inputs, "steps": [{"merge": step}]}, Path(), "compress merge")
     single = all(Path(ref).is_file() for ref in models)
-    how = _execution(out or Path("merged.safetensors" if single else "merged"), overwrite, memory, workers, max_shard_size, allow_nonfinite, device)
+    default = Path("merged.safetensors" if single else "merged")
+    how = _execution(out or default, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, digests)
     _carry_out(recipe, how, dry_run, as_json)
 
 
@@ -93,12 +98,13 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize a model's linear layers: `compress quantize --bits 4` in its folder."""
+    digests = _hash_early(model)
     from mergekit_plus.recipe import check
 
     step = {"bits": bits, "group_size": group_size, "symmetric": not asymmetric, "method": method, "format": format_, "exclude": exclude, **_settings(set_)}
     recipe = check({"inputs": {"model": model}, "steps": [{"quantize": step}]}, Path(), "compress quantize")
     default = _beside(model, f"{bits}bit" + ("-dense" if format_ == "dense" else ""))
-    how = _execution(out or default, overwrite, memory, workers, max_shard_size, allow_nonfinite, device)
+    how = _execution(out or default, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, digests)
     _carry_out(recipe, how, dry_run, as_json)
 
 
@@ -224,8 +230,26 @@ def _carry_out(recipe: Recipe, how: Execution, dry_run: bool, as_json: bool) -> 
     outcome.raise_failures()
 
 
+def _hash_early(*refs: str) -> Digests:
+    """Begin to hash the local files of these models while torch is being imported."""
+    from mergekit_plus.digests import Digests
+
+    digests = Digests()
+    for path in map(Path, refs):
+        for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+            digests.start(file)
+    return digests
+
+
 def _execution(
-    out: Path | None, overwrite: bool, memory: str | None, workers: int | None, max_shard_size: str, allow_nonfinite: bool = False, device: str = "cpu"
+    out: Path | None,
+    overwrite: bool,
+    memory: str | None,
+    workers: int | None,
+    max_shard_size: str,
+    allow_nonfinite: bool = False,
+    device: str = "cpu",
+    digests: Digests | None = None,
 ) -> Execution:
     from mergekit_plus.checkpoint import SaveOptions
     from mergekit_plus.checkpoint.shards import parse_size
@@ -233,7 +257,7 @@ def _execution(
     from mergekit_plus.recipe import Execution
 
     budget = parse_size(memory) if memory else None
-    return Execution(SaveOptions(overwrite, parse_size(max_shard_size), budget, workers, allow_nonfinite, on()), device, out)
+    return Execution(SaveOptions(overwrite, parse_size(max_shard_size), budget, workers, allow_nonfinite, on(), digests), device, out)
 
 
 def _settings(assignments: list[str]) -> dict[str, Any]:

@@ -135,7 +135,8 @@ def main() -> None:
             while stream.read(1 << 24):
                 pass
     out, config = options.work / "out", options.work / "mergekit.yaml"
-    both = f"models:\n  - {{model: {a}, parameters: {{weight: 0.6, density: 0.5}}}}\n  - {{model: {b}, parameters: {{weight: 0.4, density: 0.5}}}}\ndtype: bfloat16\n"
+    entries = "".join(f"  - {{model: {model}, parameters: {{weight: {weight}, density: 0.5}}}}\n" for model, weight in ((a, 0.6), (b, 0.4)))
+    both = f"models:\n{entries}dtype: bfloat16\n"
     yaml = {"linear": "merge_method: linear\n" + both.replace(", density: 0.5", ""), "ties": f"merge_method: ties\nbase_model: {base}\n" + both}
     merge = [options.compress, "merge", str(a), str(b), "-o", str(out)]
     task = ["-b", str(base), "-s"]
@@ -176,7 +177,8 @@ def main() -> None:
         first = next(iter(medians.values()))
         for tool, row in medians.items():
             ratio = f"{first['wall'] / row['wall']:.2f}" if not tool.startswith("ours") else ""
-            print(f"| {job} | {tool} | {row['wall']:.2f} | {row['cpu']:.2f} | {row['peak']:.0f} | {row['wall'] / medians['floor']['wall']:.2f} | {ratio} |", flush=True)
+            over = row["wall"] / medians["floor"]["wall"]
+            print(f"| {job} | {tool} | {row['wall']:.2f} | {row['cpu']:.2f} | {row['peak']:.0f} | {over:.2f} | {ratio} |", flush=True)
 
 
 if __name__ == "__main__":

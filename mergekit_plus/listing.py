@@ -14,17 +14,18 @@ def list_methods(name: str | None = None) -> dict[str, Any]:
     """
     from quant import QUANTIZERS
 
-    from .merge import METHODS
+    from .merge import METHODS, MergeMethod
 
     found: dict[str, Any] = {}
-    for registry in (METHODS, QUANTIZERS):
-        for key, entry in registry.items():
+    for kind, entries in ((METHODS.kind, METHODS), (QUANTIZERS.kind, QUANTIZERS)):
+        for key, entry in entries.items():
             options = [
                 {"name": option.name, "default": _plain(option.default), "required": option.required, "per_model": option.per_model, "help": option.help}
                 for option in entry.options.table.values()
             ]
-            facts = {"kind": registry.kind, "summary": entry.summary, "options": options}
-            found[key] = facts | ({"needs_base": entry.needs_base} if registry is METHODS else {})
+            found[key] = {"kind": kind, "summary": entry.summary, "options": options}
+            if isinstance(entry, MergeMethod):
+                found[key]["needs_base"] = entry.needs_base
     if name is None:
         return found
     if name not in found:

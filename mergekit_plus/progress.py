@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, TextIO
-
 
 SHORT = 1.0  # seconds; a phase that took less is not worth a line in a log
 
@@ -15,15 +14,9 @@ SHORT = 1.0  # seconds; a phase that took less is not worth a line in a log
 class Progress(Protocol):
     """Phases of work, each advanced by bytes (or by what `unit` says)."""
 
-    def phase(self, label: str, total: int | None, unit: str = "B") -> _Phase: ...
+    def phase(self, label: str, total: int | None, unit: str = "B") -> AbstractContextManager[None]: ...
 
     def advance(self, amount: int) -> None: ...
-
-
-class _Phase(Protocol):
-    def __enter__(self) -> object: ...
-
-    def __exit__(self, *args: object) -> bool | None: ...
 
 
 class _Quiet:

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -28,8 +28,8 @@ from .checkpoint.checkpoint import is_copy
 from .checkpoint.dtypes import parse_float_dtype
 from .checkpoint.save import check_target, plan_save
 from .checkpoint.shards import parse_size
-from .errors import CheckFailed, CheckpointError, OptionError, RecipeError, nearest
 from .checks import Checks, measure_and_compare
+from .errors import CheckFailed, CheckpointError, OptionError, RecipeError, nearest
 from .merge import METHODS
 from .merge.plan import MergeOptions, merge
 
@@ -259,18 +259,25 @@ def schema_problems(error: ValidationError, model: type[BaseModel]) -> list[str]
     """Each problem of a validation as `place: what`, with the nearest known key for an unknown one."""
     found = []
     for problem in error.errors():
-        *parents, key = problem["loc"] or ("recipe",)
-        place = ".".join(map(str, parents))
+        place = ".".join(map(str, problem["loc"][:-1]))
         if problem["type"] == "extra_forbidden":
-            known: Any = model
-            for parent in parents:
-                annotation = known.model_fields[parent].annotation if isinstance(known, type) and parent in known.model_fields else None
-                known = annotation if annotation is not None else known
-            names = known.model_fields if isinstance(known, type) and issubclass(known, BaseModel) else model.model_fields
-            found.append(f"{place + ': ' if place else ''}unknown key '{key}'.{nearest(str(key), names)}")
+            key = str(problem["loc"][-1])
+            known = _model_at(model, problem["loc"][:-1]).model_fields
+            found.append(f"{place + ': ' if place else ''}unknown key '{key}'.{nearest(key, known)}")
         else:
             found.append(f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}")
     return found
+
+
+def _model_at(model: type[BaseModel], place: Sequence[int | str]) -> type[BaseModel]:
+    """The schema that holds at a place: through fields, and through the items of lists and tables."""
+    annotation: Any = model
+    for part in place:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel) and part in annotation.model_fields:
+            annotation = annotation.model_fields[str(part)].annotation
+        inner = [item for item in get_args(annotation) if isinstance(item, type) and issubclass(item, BaseModel)]
+        annotation = inner[0] if inner else annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
 
 
 @dataclass(frozen=True)

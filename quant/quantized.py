@@ -85,7 +85,7 @@ def dequantize(quantized: Quantized) -> Tensor:
     """
     scale = quantized.scale
     work = torch.float64 if scale.dtype == torch.float64 else torch.float32
-    values = quantized.codes.to(work).unflatten(-1, (scale.shape[-1], -1))  # [out, groups, group]
+    values = quantized.codes.to(work).view(*scale.shape, -1)  # [out, groups, group]
     if quantized.zero_point is not None:
         values -= quantized.zero_point.to(work).unsqueeze(-1)
     values *= scale.to(work).unsqueeze(-1)

@@ -59,7 +59,7 @@ def _quantize_block(
     weight: Tensor, scheme: Scheme, clip: int, codes: Tensor, scale: Tensor, zero_point: Tensor | None
 ) -> None:
     """Quantise these rows into `codes`, `scale` and `zero_point`."""
-    x = weight.to(torch.float32).unflatten(-1, (scale.shape[-1], -1))  # [rows, groups, group]
+    x = weight.to(torch.float32).reshape(*scale.shape, -1)  # [rows, groups, group]
     largest = torch.amax(x, -1, keepdim=True)  # [rows, groups, 1], as are all below that have no group
     smallest = torch.amin(x, -1, keepdim=True)
     if zero_point is None:
@@ -117,7 +117,8 @@ def _error(x: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, buffer
         torch.maximum(code, scheme.low - zero, out=code)
         torch.minimum(code, scheme.high - zero, out=code)
     steps -= code
-    return torch.linalg.vector_norm(steps, dim=-1, keepdim=True) * scale.abs()
+    root: Tensor = torch.linalg.vector_norm(steps, dim=-1, keepdim=True)
+    return root * scale.abs()
 
 
 def _storable(scale: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:

@@ -176,7 +176,8 @@ def test_diff_exits_with_1_where_models_differ(tmp_path: Path) -> None:
 
 def test_a_failed_check_exits_with_1_and_keeps_the_output(tmp_path: Path) -> None:
     recipe = tmp_path / "strict.yaml"
-    recipe.write_text(f"inputs: {{m: {MODELS / 'base'}}}\nsteps: [{{quantize: {{bits: 2, group_size: 0}}}}]\nchecks: {{limits: {{bits_per_weight: 1}}}}\nout: o\n")
+    steps = "steps: [{quantize: {bits: 2, group_size: 0}}]\nchecks: {limits: {bits_per_weight: 1}}\nout: o\n"
+    recipe.write_text(f"inputs: {{m: {MODELS / 'base'}}}\n{steps}")
     run = compress("run", recipe, cwd=tmp_path)
     assert run.returncode == 1, run.stderr
     assert "check failed: bits a weight are" in run.stderr

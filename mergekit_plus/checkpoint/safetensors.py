@@ -6,13 +6,12 @@ here may be hostile: lengths are bounded before anything is allocated, and a hea
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import stat
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -65,17 +64,6 @@ class File:
             if got == 0:
                 raise CheckpointError(f"{self.path} ended at byte {offset + done} while it was being read: is it still being written?")
             done += got
-
-    def digest(self, stop: Callable[[], bool] = lambda: False) -> str:
-        """The SHA-256 of the whole file; given up early once `stop` says so."""
-        sha, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
-        for position in range(0, self.size, len(buffer)):
-            if stop():
-                break
-            part = buffer[: self.size - position]
-            self.read_into(part, position)
-            sha.update(part)
-        return sha.hexdigest()
 
     def check_unchanged(self) -> None:
         """Refuse a file that was written to since it was opened."""

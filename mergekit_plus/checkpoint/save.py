@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..digests import Digests
 from ..errors import CheckpointError, OptionError, OutputError
 from ..progress import Progress, quiet
 from .checkpoint import SLAB, Checkpoint, FileSource, Measured, ParallelMap, Plan, Rows, Step, execute, of_inner, proportional, steps_of
@@ -32,6 +33,7 @@ from .safetensors import File
 from .shards import Shard, ShardFile, index_json, plan_shards
 
 MANIFEST = "manifest.json"
+HELD = 256 << 20  # bytes of one tensor's inputs that a worker holds, to measure them and compute from them with one reading
 FIXED_COST = 32 << 20  # bytes of temporaries that a worker may need beside what it reads and writes
 DEFAULT_SHARD_SIZE = 5 * 10**9
 
@@ -46,6 +48,7 @@ class SaveOptions:
     workers: int | None = None  # one for each core by default
     allow_nonfinite: bool = False
     progress: Progress = field(default_factory=quiet)
+    digests: Digests | None = None  # those of the inputs, where hashing has begun already
 
 
 @dataclass(frozen=True)
@@ -219,8 +222,10 @@ def _units(step: Step, share: int) -> list[Rows | None]:
     """How a step is cut into units for the workers; `share` is one worker's part of the memory."""
     if not step.cut:
         return [None]
-    if step.measures_tensor and _cost(step, None) <= share:
+    if step.measures_tensor and _cost(step, None) <= min(share, HELD):
         return [None]  # measured and computed from one reading
+    if step.measures_tensor:
+        return [slice(0, step.rows)]  # read twice, a little at a time, by one worker: the others would wait for the measurement
     row_cost = max(1, (_cost(step, None) - FIXED_COST) // max(1, step.rows))
     elements = min(SLAB, max(1, (share - FIXED_COST) // row_cost) * step.row_elements)
     return list(step.slabs(elements))
@@ -228,8 +233,9 @@ def _units(step: Step, share: int) -> list[Rows | None]:
 
 def _cost(step: Step, rows: Rows | None) -> int:
     """Bytes in memory while a unit is worked on."""
-    measuring = _bytes_held(step, step.slabs()[0]) if rows is not None and step.measures_tensor else 0
-    return FIXED_COST + measuring + _bytes_held(step, rows)
+    if rows is not None and step.measures_tensor:  # a slab to measure, or a stretch to compute
+        return FIXED_COST + _bytes_held(step, step.slabs()[0])
+    return FIXED_COST + _bytes_held(step, rows)
 
 
 def _bytes_held(step: Step, rows: Rows | None) -> int:
@@ -270,6 +276,7 @@ class _Budget:
 def _write_all(checkpoint: Checkpoint, layout: Layout, staged: Path, options: SaveOptions) -> Manifest:
     """Compute and write every tensor; hash inputs and outputs on the way."""
     stop = threading.Event()
+    digests_of = options.digests or Digests()
     budget = _Budget(layout.memory)
     inputs = _open_files(checkpoint)
     files: list[ShardFile] = []
@@ -278,12 +285,11 @@ def _write_all(checkpoint: Checkpoint, layout: Layout, staged: Path, options: Sa
     try:
         with (
             ThreadPoolExecutor(layout.workers, "worker") as workers,
-            ThreadPoolExecutor(max(1, layout.workers // 2), "input-digest") as input_pool,
             ThreadPoolExecutor(max(1, layout.workers // 2), "output-digest") as output_pool,
         ):
             parallel = _parallel(workers, stop, budget)
             try:
-                input_digests = {path: input_pool.submit(file.digest, stop.is_set) for path, file in inputs.items()}
+                input_digests = {path: digests_of.of(file.fd) for path, file in inputs.items()}
                 for measured in layout.measurements:
                     with options.progress.phase(measured.label or "measuring", None):
                         measured.get(parallel=parallel)
@@ -298,9 +304,10 @@ def _write_all(checkpoint: Checkpoint, layout: Layout, staged: Path, options: Sa
                     parallel(work, layout.units)
                     digests = [future.result() for future in output_digests]
                 with options.progress.phase("checking inputs", None):
-                    found = {path: {"bytes": inputs[path].size, "sha256": future.result()} for path, future in input_digests.items()}
+                    found = {path: {"bytes": inputs[path].size, "sha256": _digest(path, future)} for path, future in input_digests.items()}
             finally:
                 stop.set()
+                digests_of.stop()
                 for written in files:
                     written.abandon()
         for file in inputs.values():
@@ -313,7 +320,19 @@ def _write_all(checkpoint: Checkpoint, layout: Layout, staged: Path, options: Sa
     return Manifest(outputs, {label: {path.name: found[path] for path in paths} for label, paths in input_files(checkpoint).items()})
 
 
+def _digest(path: Path, future: Future[str]) -> str:
+    try:
+        return future.result()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read to its end: {error.strerror}") from None
+
+
 def _write_unit(step: Step, rows: Rows | None, where: Mapping[str, ShardFile], options: SaveOptions) -> None:
+    for part in step.slabs(SLAB, rows) if rows is not None else [None]:
+        _write_rows(step, part, where, options)
+
+
+def _write_rows(step: Step, rows: Rows | None, where: Mapping[str, ShardFile], options: SaveOptions) -> None:
     for spec, tensor in zip(step.writes, execute(step, rows), strict=True):
         if not options.allow_nonfinite and spec.is_float and not is_finite(tensor):
             raise CheckpointError(_explain_nonfinite(step, rows, spec.name))
@@ -324,7 +343,7 @@ def _write_unit(step: Step, rows: Rows | None, where: Mapping[str, ShardFile], o
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite. A finite sum settles it; only a sum that is not is looked at closely."""
-    dtype = None if tensor.dtype == torch.float64 else torch.float32
+    dtype = torch.float32 if tensor.dtype == torch.float16 else None  # bfloat16 has float32's range and sums in float32 as it is
     flat = tensor.reshape(-1)
     parts = (flat[start : start + SLAB] for start in range(0, len(flat), SLAB))  # what the sum converts stays small
     return all(bool(torch.isfinite(part.sum(dtype=dtype))) or bool(torch.isfinite(part).all()) for part in parts)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, Measured, Plan, Scan, Step, TensorSpec
-from ..checkpoint.checkpoint import Visit, copy_step, row_multiple
+from ..checkpoint.checkpoint import Run, Visit, copy_step, row_multiple
 from ..checkpoint.dtypes import TAGS, TORCH_DTYPES, config_dtype
 from ..checkpoint.save import is_finite
 from ..checkpoint.spec import natural_order
@@ -130,7 +130,7 @@ class _Bound:
         assert self.method.statistic is not None
         return self.method.statistic(_ModelScan(scan, self._split), **self.statistic_arguments)
 
-    def run(self, spec: TensorSpec, labels: Sequence[str]) -> Callable[[Sequence[Tensor], int, Any], Sequence[Tensor]]:
+    def run(self, spec: TensorSpec, labels: Sequence[str]) -> Run:
         dtype = TORCH_DTYPES[spec.dtype]
         row_elements = spec.numel // max(1, spec.rows)
         inside = self.method.inside

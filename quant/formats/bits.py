@@ -22,12 +22,12 @@ def words(count: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """int8 codes `[rows, n]`, signed, to int32 words `[rows, words(n, bits)]`; a code is stored with 2^(bits-1) added."""
     rows, count = codes.shape
-    stream = codes.contiguous()
     if count % UNIT:
-        stream = pad(stream, (0, -count % UNIT), value=-1 << (bits - 1))  # which is stored as zero
-    elif stream.storage_offset() % 8:
+        codes = pad(codes, (0, -count % UNIT), value=-1 << (bits - 1))  # which is stored as zero
+    stream = codes.contiguous().view(-1)
+    if stream.storage_offset() % 8:
         stream = stream.clone()  # a view as int64 must begin at a multiple of 8 bytes
-    lanes = stream.view(torch.int64).bitwise_xor(_repeat(1 << (bits - 1), 8))  # [rows, n/8]; adds 2^(bits-1) to every byte
+    lanes = stream.view(torch.int64).bitwise_xor(_repeat(1 << (bits - 1), 8))  # [rows*n/8]; adds 2^(bits-1) to each byte
     lanes &= _repeat((1 << bits) - 1, 8)
     for field, slot in _rounds(bits):
         odd = lanes >> (slot - field)
@@ -36,7 +36,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         lanes |= odd
     part = _part(bits)
     size = part.itemsize
-    packed = lanes.view(part).unflatten(-1, (-1, 8 // size))[..., : bits // size].contiguous()  # the first bytes of every eight
+    packed = lanes.view(part).view(rows, -1, 8 // size)[..., : bits // size].contiguous()  # the first bytes of every eight
     return packed.view(rows, -1).view(torch.int32)[:, : words(count, bits)].contiguous()
 
 

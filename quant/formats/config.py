@@ -141,7 +141,7 @@ def _read_group(group: str, entry: Mapping[str, Any], whole: Mapping[str, Any]) 
     version = str(whole.get("version") or "unknown")
     if bits not in SAME_IN_ALL_VERSIONS and _version(version) < DENSE_SINCE:
         raise _unreadable(f"{group}: {bits} bits in the layout that compressed-tensors {version} had before 0.18")
-    return Scheme(bits, size if strategy == "group" else 0, bool(weights.get("symmetric", True)))
+    return Scheme(bits, int(size or 0) if strategy == "group" else 0, bool(weights.get("symmetric", True)))
 
 
 def _unreadable(what: str) -> CheckpointError:

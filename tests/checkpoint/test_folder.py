@@ -143,7 +143,7 @@ def test_a_misspelt_path_is_answered_with_the_nearest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ref", ["x" * 300, "a\0b", "~nobody-of-this-name/x", ""])
 def test_a_path_that_cannot_be_is_one_line(ref: str) -> None:
-    with pytest.raises(CheckpointError, match="^[^\n]*$"):
+    with pytest.raises(CheckpointError, match=r"^[^\n]*$"):
         Checkpoint.open(ref)
 
 
