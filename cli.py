@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -103,7 +104,7 @@ def quantize(
 
     step = {"bits": bits, "group_size": group_size, "symmetric": not asymmetric, "method": method, "format": format_, "exclude": exclude, **_settings(set_)}
     recipe = check({"inputs": {"model": model}, "steps": [{"quantize": step}]}, Path(), "compress quantize")
-    default = _beside(model, f"{bits}bit" + ("-dense" if format_ == "dense" else ""))
+    default = _beside(model, f"{bits}bit-dense", "file") if format_ == "dense" else _beside(model, f"{bits}bit", "folder")
     how = _execution(out or default, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, digests)
     _carry_out(recipe, how, dry_run, as_json)
 
@@ -123,7 +124,7 @@ def dequantize(
     from mergekit_plus.recipe import check
 
     recipe = check({"inputs": {"model": model}, "steps": [{"dequantize": {}}]}, Path(), "compress dequantize")
-    how = _execution(out or _beside(model, "dense"), overwrite, memory, workers, max_shard_size)
+    how = _execution(out or _beside(model, "dense", "file"), overwrite, memory, workers, max_shard_size)
     _carry_out(recipe, how, dry_run, as_json)
 
 
@@ -287,11 +288,11 @@ def _distinct(refs: list[str]) -> dict[str, str]:
     return names
 
 
-def _beside(model: str, suffix: str) -> Path:
-    """`<name>-<suffix>` in the current folder, or a file of that name for a single file."""
+def _beside(model: str, suffix: str, of_file: Literal["file", "folder"]) -> Path:
+    """`<name>-<suffix>` in the current folder; what a single file becomes is a file, or a folder where a config.json must say what it holds."""
     path = Path(model)
     if path.is_file():
-        return Path(f"{path.stem}-{suffix}.safetensors")
+        return Path(f"{path.stem}-{suffix}{'.safetensors' if of_file == 'file' else ''}")
     name = path.resolve().name if path.is_dir() else model.split("@")[0].split("/")[-1]
     return Path(f"{name}-{suffix}")
 
@@ -304,6 +305,7 @@ def main() -> None:
     """Run the program: one line on stderr and exit code 2 for the user's mistakes, 1 where a check failed."""
     from mergekit_plus.errors import CheckFailed, CompressError
 
+    warnings.formatwarning = lambda message, *_: f"compress: warning: {message}\n"
     try:
         app()
     except CompressError as error:

@@ -106,9 +106,9 @@ class Checkpoint:
 
     def with_config(self, **changes: Any) -> Checkpoint:
         """The same tensors under a changed config.json; None removes a key; nothing where there is no config.json."""
-        if not self.config:
+        if "config.json" not in self.files:
             return self
-        config = {name: value for name, value in {**self.config, **changes}.items() if value is not None}
+        config = {name: value for name, value in {**self.config, **changes}.items() if value is not None or name not in changes}
         return replace(self, files={**self.files, "config.json": json.dumps(config, indent=2).encode() + b"\n"})
 
 
