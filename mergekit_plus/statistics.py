@@ -216,6 +216,8 @@ def _narrow(target: _Target, counts: Sequence[_Counts]) -> None:
     left = target.rank - below
     end = target.under + target.inside
     target.sample = target.sample[:0]
+    if (left < 0 and not target.low < low) or (left >= at_low + inside + at_high and not high < target.high):
+        raise ValueError("order statistics of values that are not numbers")
     if left < 0:
         target.high, target.inside = low, below - target.under
     elif left < at_low:
@@ -238,8 +240,6 @@ def _narrow(target: _Target, counts: Sequence[_Counts]) -> None:
     else:
         target.low, target.under = high, below + at_low + inside + at_high
         target.inside = end - target.under
-        if target.inside <= 0 or low == high == math.inf:
-            raise ValueError("order statistics of values that are not numbers")
 
 
 def _cut(row: Row, count: int) -> Cut:

@@ -24,7 +24,7 @@ from .dtypes import TAGS, TORCH_DTYPES
 from .safetensors import File
 from .spec import TensorSpec, natural_order
 
-PIECE = 1 << 18  # elements given to a step's function at once: its float32 temporaries stay in a core's cache
+PIECE = 1 << 20  # elements given to a step's function at once: few enough for the caches, enough that threads do not queue for Python's lock
 SLAB = 1 << 22  # elements of a tensor read and written at once
 
 Rows = slice  # start and stop always set
@@ -248,8 +248,10 @@ def execute(step: Step, rows: Rows | None = None) -> list[Tensor]:
         tensors = gather(step, None)
         results = _run(step, tensors, slice(0, step.rows), _measured(step, tensors))
         return results if rows is None else _parts(step, step.writes, results, rows, slice(0, step.rows))
+    measured = None if rows is None else _measured(step, None)  # reads on its own, before these rows are held too
     tensors = gather(step, rows)
-    measured = _measured(step, tensors if rows is None else None)
+    if rows is None:
+        measured = _measured(step, tensors)
     whole = slice(0, step.rows) if rows is None else rows
     pieces = step.slabs(PIECE, whole)
     if len(pieces) == 1:

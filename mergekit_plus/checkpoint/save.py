@@ -34,7 +34,7 @@ from .shards import Shard, ShardFile, index_json, plan_shards
 
 MANIFEST = "manifest.json"
 HELD = 256 << 20  # bytes of one tensor's inputs that a worker holds, to measure them and compute from them with one reading
-FIXED_COST = 32 << 20  # bytes of temporaries that a worker may need beside what it reads and writes
+FIXED_COST = 64 << 20  # bytes of temporaries that a worker may need beside what it reads and writes
 DEFAULT_SHARD_SIZE = 5 * 10**9
 
 
@@ -276,9 +276,9 @@ class _Budget:
 def _write_all(checkpoint: Checkpoint, layout: Layout, staged: Path, options: SaveOptions) -> Manifest:
     """Compute and write every tensor; hash inputs and outputs on the way."""
     stop = threading.Event()
-    digests_of = options.digests or Digests()
     budget = _Budget(layout.memory)
     inputs = _open_files(checkpoint)
+    digests_of = options.digests or Digests()
     files: list[ShardFile] = []
     threads_before = torch.get_num_threads()
     torch.set_num_threads(1)  # the workers are the parallelism
@@ -307,7 +307,8 @@ def _write_all(checkpoint: Checkpoint, layout: Layout, staged: Path, options: Sa
                     found = {path: {"bytes": inputs[path].size, "sha256": _digest(path, future)} for path, future in input_digests.items()}
             finally:
                 stop.set()
-                digests_of.stop()
+                if options.digests is None:  # the caller's own may be wanted again
+                    digests_of.stop()
                 for written in files:
                     written.abandon()
         for file in inputs.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -18,6 +19,8 @@ from torch import Tensor
 from mergekit_plus.checkpoint import Checkpoint, Plan, Step, TensorSpec
 from mergekit_plus.checkpoint.checkpoint import row_multiple
 from mergekit_plus.checkpoint.dtypes import TAGS, TORCH_DTYPES
+
+saving = importlib.import_module("mergekit_plus.checkpoint.save")  # the module; the package's `save` is its function
 
 
 def header_bytes(table: Mapping[str, Any] | bytes, data: bytes = b"") -> bytes:

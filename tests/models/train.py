@@ -100,7 +100,7 @@ def hold_out(domains: dict[str, Documents]) -> dict[str, dict[str, str]]:
     """Split every domain by document into test, val and train: split -> domain -> text (NUL between train's documents).
 
     A path that one domain holds out is held out of all of them, and a long paragraph is kept once over all splits, test
-    first, so nothing that is measured was seen in training under another name.
+    first, so no document that is measured was seen in training under another name (single lines do recur).
     """
     held: dict[str, dict[str, list[str]]] = {"test": {}, "val": {}}
     taken: set[str] = set()
