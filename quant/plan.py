@@ -159,7 +159,8 @@ def _choose(checkpoint: Checkpoint, roles: ModelMap, exclude: Sequence[str]) -> 
             raise OptionError(f"--exclude '{pattern}' matches no tensor.{nearest(pattern, checkpoint.specs) if len(checkpoint.specs) < 1000 else ''}")
     chosen = {name for name in wanted if name not in turned and checkpoint.specs[name].is_float}
     if not chosen:
-        raise CheckpointError(f"{checkpoint.label} has no linear layer to quantize: no matrix named *.weight that is one{'; ' + '; '.join(notes) if notes else ''}")
+        reason = "; ".join(["no matrix named *.weight that is one", *notes])
+        raise CheckpointError(f"{checkpoint.label} has no linear layer to quantize: {reason}")
     return chosen, notes
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import threading
 from pathlib import Path
@@ -20,7 +19,6 @@ from mergekit_plus.checkpoint.dtypes import TORCH_DTYPES
 from mergekit_plus.checkpoint.shards import parse_size, plan_shards
 from mergekit_plus.errors import OptionError
 
-saving = importlib.import_module("mergekit_plus.checkpoint.save")  # the package gives the function its name
 MODELS = Path(__file__).parents[1] / "models"
 TENSORS = {
     **{f"layers.{n}.w": random_tensor("BF16", (64, 33), n) for n in range(6)},

@@ -23,7 +23,8 @@ BUSY: dict[str, dict[str, object]] = {
     "dare_ties": {"density": 0.5, "normalize": True},
     "pcb": {"ratio": 0.2, "exclude_frozen": True},
 }
-KEEPS_EQUAL = {"linear": {}, "slerp": {}, "task_arithmetic": {"normalize": True}, "ties": {}, "dare_linear": {"normalize": True}, "dare_ties": {"normalize": True}}
+EQUAL = {"normalize": True}
+KEEPS_EQUAL = {"linear": {}, "slerp": {}, "task_arithmetic": EQUAL, "ties": {}, "dare_linear": EQUAL, "dare_ties": EQUAL}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 NAMES = list(METHODS)
 
