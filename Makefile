@@ -21,7 +21,6 @@ test: $(VENV)/ready
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check --diff . || true
 	$(BIN)/mypy
 
 clean:

@@ -99,7 +99,7 @@ def ours(method: str, tensors: Sequence[Tensor], options: dict[str, Any], seed: 
 
 def peer(folder: Path) -> None:
     """Runs under mergekit's interpreter: every job of the folder, its result beside it."""
-    from mergekit.merge_methods import merge_tensors
+    from mergekit.merge_methods import merge_tensors  # type: ignore[import-not-found]
 
     torch.manual_seed(0)
     tensors = load_file(folder / "inputs.safetensors")
@@ -123,9 +123,7 @@ class Peer:
     def __init__(self, python: str) -> None:
         self.python, self.tensors, self.jobs = python, dict[str, Tensor](), dict[str, Any]()
 
-    def add(
-        self, name: str, method: str, tensors: Sequence[Tensor], options: dict[str, Any], dtype: str = "unset", out_dtype: str = "unset"
-    ) -> None:
+    def add(self, name: str, method: str, tensors: Sequence[Tensor], options: dict[str, Any], dtype: str = "unset", out_dtype: str = "unset") -> None:
         keys = [f"{name}.{index}" for index in range(len(tensors))]
         self.tensors.update({key: tensor.contiguous().clone() for key, tensor in zip(keys, tensors, strict=True)})
         job = {"method": method, "tensors": keys, "options": options, "base": method != "linear", "dtype": dtype, "out_dtype": out_dtype}
@@ -149,7 +147,7 @@ def rounded_right(result: Tensor, exact: Tensor) -> float:
 def table(python: str, side: int) -> None:
     """Print what the module's docstring says."""
     peer = Peer(python)
-    prepared = []
+    prepared: list[tuple[str, str, list[Tensor], dict[str, Any]]] = []
     for label, method, models, options in CASES:
         for dtype in (torch.float32, torch.bfloat16):
             tensors = inputs((side, side + 1), dtype, len(prepared), "wide" in label)[: models + 1]
@@ -189,7 +187,7 @@ def table(python: str, side: int) -> None:
 
 def write_golden(python: str) -> None:
     """Small inputs of odd shapes with mergekit's results: float32 as it runs, bfloat16 from its float64 evaluation, rounded once."""
-    peer, inside, cases = Peer(python), dict[str, Tensor](), []
+    peer, inside, cases = Peer(python), dict[str, Tensor](), list[dict[str, Any]]()
     for case, (label, method, models, options) in enumerate(CASES):
         if method.startswith("dare"):
             continue

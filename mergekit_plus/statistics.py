@@ -95,9 +95,7 @@ def largest(scan: Scan, values: Values, counts: Sequence[int], *, gather: int = 
     def find(base: Tensor | None, models: Sequence[Tensor]) -> tuple[int, list[int]]:
         rows = _rows(values(base, models))
         indices = [np.flatnonzero(row == _exact(each.value, row)) for row, each in zip(rows, found, strict=True)]
-        return rows[0].size, [
-            int(index[place]) if place < index.size else -1 for index, (_, place) in zip(indices, places, strict=True)
-        ]
+        return rows[0].size, [int(index[place]) if place < index.size else -1 for index, (_, place) in zip(indices, places, strict=True)]
 
     parts = scan.map(find)
     starts = np.cumsum([0, *(length for length, _ in parts)])
@@ -166,10 +164,7 @@ def _search(scan: Scan, values: Values, wanted: Sequence[tuple[int, int]], size:
 
         def count(base: Tensor | None, models: Sequence[Tensor], waiting: list[_Target] = waiting) -> list[_Counts]:
             rows = _rows(values(base, models))
-            return [
-                _count(rows[target.row], *target.bracket, 1.0 if target.inside <= share else 4 * share / size)
-                for target in waiting
-            ]
+            return [_count(rows[target.row], *target.bracket, 1.0 if target.inside <= share else 4 * share / size) for target in waiting]
 
         for target, counts in zip(waiting, zip(*scan.map(count), strict=True), strict=True):
             _narrow(target, counts)
@@ -210,9 +205,7 @@ def _count(row: Row, low: float, high: float, density: float) -> _Counts:
 def _narrow(target: _Target, counts: Sequence[_Counts]) -> None:
     """Find the element, or shrink the interval in which it lies, from what every piece says of the bracket."""
     low, high = target.bracket
-    below, at_low, inside, at_high = (
-        sum(getattr(part, name) for part in counts) for name in ("below", "at_low", "inside", "at_high")
-    )
+    below, at_low, inside, at_high = (sum(getattr(part, name) for part in counts) for name in ("below", "at_low", "inside", "at_high"))
     left = target.rank - below
     end = target.under + target.inside
     target.sample = target.sample[:0]

@@ -59,77 +59,79 @@ def _quantize_block(
     weight: Tensor, scheme: Scheme, clip: int, codes: Tensor, scale: Tensor, zero_point: Tensor | None
 ) -> None:
     """Quantise these rows into `codes`, `scale` and `zero_point`."""
-    x = weight.to(torch.float32).reshape(*scale.shape, -1)  # [rows, groups, group]
+    x = weight.to(torch.float32).unflatten(-1, (scale.shape[-1], -1))  # [rows, groups, group]
     largest = torch.amax(x, -1, keepdim=True)  # [rows, groups, 1], as are all below that have no group
     smallest = torch.amin(x, -1, keepdim=True)
-    if zero_point is None:
-        whole = torch.where(largest > -smallest, largest, smallest) / scheme.low
+    if scheme.symmetric:
+        spacing = torch.where(largest > -smallest, largest, smallest) / scheme.low
     else:
         largest, smallest = largest.clamp_min_(0), smallest.clamp_max_(0)
-        steps = scheme.high - scheme.low
-        whole = largest / steps - smallest / steps  # each divided first: their difference may not be finite
-    stored = _storable(whole, scheme, weight.dtype)
-    zero = None if zero_point is None else _zero(smallest, stored, 1.0, scheme)
+        codes_above = scheme.high - scheme.low
+        spacing = largest / codes_above - smallest / codes_above  # each divided first: their difference may not be finite
+    tiny = torch.finfo(torch.float32).tiny
+    spacing = torch.where(spacing.abs() < tiny, tiny, spacing)  # groups of zeros, and of float32 subnormals
+    bottom = None if scheme.symmetric else smallest / spacing
     if clip:
-        stored, zero = _search(x, whole, smallest, stored, zero, scheme, clip, weight.dtype)
-    code = torch.div(x, stored).round_()
-    if zero is not None and zero_point is not None:
+        factor, gain = _search(x / spacing, bottom, scheme, clip)
+        stored = _storable(spacing * factor * gain, scheme, weight.dtype)
+        steps = stored / gain
+    else:
+        factor = 1.0
+        steps = stored = _storable(spacing, scheme, weight.dtype)
+    code = torch.div(x, steps).round_()
+    if bottom is not None and zero_point is not None:
+        zero = _zero(bottom, factor, scheme)
         code += zero
         zero_point.copy_(zero.squeeze(-1))
     codes.copy_(code.clamp_(scheme.low, scheme.high).flatten(-2))
     scale.copy_(stored.squeeze(-1))
 
 
-def _search(
-    x: Tensor, whole: Tensor, smallest: Tensor, stored: Tensor, zero: Tensor | None, scheme: Scheme, clip: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """The scale and the zero point of least squared error among the whole range and `clip` others.
+def _search(x: Tensor, bottom: Tensor | None, scheme: Scheme, clip: int) -> tuple[Tensor, Tensor]:
+    """Which part of the whole range to spread the codes over, and by what to multiply their spacing afterwards.
 
-    The others are evenly spaced. They begin at the range that is best for a normal distribution of the group's power, so that
-    the search reaches far enough where one outlier stretches a long group, and never later than `SEARCH` says.
+    x and bottom (the least of a group, or 0) are in units of the whole range's spacing, so that nothing can overflow. The ranges tried
+    begin where the spacing is best for a normal distribution of the group's power, so that the search reaches far enough where one
+    outlier stretches a long group, and never later than `SEARCH` says.
     """
     first, last = SEARCH[scheme.bits]
-    power = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * (NORMAL[scheme.bits] / math.sqrt(x.shape[-1]))
-    begin = (power / whole.abs()).nan_to_num_(first).clamp_max_(first)  # 0/0 in a group of zeros
-    buffers = torch.empty_like(x), torch.empty_like(x)
-    least = _error(x, stored, zero, scheme, buffers)
-    for trial in range(clip):
-        factor = begin + (last - begin) * (trial / max(1, clip - 1))
-        candidate = _storable(whole * factor, scheme, dtype)
-        candidate_zero = None if zero is None else _zero(smallest, candidate, factor, scheme)
-        error = _error(x, candidate, candidate_zero, scheme, buffers)
-        better = error < least
-        least = torch.where(better, error, least)
-        stored = torch.where(better, candidate, stored)
-        if zero is not None and candidate_zero is not None:
-            zero = torch.where(better, candidate_zero, zero)
-    return stored, zero
-
-
-def _error(x: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, buffers: tuple[Tensor, Tensor]) -> Tensor:
-    """The root of the squared error of each group; `buffers` are two tensors like x to work in."""
-    steps, code = buffers
-    torch.div(x, scale, out=steps)
-    if zero is None:
-        torch.clamp(steps, scheme.low, scheme.high, out=code).round_()
-    else:
-        torch.round(steps, out=code)
-        torch.maximum(code, scheme.low - zero, out=code)
-        torch.minimum(code, scheme.high - zero, out=code)
-    steps -= code
-    root: Tensor = torch.linalg.vector_norm(steps, dim=-1, keepdim=True)
-    return root * scale.abs()
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    begin = (size * (NORMAL[scheme.bits] / math.sqrt(x.shape[-1]))).clamp_max_(first)
+    steps, code = torch.empty_like(x), torch.empty_like(x)
+    factor = best = along = torch.ones_like(size)
+    for trial in range(clip + 1):
+        tried = begin + (last - begin) * ((trial - 1) / max(1, clip - 1)) if trial else factor
+        torch.div(x, tried, out=steps)
+        if bottom is None:
+            torch.clamp(steps, scheme.low, scheme.high, out=code).round_()
+        else:
+            zero = _zero(bottom, tried, scheme)
+            torch.round(steps, out=code)
+            torch.maximum(code, scheme.low - zero, out=code)
+            torch.minimum(code, scheme.high - zero, out=code)
+        length = torch.linalg.vector_norm(code, dim=-1, keepdim=True)
+        common = torch.sum(steps.mul_(code), -1, keepdim=True).mul_(tried)  # <x, codes>
+        cosine = common / length  # times |x|
+        if trial:
+            better = cosine > best
+            factor = torch.where(better, tried, factor)
+            best = torch.where(better, cosine, best)
+            along = torch.where(better, common, along)
+        else:
+            best, along = cosine, common
+    gain = (size * size / (factor * along)).nan_to_num_(1.0).clamp_(0.5, 2.0)  # 0/0 in a group of zeros
+    return factor, gain
 
 
 def _storable(scale: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
     """The scale as `dtype` holds it, in float32: never zero, and small enough for every code to have a finite value."""
     limits = torch.finfo(dtype if dtype.itemsize < 4 else torch.float32)
-    least = 2.0**-24 if dtype == torch.float16 else limits.tiny  # float16 scales are often subnormal: step 2^-24
+    least = 2.0**-24 if dtype == torch.float16 else limits.tiny  # float16 scales may be subnormal: multiples of 2^-24
     bound = limits.max / -scheme.low if scheme.symmetric else limits.max / (scheme.high - scheme.low + 1)
     size = scale.abs().clamp_(least, bound).to(dtype).to(torch.float32)
     return torch.where(scale < 0, -size, size)
 
 
-def _zero(smallest: Tensor, scale: Tensor, factor: Tensor | float, scheme: Scheme) -> Tensor:
-    """The code of zero where `smallest * factor` has the least code; float32 of integers."""
-    return torch.sub(scheme.low, smallest / scale * factor).round_().clamp_(scheme.low, scheme.high)
+def _zero(bottom: Tensor, factor: Tensor | float, scheme: Scheme) -> Tensor:
+    """The code of zero where the part `factor` of the range begins at the least code; float32 of integers."""
+    return torch.sub(scheme.low, bottom / factor * factor if False else bottom).round_().clamp_(scheme.low, scheme.high)

@@ -33,9 +33,7 @@ class Bounds:
     best: float = 0.0
 
 
-def measure(
-    scan: Scan, *, lambda_: Sequence[float], ratio: float, winsor: float, inter: str, exclude_frozen: bool
-) -> tuple[Bounds | None, ...]:
+def measure(scan: Scan, *, lambda_: Sequence[float], ratio: float, winsor: float, inter: str, exclude_frozen: bool) -> tuple[Bounds | None, ...]:
     """The bounds of each task vector over the whole model; None for one whose magnitudes are all alike, which takes no part.
 
     Two order statistics of about one pass each, and one more pass with `exclude_frozen`. Ranks as in the released code:
@@ -122,8 +120,7 @@ def pcb(
 def _scores(vectors: Sequence[Tensor], bounds: Sequence[Bounds], inter: str) -> list[Tensor]:
     """The scores of some task vectors' elements. The measurement and the merge both call this, so that the cut is the same."""
     places = [  # where a magnitude stands between the task's least and greatest, in [0, 1]
-        vector.abs().clamp_(bound.low, bound.high).sub_(bound.low).div_(bound.high - bound.low)
-        for vector, bound in zip(vectors, bounds, strict=True)
+        vector.abs().clamp_(bound.low, bound.high).sub_(bound.low).div_(bound.high - bound.low) for vector, bound in zip(vectors, bounds, strict=True)
     ]
     signed = [place * vector.sign() for place, vector in zip(places, vectors, strict=True)] if inter != "sum" else vectors
     if inter == "pairwise":
@@ -131,10 +128,7 @@ def _scores(vectors: Sequence[Tensor], bounds: Sequence[Bounds], inter: str) -> 
     else:
         total = _total(signed)
         rivals = [vector.mul(total).tanh_() for vector in vectors]
-    return [
-        place.square_().sub_(1).mul_(len(vectors)).exp_().mul_(rival)
-        for place, rival in zip(places, rivals, strict=True)
-    ]
+    return [place.square_().sub_(1).mul_(len(vectors)).exp_().mul_(rival) for place, rival in zip(places, rivals, strict=True)]
 
 
 def _total(tensors: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from mergekit_plus.checkpoint.save import _Budget
 MIB = 1 << 20
 
 SAVE = """
-import json, sys, threading, time
+import sys, threading
 from pathlib import Path
 import torch
 from checkpoint_toys import mapped
@@ -42,13 +41,11 @@ def peak_of(work):
 folder = Path(sys.argv[1])
 torch.set_num_threads(1)
 checkpoint = mapped(mapped(Checkpoint.open(folder / "warm.safetensors"), lambda t: t.float() * 2), torch.neg)
-save(checkpoint, folder / "warm", SaveOptions(workers=2))
+save(checkpoint, folder / f"warm {sys.argv[2]}", SaveOptions(workers=2))
 start = anonymous()
-growth = {}
-for name in sys.argv[2:]:
-    checkpoint = mapped(mapped(Checkpoint.open(folder / f"{name}.safetensors"), lambda t: t.float() * 2), torch.neg)
-    growth[name] = peak_of(lambda: save(checkpoint, folder / name, SaveOptions(workers=2, memory=150 * 2**20))) - start
-print(json.dumps(growth))
+name = sys.argv[2]
+checkpoint = mapped(mapped(Checkpoint.open(folder / f"{name}.safetensors"), lambda t: t.float() * 2), torch.neg)
+print(peak_of(lambda: save(checkpoint, folder / name, SaveOptions(workers=2, memory=150 * 2**20))) - start)
 """
 
 
@@ -66,10 +63,12 @@ def test_peak_memory_is_bounded_and_does_not_grow_with_the_model(tmp_path: Path)
     sparse_model(tmp_path / "warm.safetensors", 1, 1024)
     sparse_model(tmp_path / "small.safetensors", 6, 16 * 1024)
     sparse_model(tmp_path / "large.safetensors", 18, 16 * 1024)
-    result = python(SAVE, tmp_path, "small", "large", timeout=120)
-    assert result.returncode == 0, result.stderr
-    growth = json.loads(result.stdout)
-    assert growth["small"] < 150 * MIB
+    growth = {}
+    for name in ("small", "large"):
+        result = python(SAVE, tmp_path, name)
+        assert result.returncode == 0, result.stderr
+        growth[name] = int(result.stdout)
+    assert 16 * MIB < growth["small"] < 150 * MIB, growth  # something is measured
     assert growth["large"] < growth["small"] + 24 * MIB, growth
 
 
@@ -102,14 +101,13 @@ def test_what_is_measured_stays_inside_the_budget_too(tmp_path: Path, monkeypatc
     monkeypatch.setattr(saving, "_Budget", Watched)
     monkeypatch.setattr(Watched, "peak", 0)
     monkeypatch.setattr(Watched, "takes", 0)
-    lock, flying, most = threading.Lock(), 0, 0
+    lock, most = threading.Lock(), 0
     gather = core.gather
 
     def watched(step, rows):  # type: ignore[no-untyped-def]
-        nonlocal flying, most
+        nonlocal most
         tensors = gather(step, rows)
         with lock:
-            flying += 1
             most = max(most, sum(tensor.nbytes for tensor in tensors))
         return tensors
 
@@ -126,9 +124,9 @@ def test_what_is_measured_stays_inside_the_budget_too(tmp_path: Path, monkeypatc
         step = core.Step(((source, name),), (spec,), lambda tensors, first_row, value: (tensors[0] / value,), 1, measured)
         measured.steps.append(step)
         steps.append(step)
-    save(Checkpoint("scaled", Plan(steps)), tmp_path / "out", SaveOptions(workers=4, memory=8000))
+    save(Checkpoint("scaled", Plan(steps)), tmp_path / "out", SaveOptions(workers=4, memory=13_000))
     assert most <= 1024  # a slab
-    assert 3000 < Watched.peak <= 8000
+    assert 6000 < Watched.peak <= 13_000
     assert Watched.takes == (4 * 8 * 2 if whole_model else 4)
     values = Checkpoint.open(tmp_path / "out")
     bound = max(float(source.read(name).abs().max()) for name in source.specs)

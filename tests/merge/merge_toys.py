@@ -97,9 +97,7 @@ def merged(
     return {name: torch.cat(found) if found[0].dim() else found[0] for name, found in parts.items()}
 
 
-def merge_tensors(
-    method: str, base: Tensor | None, *models: Tensor, rows: int | None = None, seed: int = 0, workers: int = 1, **options: object
-) -> Tensor:
+def merge_tensors(method: str, base: Tensor | None, *models: Tensor, rows: int | None = None, seed: int = 0, workers: int = 1, **options: object) -> Tensor:
     """The merge of one tensor."""
     wrapped = [{"x": model} for model in models]
     return merged(method, None if base is None else {"x": base}, wrapped, rows, seed, workers, **options)["x"]

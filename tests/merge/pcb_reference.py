@@ -17,9 +17,7 @@ class Reference:
     weights: list[Vector]  # their weights
 
 
-def pcb(
-    vectors: list[Vector], lambdas: list[float], ratio: float = 0.1, winsor: float = 0.01, inter: str = "sum", exclude_frozen: bool = False
-) -> Reference:
+def pcb(vectors: list[Vector], lambdas: list[float], ratio: float = 0.1, winsor: float = 0.01, inter: str = "sum", exclude_frozen: bool = False) -> Reference:
     """The merged task vector of `vectors`, each [D]."""
     size = vectors[0].size
     counted = np.any([vector != 0 for vector in vectors], axis=0) if exclude_frozen else np.ones(size, bool)

@@ -110,9 +110,7 @@ def test_2_identical_tasks_give_what_one_gives(inter: str) -> None:
 @pytest.mark.parametrize("inter", INTERS)
 def test_3_the_order_of_tasks_does_not_matter(inter: str) -> None:
     a, b, c = tasks(3)
-    torch.testing.assert_close(
-        tau(a, b, c, lambda_=[1, 2, 3], inter=inter), tau(c, a, b, lambda_=[3, 1, 2], inter=inter), rtol=1e-6, atol=1e-12
-    )
+    torch.testing.assert_close(tau(a, b, c, lambda_=[1, 2, 3], inter=inter), tau(c, a, b, lambda_=[3, 1, 2], inter=inter), rtol=1e-6, atol=1e-12)
 
 
 def test_4_lambda_zero_gives_the_base_and_lambda_is_linear() -> None:
