@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from .checkpoint import Checkpoint
 from .checkpoint.shards import parse_size
 from .errors import CheckpointError, OptionError
 from .progress import Progress, quiet
 
-PerText = float | dict[str, float]
+
+def _per_text(value: object) -> object:
+    numbers = value.values() if isinstance(value, dict) else [value]
+    if value is not None and not all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
+        raise ValueError(f"one number for all texts, or a table with one for each, not {value!r}")
+    return value
+
+
+PerText = Annotated[float | dict[str, float], BeforeValidator(_per_text)]
 
 
 class Limits(BaseModel):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, Scan, Step
 from .checkpoint.checkpoint import row_multiple
-from .checkpoint.spec import natural_order
+from .checkpoint.dtypes import TORCH_DTYPES
+from .checkpoint.spec import TensorSpec, natural_order
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,16 @@ def diff(a: Checkpoint, b: Checkpoint) -> Difference:
     both = sorted((name for name in a.specs if name in b.specs), key=natural_order)
     unlike = [name for name in both if a.specs[name] != b.specs[name]]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        comparable = [name for name in both if a.specs[name].shape == b.specs[name].shape]
+        comparable = [name for name in both if _comparable(a.specs[name], b.specs[name])]
         tensors = tuple(pool.map(lambda name: _compare(a, b, name), comparable))
     only_a = tuple(name for name in a.specs if name not in b.specs)
     only_b = tuple(name for name in b.specs if name not in a.specs)
     return Difference(only_a, only_b, tuple(unlike), tensors)
+
+
+def _comparable(a: TensorSpec, b: TensorSpec) -> bool:
+    """Element by element: of one shape, and of dtypes that torch holds; others are compared as bytes, if of one dtype."""
+    return a.shape == b.shape and (a.dtype == b.dtype or (a.dtype in TORCH_DTYPES and b.dtype in TORCH_DTYPES))
 
 
 def _compare(a: Checkpoint, b: Checkpoint, name: str) -> TensorDifference:
@@ -64,9 +70,11 @@ def _compare(a: Checkpoint, b: Checkpoint, name: str) -> TensorDifference:
 
 def _measure(tensors: Sequence[Tensor]) -> tuple[int, float, float, float]:
     """Elements that differ, largest difference, and the squares of the difference and of the first tensor."""
+    whole = all(not tensor.is_floating_point() and not tensor.is_complex() for tensor in tensors)
+    equal = tensors[0] == tensors[1] if whole and tensors[0].dtype == tensors[1].dtype else None  # float64 holds integers to 2^53
     x, y = (tensor.to(torch.float64) if not tensor.is_complex() else torch.view_as_real(tensor).double() for tensor in tensors)
     delta = x - y
-    same = (x == y) | (x.isnan() & y.isnan())
+    same = (x == y) | (x.isnan() & y.isnan()) if equal is None else equal
     largest = float(delta.abs().nan_to_num(nan=float("inf")).masked_fill(same, 0).max()) if x.numel() else 0.0
-    delta = delta.masked_fill(same, 0)
-    return int((~same).sum()), largest, float(delta.square().sum()), float(x.nan_to_num().square().sum())
+    delta = delta.nan_to_num(nan=float("inf")).masked_fill(same, 0)
+    return int((~same).sum()), largest, float(delta.square().sum()), float(x.nan_to_num(nan=0, posinf=0, neginf=0).square().sum())

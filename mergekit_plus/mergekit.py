@@ -8,22 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .errors import RecipeError
 from .merge import METHODS
 from .recipe import Recipe, check, schema_problems
 
 Scalar = bool | int | float | str
+Parameters = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    parameters: Parameters = Field(default_factory=dict)
 
 
 class _Config(BaseModel):
@@ -32,7 +33,7 @@ class _Config(BaseModel):
     merge_method: str
     models: list[_Model] = Field(min_length=1)
     base_model: str | None = None
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    parameters: Parameters = Field(default_factory=dict)
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer_source: str | None = None
@@ -57,11 +58,13 @@ def translate(parsed: Mapping[str, Any], name: str) -> Recipe:
         found.append(f"tokenizer_source: {config.tokenizer_source} cannot be built yet; the base model's tokenizer is copied (`base`)")
     if len({model.model for model in config.models}) < len(config.models):
         found.append("models: the same model is listed twice")
+    if all(model.model == config.base_model for model in config.models):
+        found.append("models: there is none besides the base model")
     if found:
         raise RecipeError(f"{name}: {'; '.join(found)}")
 
-    method = METHODS[config.merge_method]
-    merged = [model for model in config.models if not (method.needs_base and model.model == config.base_model)]
+    needs_base = config.merge_method in list(METHODS) and METHODS[config.merge_method].needs_base  # an unknown method is refused with the step
+    merged = [model for model in config.models if not (needs_base and model.model == config.base_model)]
     names = {ref: ref for ref in dict.fromkeys([model.model for model in merged] + ([config.base_model] if config.base_model else []))}
     step = {
         "method": config.merge_method,

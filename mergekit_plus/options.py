@@ -102,9 +102,14 @@ class Options:
                     found.append(f"{self.owner} needs the option '{name}': {self.table[name].help}")
                 else:
                     found.append(f"{self.owner}: {name}={given.get(name)!r}: {problem['msg']}")
-            return found
-        for name, option in self.table.items():
-            many = getattr(values, name)
+            return found + self._lengths(known, models)
+        return found + self._lengths({name: getattr(values, name) for name in self.table}, models)
+
+    def _lengths(self, values: Mapping[str, object], models: int | None) -> list[str]:
+        """A sentence for each per-model option that has neither one value nor one for each model."""
+        found = []
+        for name, value in values.items():
+            option, many = self.table[name], value if isinstance(value, list | tuple) else (value,)
             if option.per_model and models is not None and len(many) not in (1, models):
                 found.append(f"{self.owner}: {name} has {len(many)} values for {models} models; give one, or one for each")
         return found

@@ -21,17 +21,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from .checkpoint import Checkpoint, Manifest, SaveOptions, save, steps_of
 from .checkpoint.checkpoint import is_copy
 from .checkpoint.dtypes import parse_float_dtype
-from .checkpoint.save import check_target, plan_save
+from .checkpoint.save import DEFAULT_SHARD_SIZE, check_target, plan_save
 from .checkpoint.shards import parse_size
 from .checks import Checks, measure_and_compare
 from .errors import CheckFailed, CheckpointError, OptionError, RecipeError, nearest
 from .merge import METHODS
-from .merge.plan import MergeOptions, merge
+from .merge.plan import MergeOptions, merge, problems
 
 RECIPE = "recipe.yaml"
 
@@ -53,12 +53,24 @@ class MergeStep(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     method: str = "linear"
-    models: list[str] | dict[str, dict[str, Any]] = Field(min_length=1)  # names of inputs, or name: {option: value of this model}
+    models: dict[str, dict[str, Any]] | list[str]  # names of inputs, or name: {option: value of this model}
     base: str | None = None
     dtype: str | None = None
     input_dtype: str | None = None
     exclude: list[str] = Field(default_factory=list)
     seed: int = 0
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _named_models(cls, value: object) -> object:
+        """Refuse in one sentence what is neither a list nor a table; `code:` with nothing after it has no options of its own."""
+        if isinstance(value, dict):
+            value = {name: {} if own is None else own for name, own in value.items()}
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        wanted: type = dict if isinstance(value, dict) else str
+        if not parts or not all(isinstance(part, wanted) for part in parts):
+            raise ValueError("a list of inputs, as in [code, docs], or a table with the options of each, as in {code: {weight: 0.6}, docs: {}}")
+        return value
 
     def options(self) -> dict[str, Any]:
         """The method's options; per-model ones gathered in the models' order."""
@@ -70,22 +82,22 @@ class MergeStep(BaseModel):
                 elif name in given or _default_of(self.method, name) is not None:
                     rest = given.get(name, _default_of(self.method, name))
                     given[name] = [own.get(name, rest) for own in self.models.values()]
-                else:
-                    lacking = next(model for model, own in self.models.items() if name not in own)
-                    raise OptionError(f"{name} is given for some models but not for {lacking}")
+                else:  # no such option, which is for the method to say
+                    given[name] = [own[name] for own in self.models.values() if name in own]
         return given
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
         for name in (*self.models, *([self.base] if self.base else [])):
             if name not in inputs:
                 yield f"merge: '{name}' is not an input.{nearest(name, inputs)}"
-        try:
-            yield from METHODS[self.method].options.problems(self.options(), len(self.models))
-            for dtype in (self.dtype, self.input_dtype):
+        for problem in problems(self.method, self.options(), len(self.models), self.base is not None):
+            yield f"merge: {problem}"
+        for dtype in (self.dtype, self.input_dtype):
+            try:
                 if dtype:
                     parse_float_dtype(dtype)
-        except OptionError as error:
-            yield f"merge: {error}"
+            except OptionError as error:
+                yield f"merge: {error}"
 
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
         options = MergeOptions(
@@ -112,7 +124,8 @@ class QuantizeStep(BaseModel):
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
         from quant.plan import problems
 
-        yield from problems(self.bits, self.group_size, self.symmetric, self.method, self.format, self.model_extra or {})
+        for problem in problems(self.bits, self.group_size, self.symmetric, self.method, self.format, self.model_extra or {}):
+            yield f"quantize: {problem}"
         if self.of is not None and self.of not in inputs:
             yield f"quantize: '{self.of}' is not an input.{nearest(self.of, inputs)}"
 
@@ -150,14 +163,19 @@ StepOptions = MergeStep | QuantizeStep | DequantizeStep
 
 
 class Recipe(_Strict):
-    """A whole recipe. `folder` is what its paths are relative to."""
+    """A whole recipe."""
 
     inputs: dict[str, Input]
     steps: list[dict[str, StepOptions]] = Field(default_factory=list)
     checks: Checks = Field(default_factory=Checks)
     out: str | None = None
     max_shard_size: str | None = None
-    folder: Path = Field(Path(), exclude=True)
+    _folder: Path = PrivateAttr(Path())
+
+    @property
+    def folder(self) -> Path:
+        """What its paths are relative to."""
+        return self._folder
 
     @field_validator("inputs", mode="before")
     @classmethod
@@ -167,18 +185,17 @@ class Recipe(_Strict):
     @field_validator("steps", mode="before")
     @classmethod
     def _named_steps(cls, value: object) -> object:
-        if not isinstance(value, list):
-            return value
-        return [_parse_step(step) for step in value]
+        return [_parse_step(step) for step in value] if isinstance(value, list) else value
 
-    def problems(self) -> list[str]:
-        """Everything wrong that the schema does not see."""
+    def problems(self, of_order: bool = True) -> list[str]:
+        """Everything wrong that the schema does not see; without `of_order` where steps are missing that could not be read."""
         found = [problem for step in self.steps for options in step.values() for problem in options.problems(self.inputs)]
+        found += _order_problems(self.steps, self.inputs) if of_order else []
         for name in (*self.checks.beside, *([self.checks.against] if self.checks.against else [])):
             if name not in self.inputs:
                 found.append(f"checks: '{name}' is not an input.{nearest(name, self.inputs)}")
         found += self.checks.problems(self.folder)
-        if not self.steps and len(self.inputs) != 1:
+        if of_order and not self.steps and len(self.inputs) != 1:
             found.append("steps: there is nothing to do")
         return found
 
@@ -188,13 +205,42 @@ class Recipe(_Strict):
         return str(here) if here.exists() or ref.startswith((".", "/", "~")) else ref
 
 
-def _parse_step(step: object) -> object:
+def _parse_step(step: object) -> dict[str, StepOptions]:
     if not isinstance(step, dict) or len(step) != 1:
         raise ValueError(f"a step is one operation with its options, as in `merge: {{...}}`, not {step!r}")
     (name, options), = step.items()
     if name not in OPERATIONS:
         raise ValueError(f"unknown operation '{name}'.{nearest(str(name), OPERATIONS)}")
-    return {name: options if isinstance(options, BaseModel) else OPERATIONS[name].model_validate(options or {})}
+    return {name: options if isinstance(options, StepOptions) else OPERATIONS[name].model_validate(options or {})}
+
+
+def _parse_steps(steps: Sequence[object]) -> tuple[list[dict[str, StepOptions]], list[str]]:
+    """The steps that can be read, and a sentence for each problem of the others."""
+    parsed, found = [], []
+    for number, step in enumerate(steps, 1):
+        try:
+            parsed.append(_parse_step(step))
+        except ValidationError as error:
+            assert isinstance(step, dict)
+            name = next(iter(step))
+            found += [f"step {number}, {name}: {problem}" for problem in schema_problems(error, OPERATIONS[name])]
+        except ValueError as error:
+            found.append(f"step {number}: {error}")
+    return parsed, found
+
+
+def _order_problems(steps: Sequence[Mapping[str, StepOptions]], inputs: Mapping[str, object]) -> list[str]:
+    """What is wrong with how steps follow each other."""
+    found: list[str] = []
+    for number, step in enumerate(steps, 1):
+        for name, options in step.items():
+            source = None if isinstance(options, MergeStep) else options.of
+            if number > 1 and (source is not None or isinstance(options, MergeStep)):
+                lost = f"what step {number - 1} makes would be lost"
+                found.append(f"step {number}, {name}: it reads inputs, not the step before it, so that {lost}; make it the first, or a recipe of its own")
+            elif number == 1 and source is None and len(inputs) > 1 and not isinstance(options, MergeStep):
+                found.append(f"step 1, {name}: say which input it works on, with `of:`; there are {', '.join(inputs)}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -246,11 +292,17 @@ def check(parsed: Mapping[str, Any], folder: Path, name: str) -> Recipe:
 
     Errors: RecipeError with every problem found.
     """
+    steps, found = _parse_steps(parsed["steps"]) if isinstance(parsed.get("steps"), list) else (parsed.get("steps", []), [])
     try:
-        recipe = Recipe.model_validate({**parsed, "folder": folder})
+        recipe = Recipe.model_validate({**parsed, "steps": steps})
     except ValidationError as error:
-        raise RecipeError(f"{name}: {'; '.join(schema_problems(error, Recipe))}") from None
-    if found := recipe.problems():
+        found = schema_problems(error, Recipe) + found
+        inputs = parsed.get("inputs")
+        if isinstance(inputs, dict) and isinstance(steps, list):
+            found += [problem for step in steps for options in step.values() for problem in options.problems(inputs)]
+        raise RecipeError(f"{name}: {'; '.join(found)}") from None
+    recipe._folder = folder
+    if found := found + recipe.problems(of_order=not found):
         raise RecipeError(f"{name}: {'; '.join(found)}")
     return recipe
 
@@ -266,7 +318,7 @@ def schema_problems(error: ValidationError, model: type[BaseModel]) -> list[str]
             found.append(f"{place + ': ' if place else ''}unknown key '{key}'.{nearest(key, known)}")
         else:
             found.append(f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _model_at(model: type[BaseModel], place: Sequence[int | str]) -> type[BaseModel]:
@@ -312,12 +364,14 @@ def run(recipe: Recipe, how: Execution | None = None) -> Outcome:
     how = how or Execution()
     out = _target(recipe, how)
     built = build(recipe, how)
+    _check_out(recipe, built.result, out)
 
     def describe(manifest: Manifest) -> Mapping[str, bytes]:
         _check_digests(recipe, built.inputs, manifest)
-        return {RECIPE: resolved(recipe, built.inputs, manifest, out)}
+        return {RECIPE: resolved(recipe, built.inputs, manifest, out, options.max_shard_size)}
 
-    manifest = save(built.result, out, _save_options(recipe, how), describe)
+    options = _save_options(recipe, how)
+    manifest = save(built.result, out, options, describe)
     if recipe.checks.texts or recipe.checks.limits.model_fields_set:
         table, failures = measure_and_compare(recipe.checks, recipe.folder, built.inputs, built.stages, Checkpoint.open(out), how.save.progress)
         return Outcome(out, manifest, table, failures)
@@ -329,6 +383,7 @@ def plan(recipe: Recipe, how: Execution | None = None) -> dict[str, Any]:
     how = how or Execution()
     out = _target(recipe, how)
     result = build(recipe, how).result
+    _check_out(recipe, result, out)
     check_target(out, how.save.overwrite, result)
     layout = plan_save(result, out, _save_options(recipe, how))
     copies = sum(len(step.writes) for step in steps_of(result) if is_copy(step))
@@ -346,12 +401,25 @@ def _target(recipe: Recipe, how: Execution) -> Path:
     return how.out or Path(recipe.out or "")
 
 
+def _check_out(recipe: Recipe, result: Checkpoint, out: Path) -> None:
+    """Refuse one file for what needs the config.json beside it."""
+    if out.suffix != ".safetensors":
+        return
+    folder = out.with_suffix("")
+    if result.config.get("quantization_config"):
+        raise RecipeError(
+            f"{out}: packed weights need a folder, because its config.json says how they were packed; write to {folder}, or quantize with the format dense"
+        )
+    if recipe.checks.texts:
+        raise RecipeError(f"{out}: a text is measured on a model, which needs its config.json; write to the folder {folder}")
+
+
 def _save_options(recipe: Recipe, how: Execution) -> SaveOptions:
     return replace(how.save, max_shard_size=parse_size(recipe.max_shard_size)) if recipe.max_shard_size else how.save
 
 
-def resolved(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manifest, out: Path) -> bytes:
-    """The recipe as the output holds it: paths relative to the output, every input with its digests."""
+def resolved(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manifest, out: Path, shard_size: int = DEFAULT_SHARD_SIZE) -> bytes:
+    """The recipe as the output holds it: paths relative to the output, every input with its digests, and the size of shards where it was chosen."""
     content = recipe.model_dump(mode="json", exclude_defaults=True)
     content["inputs"] = {
         name: {
@@ -361,13 +429,15 @@ def resolved(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manifes
         for name, source in recipe.inputs.items()
     }
     content["steps"] = [{name: options.model_dump(mode="json", exclude_none=True) for name, options in step.items()} for step in recipe.steps]
+    if shard_size != DEFAULT_SHARD_SIZE:
+        content["max_shard_size"] = str(shard_size)
     if "checks" in content and recipe.checks.texts:
         content["checks"]["texts"] = {name: _relative(str(recipe.folder / text), out) for name, text in recipe.checks.texts.items()}
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120).encode()
 
 
 def _relative(ref: str, out: Path) -> str:
-    return os.path.relpath(ref, out) if Path(ref).exists() else ref
+    return os.path.relpath(os.path.abspath(ref), os.path.realpath(out)) if Path(ref).exists() else ref
 
 
 def _check_digests(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manifest) -> None:

@@ -126,10 +126,9 @@ class _Run:
     def __call__(self, tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
         (weight,) = tensors
         if not self.allow_nonfinite and not is_finite(weight):
-            bad = int((~torch.isfinite(weight)).sum())
-            raise CheckpointError(
-                f"{self.label}: {self.name} holds {bad} values that are NaN or infinite; mend the model, or carry them with --allow-nonfinite"
-            )
+            count = int((~torch.isfinite(weight)).sum())
+            values = f"{count} values that are" if count > 1 else "a value that is"
+            raise CheckpointError(f"{self.label}: {self.name} holds {values} NaN or infinite; mend the model, or carry them with --allow-nonfinite")
         with torch.no_grad():
             return [part.to("cpu") for part in self.layout.encode(self.quantizer.function(weight.to(self.device), self.scheme, **self.arguments)).values()]
 
@@ -170,8 +169,10 @@ def _check_fit(checkpoint: Checkpoint, chosen: set[str], scheme: Scheme) -> None
         return
     name = min(misfits)
     fitting = [size for size in (128, 64, 32, 16) if all(replace(scheme, group_size=size).fits(checkpoint.specs[name].shape) is None for name in chosen)]
-    advice = f"--group-size {fitting[0]} fits all layers" if fitting else "--group-size 0 (one scale a row) fits all, or leave layers out with --exclude"
-    raise CheckpointError(f"{checkpoint.label}: {name} {misfits[name]}{f' (and {len(misfits) - 1} more)' if len(misfits) > 1 else ''}; {advice}")
+    whole_rows = all(replace(scheme, group_size=0).fits(checkpoint.specs[name].shape) is None for name in chosen)
+    advice = f"--group-size {fitting[0]} fits all layers" if fitting else "--group-size 0 (one scale a row) fits all" if whole_rows else ""
+    advice += f"{', or ' if advice else ''}leave layers out with --exclude"
+    raise CheckpointError(f"{checkpoint.label}: {name} {misfits[name].partition(';')[0]}{f' (and {len(misfits) - 1} more)' if len(misfits) > 1 else ''}; {advice}")
 
 
 def _check_fused(roles: ModelMap, chosen: set[str]) -> None:

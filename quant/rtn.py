@@ -1,12 +1,16 @@
 """Round to nearest: every weight goes to the closest of 2^bits evenly spaced values that its group of inputs shares.
 
-What is chosen is the spacing. Plain min-max lets the extreme of a group end on the outermost code, which is exact for the
-extreme and coarse for all others. `clip` also tries smaller (and, where codes are many, slightly larger) ranges and keeps
-the one whose squared error over the group is least.
+What is chosen is the spacing. Plain min-max (`clip=0`) lets the extreme of a group end on the outermost code. Symmetric scales are
+signed: the extreme, positive or negative, goes to the code -2^(bits-1), which has no counterpart above. That is a power of two, so the
+extreme is kept exactly, and the squared error of the weights is 13 % lower than with llm-compressor's `max|w| / (2^bits - 1) * 2` at 4
+bits in groups of 128, 23 % at 3 bits and 40 % at 2.
 
-Symmetric scales are signed: the extreme, positive or negative, goes to the code -2^(bits-1), which has no counterpart above. That
-is a power of two, so the extreme is kept exactly, and the error is 13 % lower than with `max|w| / (2^bits - 1) * 2` at 4 bits in
-groups of 128, 23 % at 3 bits and 40 % at 2 (specs/quant_formats_and_peers.md 2.2 has the convention of llm-compressor).
+`clip=n` also tries n other ranges, most of them narrower. It keeps the one whose codes have the direction of the group most nearly (the
+greatest cosine), and then sets the scale so that the projection of the result on the group is the group itself. The range of
+least squared error, the usual choice, shrinks every group by its relative error, an eighth at 2 bits, and as all groups shrink
+alike, that adds up in a layer's output. At 4 bits in groups of 128 both searches take about 11 % off the squared error of plain min-max; on a
+Llama of 11 M parameters the usual one raised the perplexity by that, and this one lowered the KL divergence to the original. Scales
+that keep the projection are those of Vargaftik et al., DRIVE: One-bit Distributed Mean Estimation (NeurIPS 2021).
 """
 
 from __future__ import annotations
@@ -24,13 +28,13 @@ from .quantizer import quantizer
 BLOCK = 1 << 20  # elements worked on at a time; threads that work on fewer queue for Python's lock (2.5 times slower with two of them)
 
 # By bits: the spacing that is best for a normal distribution of unit variance (J. Max, Quantizing for Minimum Distortion, 1960,
-# table II), and where the search begins (at most) and ends, as parts of the whole range (measured; see tests/quant/test_rtn.py).
+# table II), and the parts of the whole range where the search begins (at most) and ends, chosen on the weights of a small Llama.
 NORMAL = {2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
 SEARCH = {2: (0.6, 1.0), 3: (0.75, 1.0), 4: (0.85, 1.025), 5: (0.92, 1.05), 6: (0.95, 1.075), 7: (0.97, 1.075), 8: (0.98, 1.075)}
 
 Clip = Annotated[
     int,
-    Field(ge=0, le=64, description="ranges tried for each group besides the whole one, for the least squared error; 0: none"),
+    Field(ge=0, le=64, description="ranges tried for each group besides the whole one, for the least error; 0: plain min-max"),
 ]
 
 
@@ -38,28 +42,35 @@ Clip = Annotated[
 def rtn(weight: Tensor, scheme: Scheme, *, clip: Clip = 6) -> Quantized:
     """Round each weight to the nearest code of its group.
 
-    weight: [rows, in], bfloat16, float16, float32 or float64, of a shape that the scheme fits. The scales have its dtype, and the
-    codes are those of the scales as stored, computed in float32 and rounded once, half to even. Finite weights give finite
-    scales and values; a group of zeros gives zeros.
+    weight: [rows, in], bfloat16, float16, float32 or float64, of a shape that the scheme fits. The scales have its dtype. The codes are
+    computed in float32 and rounded once, half to even, with the spacing that the scale as stored implies: the scale itself for
+    `clip=0`, and otherwise the scale without its last adjustment. Finite weights give finite scales and values; a group of zeros
+    gives zeros.
     """
     rows, width = weight.shape
     groups = scheme.groups(width)
+    if rows * groups == 1:  # torch splits a sum that is alone among its threads, and rounds it otherwise
+        pair = rtn(weight.expand(2, width), scheme, clip=clip)
+        return Quantized(pair.codes[:1], pair.scale[:1], None if pair.zero_point is None else pair.zero_point[:1], scheme.bits)
     codes = torch.empty((rows, width), dtype=torch.int8, device=weight.device)
     scale = torch.empty((rows, groups), dtype=weight.dtype, device=weight.device)
     zero_point = None if scheme.symmetric else torch.empty((rows, groups), dtype=torch.int8, device=weight.device)
-    step = max(1, BLOCK // width)
+    step = min(rows, max(2, BLOCK // width))
+    room = torch.empty((3, step, groups, width // groups), dtype=torch.float32, device=weight.device)
     for start in range(0, rows, step):
-        block = slice(start, min(start + step, rows))
+        first, end = min(start, max(0, rows - 2)), min(start + step, rows)  # no row alone: the last may be done twice
+        block = slice(first, end)
         zeros = None if zero_point is None else zero_point[block]
-        _quantize_block(weight[block], scheme, clip, codes[block], scale[block], zeros)
+        _quantize_block(weight[block], scheme, clip, room[:, : end - first], codes[block], scale[block], zeros)
     return Quantized(codes, scale, zero_point, scheme.bits)
 
 
 def _quantize_block(
-    weight: Tensor, scheme: Scheme, clip: int, codes: Tensor, scale: Tensor, zero_point: Tensor | None
+    weight: Tensor, scheme: Scheme, clip: int, room: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None
 ) -> None:
-    """Quantise these rows into `codes`, `scale` and `zero_point`."""
-    x = weight.to(torch.float32).unflatten(-1, (scale.shape[-1], -1))  # [rows, groups, group]
+    """Quantise these rows into `codes`, `scale` and `zero_point`, working in `room`: fresh memory costs more than arithmetic."""
+    x, code, _ = room  # [rows, groups, group]
+    x.copy_(weight.view_as(x))
     largest = torch.amax(x, -1, keepdim=True)  # [rows, groups, 1], as are all below that have no group
     smallest = torch.amin(x, -1, keepdim=True)
     if scheme.symmetric:
@@ -70,57 +81,63 @@ def _quantize_block(
         spacing = largest / codes_above - smallest / codes_above  # each divided first: their difference may not be finite
     tiny = torch.finfo(torch.float32).tiny
     spacing = torch.where(spacing.abs() < tiny, tiny, spacing)  # groups of zeros, and of float32 subnormals
-    bottom = None if scheme.symmetric else smallest / spacing
+    # the code of zero: that of the smallest is the least, for every part of the range that is cut alike at both ends
+    zero = None if scheme.symmetric else (scheme.low - smallest / spacing).round_().clamp_(scheme.low, scheme.high)
     if clip:
-        factor, gain = _search(x / spacing, bottom, scheme, clip)
+        factor, gain = _search(spacing, zero, scheme, clip, room)
         stored = _storable(spacing * factor * gain, scheme, weight.dtype)
-        steps = stored / gain
+        spacing = stored / gain
+        x.copy_(weight.view_as(x))  # the search has scaled it
     else:
-        factor = 1.0
-        steps = stored = _storable(spacing, scheme, weight.dtype)
-    code = torch.div(x, steps).round_()
-    if bottom is not None and zero_point is not None:
-        zero = _zero(bottom, factor, scheme)
+        spacing = stored = _storable(spacing, scheme, weight.dtype)
+    torch.div(x, spacing, out=code).round_()
+    if zero is not None and zero_point is not None:
         code += zero
         zero_point.copy_(zero.squeeze(-1))
     codes.copy_(code.clamp_(scheme.low, scheme.high).flatten(-2))
     scale.copy_(stored.squeeze(-1))
 
 
-def _search(x: Tensor, bottom: Tensor | None, scheme: Scheme, clip: int) -> tuple[Tensor, Tensor]:
-    """Which part of the whole range to spread the codes over, and by what to multiply their spacing afterwards.
+def _search(spacing: Tensor, zero: Tensor | None, scheme: Scheme, clip: int, room: Tensor) -> tuple[Tensor, Tensor]:
+    """Which part of the whole range to spread the codes over, and what to multiply their spacing by to get the scale.
 
-    x and bottom (the least of a group, or 0) are in units of the whole range's spacing, so that nothing can overflow. The ranges tried
-    begin where the spacing is best for a normal distribution of the group's power, so that the search reaches far enough where one
-    outlier stretches a long group, and never later than `SEARCH` says.
+    The weights are taken in units of the whole range's spacing, in place, so that nothing can overflow. The ranges tried begin where
+    the spacing is best for a normal distribution of the group's power, so that the search reaches far enough where one
+    outlier stretches a long group, and never later than `SEARCH` says; they are evenly spaced.
     """
+    x, code, steps = room
+    x /= spacing
     first, last = SEARCH[scheme.bits]
-    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    begin = (size * (NORMAL[scheme.bits] / math.sqrt(x.shape[-1]))).clamp_max_(first)
-    steps, code = torch.empty_like(x), torch.empty_like(x)
-    factor = best = along = torch.ones_like(size)
-    for trial in range(clip + 1):
-        tried = begin + (last - begin) * ((trial - 1) / max(1, clip - 1)) if trial else factor
-        torch.div(x, tried, out=steps)
-        if bottom is None:
-            torch.clamp(steps, scheme.low, scheme.high, out=code).round_()
-        else:
-            zero = _zero(bottom, tried, scheme)
-            torch.round(steps, out=code)
-            torch.maximum(code, scheme.low - zero, out=code)
-            torch.minimum(code, scheme.high - zero, out=code)
-        length = torch.linalg.vector_norm(code, dim=-1, keepdim=True)
-        common = torch.sum(steps.mul_(code), -1, keepdim=True).mul_(tried)  # <x, codes>
-        cosine = common / length  # times |x|
-        if trial:
-            better = cosine > best
-            factor = torch.where(better, tried, factor)
-            best = torch.where(better, cosine, best)
-            along = torch.where(better, common, along)
-        else:
-            best, along = cosine, common
-    gain = (size * size / (factor * along)).nan_to_num_(1.0).clamp_(0.5, 2.0)  # 0/0 in a group of zeros
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    begin = (length * (NORMAL[scheme.bits] / math.sqrt(x.shape[-1]))).clamp_max_(first)
+    bounds = None if zero is None else (scheme.low - zero, scheme.high - zero)
+    factor = torch.ones_like(length)
+    common, cosine = _agreement(x, factor, scheme, bounds, code, steps)
+    for trial in range(clip):
+        tried = begin + (last - begin) * (trial / max(1, clip - 1))
+        its_common, its_cosine = _agreement(x, tried, scheme, bounds, code, steps)
+        better = its_cosine > cosine
+        factor = torch.where(better, tried, factor)
+        common = torch.where(better, its_common, common)
+        cosine = torch.where(better, its_cosine, cosine)
+    gain = (length * length / (factor * common)).nan_to_num_(1.0).clamp_(0.5, 2.0)  # 0/0 in a group of zeros
     return factor, gain
+
+
+def _agreement(
+    x: Tensor, spacing: Tensor, scheme: Scheme, bounds: tuple[Tensor, Tensor] | None, code: Tensor, steps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The scalar product of each group with its codes less the zero point, and the same over their length; `code`, `steps`: room."""
+    torch.div(x, spacing, out=steps)
+    if bounds is None:
+        torch.clamp(steps, scheme.low, scheme.high, out=code).round_()
+    else:
+        torch.round(steps, out=code)
+        torch.maximum(code, bounds[0], out=code)
+        torch.minimum(code, bounds[1], out=code)
+    steps *= code
+    common = torch.sum(steps, -1, keepdim=True).mul_(spacing)
+    return common, common / torch.linalg.vector_norm(code, dim=-1, keepdim=True)
 
 
 def _storable(scale: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
@@ -131,7 +148,3 @@ def _storable(scale: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
     size = scale.abs().clamp_(least, bound).to(dtype).to(torch.float32)
     return torch.where(scale < 0, -size, size)
 
-
-def _zero(bottom: Tensor, factor: Tensor | float, scheme: Scheme) -> Tensor:
-    """The code of zero where the part `factor` of the range begins at the least code; float32 of integers."""
-    return torch.sub(scheme.low, bottom / factor * factor if False else bottom).round_().clamp_(scheme.low, scheme.high)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, Measured, Plan, Scan, Step, TensorSpec
-from ..checkpoint.checkpoint import Run, Visit, copy_step, row_multiple
+from ..checkpoint.checkpoint import Run, copy_step, row_multiple
 from ..checkpoint.dtypes import TAGS, TORCH_DTYPES, config_dtype
 from ..checkpoint.save import is_finite
 from ..checkpoint.spec import natural_order
-from ..errors import CheckpointError, OptionError
+from ..errors import CheckpointError, OptionError, nearest
 from ..model import quantized_reason, tied_alias
 from . import METHODS, MergeMethod
 from .noise import Noise
@@ -52,9 +52,10 @@ def merge(
     """
     how = how or MergeOptions()
     chosen = METHODS[method]
-    if chosen.needs_base and base is None and chosen.models == (1, 1) and len(models) == 2:
-        base, models = models[0], models[1:]  # between two models, the first is where it starts
-    _check_count(chosen, models, base)
+    if _starts_at_first(chosen, len(models), base is not None):
+        base, models = models[0], models[1:]
+    if reason := _misfit(chosen, len(models), base is not None):
+        raise OptionError(reason)
     arguments = chosen.options.check(options or {}, len(models))
     if chosen.check is not None:
         chosen.check(arguments)
@@ -77,7 +78,24 @@ def merge(
             measured.steps.append(step)
         steps.append(step)
     result = Checkpoint(f"{method} of {', '.join(model.label for model in models)}", Plan(steps), donor.files)
-    return _with_config(result, inputs)
+    return _with_config(result, inputs, account_of)
+
+
+def problems(method: str, options: Mapping[str, object], models: int, base: bool) -> list[str]:
+    """Everything wrong with a method, its options and this many models, a sentence each."""
+    if method not in list(METHODS):
+        return [f"unknown {METHODS.kind} '{method}'.{nearest(method, METHODS)}"]
+    chosen = METHODS[method]
+    if _starts_at_first(chosen, models, base):
+        base, models = True, models - 1
+    reason = _misfit(chosen, models, base)
+    found = [*([reason] if reason else []), *chosen.options.problems(options, models)]
+    if not found and chosen.check is not None:
+        try:
+            chosen.check(chosen.options.check(options, models))
+        except OptionError as error:
+            found.append(str(error))
+    return found
 
 
 def account(inputs: Sequence[Checkpoint], donor: Checkpoint, exclude: Sequence[str] = ()) -> Account:
@@ -91,7 +109,11 @@ def account(inputs: Sequence[Checkpoint], donor: Checkpoint, exclude: Sequence[s
     merged: dict[str, tuple[str, ...]] = {}
     copied: dict[str, str] = {}
     problems: list[str] = []
-    for name in dict.fromkeys(name for part in inputs for name in part.specs):
+    names = dict.fromkeys(name for part in inputs for name in part.specs)
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise OptionError(f"--exclude '{pattern}' matches no tensor.{nearest(pattern, names) if len(names) < 1000 else ''}")
+    for name in names:
         if any(fnmatchcase(name, pattern) for pattern in exclude):
             copied[name] = "excluded"
             continue
@@ -128,7 +150,11 @@ class _Bound:
 
     def measure(self, scan: Scan) -> Any:
         assert self.method.statistic is not None
-        return self.method.statistic(_ModelScan(scan, self._split), **self.statistic_arguments)
+        carry = self.how.allow_nonfinite
+        try:
+            return self.method.statistic(_ModelScan(scan, self._split, carry), **self.statistic_arguments)
+        except _NotFinite:
+            raise CheckpointError(_find_nonfinite(scan)) from None
 
     def run(self, spec: TensorSpec, labels: Sequence[str]) -> Run:
         dtype = TORCH_DTYPES[spec.dtype]
@@ -139,10 +165,7 @@ class _Bound:
             if not self.how.allow_nonfinite:
                 for label, tensor in zip(labels, tensors, strict=True):
                     if not is_finite(tensor):
-                        raise CheckpointError(
-                            f"{label}: {spec.name} holds {int((~torch.isfinite(tensor)).sum())} values that are NaN or infinite; "
-                            "mend the model, or carry them with --allow-nonfinite"
-                        )
+                        raise CheckpointError(_nonfinite(label, spec.name, tensor))
             base, models = self._split(tensors)
             first = first_row * row_elements
             known = {"measured": measured, "noise": Noise(self.how.seed, spec.name, first) if "noise" in inside else None, "first": first}
@@ -163,18 +186,54 @@ class _Bound:
 
 @dataclass(frozen=True)
 class _ModelScan:
-    """A scan as a method's statistic sees it: base and models instead of what a step reads."""
+    """A scan as a method's statistic sees it: base and models instead of what a step reads, and finite values only.
+
+    Order statistics do not exist where there are NaNs: these are refused, or, with `carry`, counted as zeros.
+    """
 
     scan: Scan
     split: Callable[[Sequence[Tensor]], tuple[Tensor | None, Sequence[Tensor]]]
+    carry: bool
+    passes: list[bool] = field(default_factory=list)
 
     @property
     def size(self) -> int:
         return self.scan.size
 
     def map(self, function: Callable[[Tensor | None, Sequence[Tensor]], Any], sample: bool = False) -> Sequence[Any]:
-        visit: Visit = lambda tensors: function(*self.split(tensors))  # noqa: E731
-        return self.scan.map(visit, sample)
+        look = self.carry or not any(self.passes)  # the values of a later pass are those of the first
+
+        def visit(tensors: Sequence[Tensor]) -> Any:
+            if look and not all(map(is_finite, tensors)):
+                if not self.carry:
+                    raise _NotFinite
+                tensors = [tensor.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for tensor in tensors]
+            return function(*self.split(tensors))
+
+        results = self.scan.map(visit, sample)
+        self.passes.append(not sample)
+        return results
+
+
+class _NotFinite(Exception):
+    """A measurement met a NaN or an infinity."""
+
+
+def _find_nonfinite(scan: Scan) -> str:
+    """Which input holds the value; the tensors are read once more, for a measurement is not told their names."""
+    for step in scan.steps:
+        for part, name in step.reads:
+            for rows in step.slabs():
+                tensor = part.read(name, rows if step.cut else None)
+                if not is_finite(tensor):
+                    return _nonfinite(part.label, name, tensor)
+    return "an input holds values that are NaN or infinite; mend the model, or carry them with --allow-nonfinite"
+
+
+def _nonfinite(label: str, name: str, tensor: Tensor) -> str:
+    count = int((~torch.isfinite(tensor)).sum())
+    values = f"{count} values that are" if count > 1 else "a value that is"
+    return f"{label}: {name} holds {values} NaN or infinite; mend the model, or carry them with --allow-nonfinite"
 
 
 def donor_spec(reads: Sequence[tuple[Checkpoint, str]]) -> TensorSpec:
@@ -183,13 +242,22 @@ def donor_spec(reads: Sequence[tuple[Checkpoint, str]]) -> TensorSpec:
     return part.specs[name]
 
 
-def _check_count(method: MergeMethod, models: Sequence[Checkpoint], base: Checkpoint | None) -> None:
+def _starts_at_first(method: MergeMethod, models: int, base: bool) -> bool:
+    """Whether the first model is the base: between two models without one, it is where the way begins."""
+    return method.needs_base and not base and method.models == (1, 1) and models == 2
+
+
+def _misfit(method: MergeMethod, models: int, base: bool) -> str | None:
+    """Why a method cannot take this many models."""
     least, most = method.models
-    if method.needs_base and base is None:
-        raise OptionError(f"{method.name} works on task vectors and needs the model they start from: give it with --base")
-    if len(models) < least or (most is not None and len(models) > most):
+    if most == 1 and method.needs_base and (models != 1 or not base):
+        return f"{method.name} goes from one model to another: give two models, or a base and one model, not {models}{' and a base' if base else ''}"
+    if method.needs_base and not base:
+        return f"{method.name} works on task vectors and needs the model they start from: give it with --base"
+    if models < least or (most is not None and models > most):
         wanted = f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
-        raise OptionError(f"{method.name} merges {wanted} models{' besides the base' if method.needs_base else ''}, not {len(models)}")
+        return f"{method.name} merges {wanted} model{'s' * (wanted != '1')}{' besides the base' if method.needs_base else ''}, not {models}"
+    return None
 
 
 def _result_dtype(specs: Sequence[TensorSpec], how: MergeOptions) -> str:
@@ -216,7 +284,7 @@ def _copied(name: str, inputs: Sequence[Checkpoint], donor: Checkpoint, how: Mer
     return Step(reads, (donor.specs.get(name, holders[0].specs[name]),), equal)
 
 
-def _with_config(result: Checkpoint, inputs: Sequence[Checkpoint]) -> Checkpoint:
+def _with_config(result: Checkpoint, inputs: Sequence[Checkpoint], account_of: Account) -> Checkpoint:
     """Config entries that the merge changes: the dtype, and whether the head is tied."""
     changes: dict[str, Any] = {}
     dtypes = {spec.dtype for spec in result.specs.values() if spec.is_float}
@@ -224,8 +292,9 @@ def _with_config(result: Checkpoint, inputs: Sequence[Checkpoint]) -> Checkpoint
         key = "torch_dtype" if "torch_dtype" in result.config else "dtype"
         if key in result.config:
             changes[key] = config_dtype(dtypes.pop())
-    if result.config.get("tie_word_embeddings") and any(part.config.get("tie_word_embeddings") is False for part in inputs):
+    # A head that only some inputs store is written; a config that is silent about tying may tie it all the same.
+    split = any(place != name for name, places in account_of.merged.items() for place in places)
+    said = [part.config.get("tie_word_embeddings") for part in inputs]
+    if False in said and result.config.get("tie_word_embeddings", split or None):
         changes["tie_word_embeddings"] = False
     return result.with_config(**changes) if changes else result
-
-

@@ -126,7 +126,7 @@ def test_what_is_measured_stays_inside_the_budget_too(tmp_path: Path, monkeypatc
         steps.append(step)
     save(Checkpoint("scaled", Plan(steps)), tmp_path / "out", SaveOptions(workers=4, memory=13_000))
     assert most <= 1024  # a slab
-    assert 6000 < Watched.peak <= 13_000
+    assert 2000 < Watched.peak <= 13_000
     assert Watched.takes == (4 * 8 * 2 if whole_model else 4)
     values = Checkpoint.open(tmp_path / "out")
     bound = max(float(source.read(name).abs().max()) for name in source.specs)

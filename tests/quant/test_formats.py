@@ -124,5 +124,5 @@ def test_dense_is_the_dequantised_weight_under_its_own_name_and_no_config() -> N
 
 def test_the_formats_are_known_by_name() -> None:
     assert set(FORMATS) == {"pack-quantized", "dense"}
-    with pytest.raises(OptionError, match="unknown format 'packed-quantized'. Did you mean 'pack-quantized'?"):
+    with pytest.raises(OptionError, match=r"unknown format 'packed-quantized'\. Did you mean 'pack-quantized'\?"):
         FORMATS["packed-quantized"]

@@ -54,7 +54,7 @@ def test_a_quantiser_is_found_by_name_with_its_options_and_a_wrong_name_is_answe
     rtn = QUANTIZERS["rtn"]
     assert rtn.summary.startswith("Round each weight to the nearest code")
     assert list(rtn.options.table) == ["clip"]
-    with pytest.raises(OptionError, match="unknown quantizer 'rnt'. Did you mean 'rtn'?"):
+    with pytest.raises(OptionError, match=r"unknown quantizer 'rnt'\. Did you mean 'rtn'\?"):
         QUANTIZERS["rnt"]
     with pytest.raises(ValueError, match="registered twice"):
         quantizer("rtn")(rtn.function)
