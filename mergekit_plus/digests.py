@@ -63,7 +63,7 @@ class Digests:
                     future.cancel()
                 else:
                     future.set_result(digest)
-            except OSError as error:
+            except Exception as error:  # whoever waits for the future must hear of it
                 future.set_exception(error)
             finally:
                 os.close(fd)
