@@ -73,8 +73,8 @@ def _measure(tensors: Sequence[Tensor]) -> tuple[int, float, float, float]:
     whole = all(not tensor.is_floating_point() and not tensor.is_complex() for tensor in tensors)
     equal = tensors[0] == tensors[1] if whole and tensors[0].dtype == tensors[1].dtype else None  # float64 holds integers to 2^53
     x, y = (tensor.to(torch.float64) if not tensor.is_complex() else torch.view_as_real(tensor).double() for tensor in tensors)
-    delta = x - y
     same = (x == y) | (x.isnan() & y.isnan()) if equal is None else equal
-    largest = float(delta.abs().nan_to_num(nan=float("inf")).masked_fill(same, 0).max()) if x.numel() else 0.0
-    delta = delta.nan_to_num(nan=float("inf")).masked_fill(same, 0)
+    inf = float("inf")
+    delta = (x - y).abs().nan_to_num(nan=inf, posinf=inf).masked_fill(same, 0)
+    largest = float(delta.max()) if x.numel() else 0.0
     return int((~same).sum()), largest, float(delta.square().sum()), float(x.nan_to_num(nan=0, posinf=0, neginf=0).square().sum())

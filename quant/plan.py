@@ -172,7 +172,8 @@ def _check_fit(checkpoint: Checkpoint, chosen: set[str], scheme: Scheme) -> None
     whole_rows = all(replace(scheme, group_size=0).fits(checkpoint.specs[name].shape) is None for name in chosen)
     advice = f"--group-size {fitting[0]} fits all layers" if fitting else "--group-size 0 (one scale a row) fits all" if whole_rows else ""
     advice += f"{', or ' if advice else ''}leave layers out with --exclude"
-    raise CheckpointError(f"{checkpoint.label}: {name} {misfits[name].partition(';')[0]}{f' (and {len(misfits) - 1} more)' if len(misfits) > 1 else ''}; {advice}")
+    others = f" (and {len(misfits) - 1} more)" if len(misfits) > 1 else ""
+    raise CheckpointError(f"{checkpoint.label}: {name} {misfits[name].partition(';')[0]}{others}; {advice}")
 
 
 def _check_fused(roles: ModelMap, chosen: set[str]) -> None:

@@ -81,7 +81,7 @@ class ShardFile:
     def write(self, tensor: Tensor, name: str, at: int = 0) -> None:
         """Put a tensor's bytes `at` bytes into the place of the tensor `name`."""
         if tensor.numel():
-            self._put(tensor.contiguous().view(-1).view(uint8).numpy().data, self.shard.offsets[name] + at)
+            self._put(tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(uint8).numpy().data, self.shard.offsets[name] + at)
 
     def _put(self, data: memoryview, offset: int) -> None:
         end = offset + len(data)
