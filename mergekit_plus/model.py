@@ -187,7 +187,7 @@ def quantized_reason(checkpoint: Checkpoint) -> str | None:
 
 def _holds_codes(spec: TensorSpec) -> bool:
     packed = spec.dtype in ("U8", "I8", "I32", "U32") and spec.name.endswith(".weight")
-    return len(spec.shape) > 1 and (packed or spec.dtype.startswith(("F8", "F6", "F4")))
+    return len(spec.shape) > 1 and (packed or spec.dtype.startswith(("F8_", "F6_", "F4")))
 
 
 # ---- transformers ----
