@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mergekit_plus.checkpoint import Checkpoint, Plan, Step, TensorSpec, copy_step
-from mergekit_plus.checkpoint.save import is_finite
+from mergekit_plus.checkpoint.finite import is_finite, nonfinite
 from mergekit_plus.errors import CheckpointError, OptionError, nearest
 from mergekit_plus.model import ModelMap, describe, quantized_reason
 
@@ -126,9 +126,7 @@ class _Run:
     def __call__(self, tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
         (weight,) = tensors
         if not self.allow_nonfinite and not is_finite(weight):
-            count = int((~torch.isfinite(weight)).sum())
-            values = f"{count} values that are" if count > 1 else "a value that is"
-            raise CheckpointError(f"{self.label}: {self.name} holds {values} NaN or infinite; mend the model, or carry them with --allow-nonfinite")
+            raise nonfinite(self.label, self.name, weight)
         with torch.no_grad():
             return [part.to("cpu") for part in self.layout.encode(self.quantizer.function(weight.to(self.device), self.scheme, **self.arguments)).values()]
 

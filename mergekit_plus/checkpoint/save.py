@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..digests import Digests
 from ..errors import CheckpointError, OptionError, OutputError
 from ..progress import Progress, quiet
 from .checkpoint import SLAB, Checkpoint, FileSource, Measured, ParallelMap, Plan, Rows, Step, execute, of_inner, proportional, steps_of
+from .finite import is_finite
 from .folder import INDEX, SINGLE
 from .safetensors import File
 from .shards import Shard, ShardFile, index_json, plan_shards
@@ -340,14 +340,6 @@ def _write_rows(step: Step, rows: Rows | None, where: Mapping[str, ShardFile], o
         first = 0 if rows is None else proportional(rows, step.rows, spec.rows).start
         where[spec.name].write(tensor, spec.name, first * spec.row_bytes)
     options.progress.advance(sum(_part(spec.nbytes, step, rows) for spec in step.writes))
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite. A finite sum settles it; only a sum that is not is looked at closely."""
-    dtype = torch.float32 if tensor.dtype == torch.float16 else None  # bfloat16 has float32's range and sums in float32 as it is
-    flat = tensor.reshape(-1)
-    parts = (flat[start : start + SLAB] for start in range(0, len(flat), SLAB))  # what the sum converts stays small
-    return all(bool(torch.isfinite(part.sum(dtype=dtype))) or bool(torch.isfinite(part).all()) for part in parts)
 
 
 def _explain_nonfinite(step: Step, rows: Rows | None, name: str) -> str:

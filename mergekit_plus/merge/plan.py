@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checkpoint import Checkpoint, Measured, Plan, Scan, Step, TensorSpec
 from ..checkpoint.checkpoint import Run, copy_step, row_multiple
 from ..checkpoint.dtypes import TAGS, TORCH_DTYPES, config_dtype
-from ..checkpoint.save import is_finite
+from ..checkpoint.finite import is_finite, nonfinite
 from ..checkpoint.spec import natural_order
 from ..errors import CheckpointError, OptionError, nearest
 from ..model import quantized_reason, tied_alias
@@ -154,7 +154,7 @@ class _Bound:
         try:
             return self.method.statistic(_ModelScan(scan, self._split, carry), **self.statistic_arguments)
         except _NotFinite:
-            raise CheckpointError(_find_nonfinite(scan)) from None
+            raise _find_nonfinite(scan) from None
 
     def run(self, spec: TensorSpec, labels: Sequence[str]) -> Run:
         dtype = TORCH_DTYPES[spec.dtype]
@@ -165,7 +165,7 @@ class _Bound:
             if not self.how.allow_nonfinite:
                 for label, tensor in zip(labels, tensors, strict=True):
                     if not is_finite(tensor):
-                        raise CheckpointError(_nonfinite(label, spec.name, tensor))
+                        raise nonfinite(label, spec.name, tensor)
             base, models = self._split(tensors)
             first = first_row * row_elements
             known = {"measured": measured, "noise": Noise(self.how.seed, spec.name, first) if "noise" in inside else None, "first": first}
@@ -219,21 +219,15 @@ class _NotFinite(Exception):
     """A measurement met a NaN or an infinity."""
 
 
-def _find_nonfinite(scan: Scan) -> str:
+def _find_nonfinite(scan: Scan) -> CheckpointError:
     """Which input holds the value; the tensors are read once more, for a measurement is not told their names."""
     for step in scan.steps:
         for part, name in step.reads:
             for rows in step.slabs():
                 tensor = part.read(name, rows if step.cut else None)
                 if not is_finite(tensor):
-                    return _nonfinite(part.label, name, tensor)
-    return "an input holds values that are NaN or infinite; mend the model, or carry them with --allow-nonfinite"
-
-
-def _nonfinite(label: str, name: str, tensor: Tensor) -> str:
-    count = int((~torch.isfinite(tensor)).sum())
-    values = f"{count} values that are" if count > 1 else "a value that is"
-    return f"{label}: {name} holds {values} NaN or infinite; mend the model, or carry them with --allow-nonfinite"
+                    return nonfinite(part.label, name, tensor)
+    return CheckpointError("an input holds values that are NaN or infinite; mend the model, or carry them with --allow-nonfinite")
 
 
 def donor_spec(reads: Sequence[tuple[Checkpoint, str]]) -> TensorSpec:
