@@ -13,7 +13,8 @@ import typer
 if TYPE_CHECKING:
     from mergekit_plus.checkpoint import Checkpoint
     from mergekit_plus.digests import Digests
-    from mergekit_plus.recipe import Execution, Recipe
+    from mergekit_plus.recipe import Recipe
+    from mergekit_plus.steps import Execution
 
 app = typer.Typer(
     name="compress",
@@ -255,7 +256,7 @@ def _execution(
     from mergekit_plus.checkpoint import SaveOptions
     from mergekit_plus.checkpoint.shards import parse_size
     from mergekit_plus.progress import on
-    from mergekit_plus.recipe import Execution
+    from mergekit_plus.steps import Execution
 
     budget = parse_size(memory) if memory else None
     return Execution(SaveOptions(overwrite, parse_size(max_shard_size), budget, workers, allow_nonfinite, on(), digests), device, out)

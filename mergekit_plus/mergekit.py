@@ -14,7 +14,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from .errors import RecipeError
 from .merge import METHODS
-from .recipe import Recipe, check, schema_problems
+from .recipe import Recipe, check
+from .steps import schema_problems
 
 Scalar = bool | int | float | str
 Parameters = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]

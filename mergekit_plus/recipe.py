@@ -15,154 +15,33 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
 from .checkpoint import Checkpoint, Manifest, SaveOptions, save, steps_of
 from .checkpoint.checkpoint import is_copy
-from .checkpoint.dtypes import parse_float_dtype
 from .checkpoint.save import DEFAULT_SHARD_SIZE, check_target, plan_save
 from .checkpoint.shards import parse_size
 from .checks import Checks, measure_and_compare
-from .errors import CheckFailed, CheckpointError, OptionError, RecipeError, nearest
-from .merge import METHODS
-from .merge.plan import MergeOptions, merge, problems
+from .errors import CheckFailed, CheckpointError, RecipeError, nearest
+from .steps import Execution, StepOptions, Strict, only_input, order_problems, parse_step, parse_steps, schema_problems
 
 RECIPE = "recipe.yaml"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Input(_Strict):
+class Input(Strict):
     """An input: where it is, and optionally the digests that its files must have."""
 
     ref: str
     sha256: dict[str, str] = Field(default_factory=dict)
 
 
-class MergeStep(BaseModel):
-    """`merge:` — the keys beside these are options of the method."""
-
-    model_config = ConfigDict(extra="allow")
-
-    method: str = "linear"
-    models: dict[str, dict[str, Any]] | list[str]  # names of inputs, or name: {option: value of this model}
-    base: str | None = None
-    dtype: str | None = None
-    input_dtype: str | None = None
-    exclude: list[str] = Field(default_factory=list)
-    seed: int = 0
-
-    @field_validator("models", mode="before")
-    @classmethod
-    def _named_models(cls, value: object) -> object:
-        """Refuse in one sentence what is neither a list nor a table; `code:` with nothing after it has no options of its own."""
-        if isinstance(value, dict):
-            value = {name: {} if own is None else own for name, own in value.items()}
-        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        wanted: type = dict if isinstance(value, dict) else str
-        if not parts or not all(isinstance(part, wanted) for part in parts):
-            raise ValueError("a list of inputs, as in [code, docs], or a table with the options of each, as in {code: {weight: 0.6}, docs: {}}")
-        return value
-
-    def options(self) -> dict[str, Any]:
-        """The method's options; per-model ones gathered in the models' order."""
-        given = dict(self.model_extra or {})
-        if isinstance(self.models, dict):
-            for name in dict.fromkeys(name for own in self.models.values() for name in own):
-                if all(name in own for own in self.models.values()):
-                    given[name] = [own[name] for own in self.models.values()]
-                elif name in given or _default_of(self.method, name) is not None:
-                    rest = given.get(name, _default_of(self.method, name))
-                    given[name] = [own.get(name, rest) for own in self.models.values()]
-                else:  # no such option, which is for the method to say
-                    given[name] = [own[name] for own in self.models.values() if name in own]
-        return given
-
-    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
-        for name in (*self.models, *([self.base] if self.base else [])):
-            if name not in inputs:
-                yield f"merge: '{name}' is not an input.{nearest(name, inputs)}"
-        for problem in problems(self.method, self.options(), len(self.models), self.base is not None):
-            yield f"merge: {problem}"
-        for dtype in (self.dtype, self.input_dtype):
-            try:
-                if dtype:
-                    parse_float_dtype(dtype)
-            except OptionError as error:
-                yield f"merge: {error}"
-
-    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
-        options = MergeOptions(
-            parse_float_dtype(self.dtype) if self.dtype else None,
-            parse_float_dtype(self.input_dtype) if self.input_dtype else None,
-            tuple(self.exclude), self.seed, how.device, how.save.allow_nonfinite,
-        )  # fmt: skip
-        return merge([inputs[name] for name in self.models], self.method, inputs[self.base] if self.base else None, self.options(), options)
-
-
-class QuantizeStep(BaseModel):
-    """`quantize:` — the keys beside these are options of the quantiser."""
-
-    model_config = ConfigDict(extra="allow")
-
-    bits: int
-    group_size: int = 128
-    symmetric: bool = True
-    method: str = "rtn"
-    format: str = "pack-quantized"
-    exclude: list[str] = Field(default_factory=list)
-    of: str | None = None  # an input; by default what the step before made, or the only input
-
-    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
-        from quant.plan import problems
-
-        for problem in problems(self.bits, self.group_size, self.symmetric, self.method, self.format, self.model_extra or {}):
-            yield f"quantize: {problem}"
-        if self.of is not None and self.of not in inputs:
-            yield f"quantize: '{self.of}' is not an input.{nearest(self.of, inputs)}"
-
-    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
-        from quant.plan import quantize
-        from quant.quantized import Scheme
-
-        scheme = Scheme(self.bits, self.group_size, self.symmetric)
-        source = inputs[self.of] if self.of else _only(inputs, previous, "quantize")
-        return quantize(
-            source, scheme, self.method, self.model_extra or {}, self.format,
-            exclude=tuple(self.exclude), device=how.device, allow_nonfinite=how.save.allow_nonfinite,
-        )  # fmt: skip
-
-
-class DequantizeStep(_Strict):
-    """`dequantize:` — packed weights back to dense ones."""
-
-    of: str | None = None
-
-    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
-        if self.of is not None and self.of not in inputs:
-            yield f"dequantize: '{self.of}' is not an input.{nearest(self.of, inputs)}"
-
-    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
-        from quant.plan import dequantize
-
-        return dequantize(inputs[self.of] if self.of else _only(inputs, previous, "dequantize"))
-
-
-OPERATIONS: dict[str, type[MergeStep] | type[QuantizeStep] | type[DequantizeStep]] = {
-    "merge": MergeStep, "quantize": QuantizeStep, "dequantize": DequantizeStep,
-}  # fmt: skip
-StepOptions = MergeStep | QuantizeStep | DequantizeStep
-
-
-class Recipe(_Strict):
+class Recipe(Strict):
     """A whole recipe."""
 
     inputs: dict[str, Input]
@@ -185,12 +64,12 @@ class Recipe(_Strict):
     @field_validator("steps", mode="before")
     @classmethod
     def _named_steps(cls, value: object) -> object:
-        return [_parse_step(step) for step in value] if isinstance(value, list) else value
+        return [parse_step(step) for step in value] if isinstance(value, list) else value
 
     def problems(self, of_order: bool = True) -> list[str]:
         """Everything wrong that the schema does not see; without `of_order` where steps are missing that could not be read."""
         found = [problem for step in self.steps for options in step.values() for problem in options.problems(self.inputs)]
-        found += _order_problems(self.steps, self.inputs) if of_order else []
+        found += order_problems(self.steps, self.inputs) if of_order else []
         for name in (*self.checks.beside, *([self.checks.against] if self.checks.against else [])):
             if name not in self.inputs:
                 found.append(f"checks: '{name}' is not an input.{nearest(name, self.inputs)}")
@@ -203,53 +82,6 @@ class Recipe(_Strict):
         """A reference as it is opened: relative to the recipe where something lies there, else as it is (the Hub)."""
         here = self.folder / Path(ref).expanduser()
         return str(here) if here.exists() or ref.startswith((".", "/", "~")) else ref
-
-
-def _parse_step(step: object) -> dict[str, StepOptions]:
-    if not isinstance(step, dict) or len(step) != 1:
-        raise ValueError(f"a step is one operation with its options, as in `merge: {{...}}`, not {step!r}")
-    (name, options), = step.items()
-    if name not in OPERATIONS:
-        raise ValueError(f"unknown operation '{name}'.{nearest(str(name), OPERATIONS)}")
-    return {name: options if isinstance(options, StepOptions) else OPERATIONS[name].model_validate(options or {})}
-
-
-def _parse_steps(steps: Sequence[object]) -> tuple[list[dict[str, StepOptions]], list[str]]:
-    """The steps that can be read, and a sentence for each problem of the others."""
-    parsed, found = [], []
-    for number, step in enumerate(steps, 1):
-        try:
-            parsed.append(_parse_step(step))
-        except ValidationError as error:
-            assert isinstance(step, dict)
-            name = next(iter(step))
-            found += [f"step {number}, {name}: {problem}" for problem in schema_problems(error, OPERATIONS[name])]
-        except ValueError as error:
-            found.append(f"step {number}: {error}")
-    return parsed, found
-
-
-def _order_problems(steps: Sequence[Mapping[str, StepOptions]], inputs: Mapping[str, object]) -> list[str]:
-    """What is wrong with how steps follow each other."""
-    found: list[str] = []
-    for number, step in enumerate(steps, 1):
-        for name, options in step.items():
-            source = None if isinstance(options, MergeStep) else options.of
-            if number > 1 and (source is not None or isinstance(options, MergeStep)):
-                lost = f"what step {number - 1} makes would be lost"
-                found.append(f"step {number}, {name}: it reads inputs, not the step before it, so that {lost}; make it the first, or a recipe of its own")
-            elif number == 1 and source is None and len(inputs) > 1 and not isinstance(options, MergeStep):
-                found.append(f"step 1, {name}: say which input it works on, with `of:`; there are {', '.join(inputs)}")
-    return found
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How a recipe is carried out; changes no value of the result."""
-
-    save: SaveOptions = field(default_factory=SaveOptions)
-    device: str = "cpu"
-    out: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -292,7 +124,7 @@ def check(parsed: Mapping[str, Any], folder: Path, name: str) -> Recipe:
 
     Errors: RecipeError with every problem found.
     """
-    steps, found = _parse_steps(parsed["steps"]) if isinstance(parsed.get("steps"), list) else (parsed.get("steps", []), [])
+    steps, found = parse_steps(parsed["steps"]) if isinstance(parsed.get("steps"), list) else (parsed.get("steps", []), [])
     try:
         recipe = Recipe.model_validate({**parsed, "steps": steps})
     except ValidationError as error:
@@ -305,31 +137,6 @@ def check(parsed: Mapping[str, Any], folder: Path, name: str) -> Recipe:
     if found := found + recipe.problems(of_order=not found):
         raise RecipeError(f"{name}: {'; '.join(found)}")
     return recipe
-
-
-def schema_problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """Each problem of a validation as `place: what`, with the nearest known key for an unknown one."""
-    found = []
-    for problem in error.errors():
-        place = ".".join(map(str, problem["loc"][:-1]))
-        if problem["type"] == "extra_forbidden":
-            key = str(problem["loc"][-1])
-            known = _model_at(model, problem["loc"][:-1]).model_fields
-            found.append(f"{place + ': ' if place else ''}unknown key '{key}'.{nearest(key, known)}")
-        else:
-            found.append(f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}")
-    return list(dict.fromkeys(found))
-
-
-def _model_at(model: type[BaseModel], place: Sequence[int | str]) -> type[BaseModel]:
-    """The schema that holds at a place: through fields, and through the items of lists and tables."""
-    annotation: Any = model
-    for part in place:
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel) and part in annotation.model_fields:
-            annotation = annotation.model_fields[str(part)].annotation
-        inner = [item for item in get_args(annotation) if isinstance(item, type) and issubclass(item, BaseModel)]
-        annotation = inner[0] if inner else annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
 
 
 @dataclass(frozen=True)
@@ -353,7 +160,7 @@ def build(recipe: Recipe, how: Execution | None = None) -> Built:
     for number, step in enumerate(recipe.steps, 1):
         for name, options in step.items():
             stages[f"after step {number}, {name}"] = result = options.build(inputs, result, how)
-    return Built(inputs, dict(list(stages.items())[:-1]), result if result is not None else _only(inputs, None, "recipe"))
+    return Built(inputs, dict(list(stages.items())[:-1]), result if result is not None else only_input(inputs, None, "recipe"))
 
 
 def run(recipe: Recipe, how: Execution | None = None) -> Outcome:
@@ -446,19 +253,3 @@ def _check_digests(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: M
         for file, digest in source.sha256.items():
             if found.get(file, {}).get("sha256") != digest:
                 raise CheckpointError(f"input '{name}': {file} is not the file that the recipe was made with (its SHA-256 differs)")
-
-
-def _only(inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, operation: str) -> Checkpoint:
-    if previous is not None:
-        return previous
-    if len(inputs) == 1:
-        return next(iter(inputs.values()))
-    raise RecipeError(f"{operation}: say which input it works on, with `of:`; there are {len(inputs)}")
-
-
-def _default_of(method: str, name: str) -> Any:
-    option = METHODS[method].options.table.get(name)
-    default = option.default if option else None
-    return default[0] if isinstance(default, tuple) else default
-
-

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mergekit_plus.checkpoint import Checkpoint, save
 from mergekit_plus.errors import RecipeError
-from mergekit_plus.recipe import Execution, build, load, run
+from mergekit_plus.recipe import build, load, run
+from mergekit_plus.steps import Execution
 
 NAMES = ("base", "a", "b")
 

@@ -14,7 +14,8 @@ import yaml
 
 from mergekit_plus.checkpoint import Checkpoint, SaveOptions, save
 from mergekit_plus.errors import CheckFailed, CheckpointError, OutputError, RecipeError
-from mergekit_plus.recipe import Execution, Recipe, build, check, load, plan, run
+from mergekit_plus.recipe import Recipe, build, check, load, plan, run
+from mergekit_plus.steps import Execution
 
 REPOSITORY = Path(__file__).parent.parent
 MODELS = REPOSITORY / "tests" / "models"

@@ -17,6 +17,7 @@ from mergekit_plus.checks import Checks, measure
 from mergekit_plus.errors import CheckpointError, RecipeError
 from mergekit_plus.merge.plan import merge
 from mergekit_plus.progress import quiet
+from mergekit_plus.steps import Execution
 from quant import Scheme
 from quant.plan import dequantize, quantize
 
@@ -68,9 +69,9 @@ def test_the_bytes_do_not_depend_on_workers_memory_or_how_the_inputs_are_sharded
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "recipes").rglob("*.yaml")), ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_every_recipe_runs_and_its_checks_hold(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)  # mergekit's files are relative to where one stands
-    outcome = recipes.run(recipes.load(path), recipes.Execution(out=tmp_path / "out"))
+    outcome = recipes.run(recipes.load(path), Execution(out=tmp_path / "out"))
     assert outcome.failures == []
-    again = recipes.run(recipes.load(tmp_path / "out" / "recipe.yaml"), recipes.Execution(out=tmp_path / "again"))
+    again = recipes.run(recipes.load(tmp_path / "out" / "recipe.yaml"), Execution(out=tmp_path / "again"))
     assert tensor_bytes(tmp_path / "out") == tensor_bytes(tmp_path / "again")
     assert {name: file for name, file in again.manifest.outputs.items() if name.endswith("safetensors")} == {
         name: file for name, file in outcome.manifest.outputs.items() if name.endswith("safetensors")
@@ -80,11 +81,11 @@ def test_every_recipe_runs_and_its_checks_hold(tmp_path: Path, path: Path, monke
 def test_a_recipe_refuses_an_input_that_is_not_the_one_it_was_made_with(tmp_path: Path) -> None:
     shutil.copytree(MODELS / "code", tmp_path / "model")
     written = {"inputs": {"m": "model"}, "steps": [{"quantize": {"bits": 8}}]}
-    recipes.run(recipes.check(written, tmp_path, "test"), recipes.Execution(out=tmp_path / "out"))
+    recipes.run(recipes.check(written, tmp_path, "test"), Execution(out=tmp_path / "out"))
     shard = next((tmp_path / "model").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-2] + b"\0\0")
     with pytest.raises(CheckpointError, match=r"input 'm': model-.* is not the file that the recipe was made with"):
-        recipes.run(recipes.load(tmp_path / "out" / "recipe.yaml"), recipes.Execution(out=tmp_path / "again"))
+        recipes.run(recipes.load(tmp_path / "out" / "recipe.yaml"), Execution(out=tmp_path / "again"))
     assert not (tmp_path / "again").exists()
 
 
