@@ -47,8 +47,8 @@ BUSY: dict[str, dict[str, Any]] = {
 # those that give the model when all models are that model, with these options
 AVERAGE: dict[str, Any] = {"normalize": True}
 KEEPS_EQUAL: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(["passthrough", "linear", "slerp", "nuslerp", "multislerp", "karcher", "nearswap", "ties", "sce", "model_stock", "emr"], {}),
-    **dict.fromkeys(["task_arithmetic", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear"], AVERAGE),
+    **{name: {} for name in ("passthrough", "linear", "slerp", "nuslerp", "multislerp", "karcher", "nearswap", "ties", "sce", "model_stock", "emr")},
+    **dict.fromkeys(("task_arithmetic", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear"), AVERAGE),
     "ties_global": {"density": 1.0}, "knots": {"density": 1.0}, "ram": {"epsilon": 0.0}, "ramplus_tl": {"epsilon": 0.0},
 }  # fmt: skip
 # those in which the first model has a place of its own

@@ -38,7 +38,7 @@ def test_agrees_with_mergekit(number: int, rows: int | None) -> None:
     if expected.dtype == torch.bfloat16:
         # halfway between two bfloat16 values the last bit of float32 decides
         assert ((result.bfloat16() != expected).sum() <= max(1, expected.numel() // 100)).item()
-    scale = torch.stack([tensor.float().abs() for tensor in inputs]).amax(0)
+    scale = torch.stack([tensor.float().abs() for tensor in (expected, *inputs)]).amax(0)
     assert bool(((result - expected.float()).abs() <= (2**-8 if expected.dtype == torch.bfloat16 else 1e-6) * scale).all())
 
 
