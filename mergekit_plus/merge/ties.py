@@ -71,7 +71,7 @@ def trimmed(vector: Tensor, trim: Trim | None, first: int) -> Tensor:
     return kept if trim.factor == 1 else kept.mul_(trim.factor)
 
 
-@merge_method("ties", statistic=trims)
+@merge_method("ties", statistic=trims, linear=("lambda",))
 def ties(
     base: Tensor,
     models: Sequence[Tensor],
