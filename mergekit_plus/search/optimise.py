@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from statistics import fmean
 
 from .space import Axis
 
 Point = tuple[float, ...]
-RADIUS = 0.2  # of COBYQA's first steps, as a share of each axis
+RADIUS = 0.1  # of COBYQA's first steps, as a share of each axis
+LARGE = 1e30  # stands for an infinite value where a parabola is laid through it
 CLOSE = 1e-3  # share of an axis below which a step is not worth a model
 
 
@@ -20,9 +20,10 @@ class _Spent(Exception):
 def minimise(value: Callable[[Point], float], axes: Sequence[Axis], budget: int) -> dict[Point, float]:
     """Every point that was evaluated, in order, with its value; at most `budget`, the start first. Deterministic.
 
-    One axis: Brent's bounded minimiser; several: COBYQA (Ragonneau and Zhang 2023), a trust-region method with quadratic models that keeps to
-    bounds; both are scipy's. Axes of single models are first moved together, for a third of the budget. It ends early where steps become smaller
-    than a thousandth of an axis.
+    One axis: Brent's bounded minimiser. Several: half of the budget goes along the scale (`Axis.scale`, of all models together) with the other
+    options at their start and at either end of each, because how much is kept and by how much it is scaled depend on each other, in more
+    than one valley; then COBYQA (Ragonneau and Zhang 2023), a trust-region method that keeps to bounds, from the best of these over all
+    axes. Both are scipy's. It ends early where steps become smaller than a thousandth of an axis.
     """
     seen: dict[Point, float] = {}
 
@@ -32,24 +33,28 @@ def minimise(value: Callable[[Point], float], axes: Sequence[Axis], budget: int)
             if len(seen) >= limit:
                 raise _Spent
             seen[point] = value(point)
-        return seen[point]
+        return min(seen[point], LARGE)
 
-    def best() -> list[float]:
-        point = min(seen, key=lambda point: seen[point])
-        return [axis.place(number) for axis, number in zip(axes, point, strict=True)]
+    start = [axis.place(axis.start) for axis in axes]
+    at(start, budget)
+    scale = next((axis.option for axis in axes if axis.scale), None)
+    if scale is not None and len(axes) > 1:
+        ends = [(axis.option, end) for axis in axes if axis.option != scale and axis.model in (None, 0) for end in (1.0, 0.0)]
+        settings = [start] + [[end if axis.option == option else place for axis, place in zip(axes, start, strict=True)] for option, end in ends]
+        for index, setting in enumerate(settings):
+            limit = len(seen) + (budget // 2 - len(seen)) // (len(settings) - index)
 
-    at([axis.place(axis.start) for axis in axes], budget)
-    options = list(dict.fromkeys(axis.option for axis in axes))
-    groups = [options.index(axis.option) for axis in axes]  # the axes that move together, at first
-    if len(options) < len(axes):
-        together = [fmean(place for place, group in zip(best(), groups, strict=True) if group == index) for index in range(len(options))]
-        _descend(lambda places: at([places[group] for group in groups], budget // 3), together, budget)
-    _descend(lambda places: at(places, budget), best(), budget)
+            def along(places: Sequence[float], setting: Sequence[float] = setting, limit: int = limit) -> float:
+                return at([places[0] if axis.option == scale else place for axis, place in zip(axes, setting, strict=True)], limit)
+
+            _descend(along, [0.0], budget)
+    best = min(seen, key=lambda point: seen[point])
+    _descend(lambda places: at(places, budget), [axis.place(number) for axis, number in zip(axes, best, strict=True)], budget)
     return seen
 
 
 def _descend(at: Callable[[Sequence[float]], float], start: Sequence[float], budget: int) -> None:
-    """Evaluate from a start in the unit cube until steps are small or the budget is spent."""
+    """Evaluate in the unit cube, from `start` where there are several axes, until steps are small or `at` says that it is spent."""
     from scipy.optimize import minimize, minimize_scalar
 
     with contextlib.suppress(_Spent):

@@ -87,10 +87,11 @@ class SearchOptions(BaseModel):
                 raise OptionError(f"search: {problem}")
         start = options.get(name, option.default)
         starts = [float(value) for value in (start if isinstance(start, list | tuple) else [start])]
+        whole, scale = option.number is int, method.linear_in(name, method.options.check(options))
         if not each:
-            return [Axis(name, None, low, high, min(max(sum(starts) / len(starts), low), high), option.number is int)]
+            return [Axis(name, None, low, high, min(max(sum(starts) / len(starts), low), high), whole, scale)]
         starts = starts * models if len(starts) == 1 else starts
-        return [Axis(name, model, low, high, min(max(value, low), high), option.number is int) for model, value in enumerate(starts)]
+        return [Axis(name, model, low, high, min(max(value, low), high), whole, scale) for model, value in enumerate(starts)]
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class Axis:
     low: float
     high: float
     start: float
-    whole: bool = False
+    whole: bool = False  # the option counts something
+    scale: bool = False  # the result is linear in it
 
     def at(self, place: float) -> float:
         """The value at a place in [0, 1], as it is written into a recipe."""
