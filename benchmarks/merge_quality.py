@@ -1,11 +1,12 @@
 """How good each merge method is on fine-tunes of one base, with its default options and with options searched at equal budget.
 
-    python benchmarks/merge_quality.py --models MODELS --texts TEXTS --cache results.json
+    python benchmarks/merge_quality.py --models MODELS --texts TEXTS --cache results.jsonl
 
 MODELS holds `base` and the fine-tunes, TEXTS a `<fine-tune>.val.txt` and a `<fine-tune>.test.txt` of each. Options are searched on the validation
-texts (`compress merge --search`, the mean of the log perplexities) and the result is measured on the test texts, in the first 40 windows of 256 tokens
-of each. The normalised loss of a text is `(base - loss) / (base - expert)` in nats: 0 is the base, 1 the text's own fine-tune.
-Every method that takes so many models is run; each result goes into the cache at once, and what is there is not computed again.
+texts (`compress merge --search`, the mean of the log perplexities over 4 windows of 256 tokens of each); the result is measured on the test texts, in
+24 windows of 256 tokens of each. Windows are spread evenly over their text. The normalised loss of a text is `(base - loss) / (base - expert)` in nats:
+0 is the base, 1 the text's own fine-tune. Every method that takes so many models is run; each result goes into the cache at once, and what is
+there is not computed again.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from typing import Any
 import torch
 
 from mergekit_plus.checkpoint import Checkpoint
-from mergekit_plus.evaluate import load_model, load_tokenizer, perplexity, tokenize
+from mergekit_plus.evaluate import load_model, load_tokenizer, tokenize
 from mergekit_plus.merge import METHODS
+from mergekit_plus.search.objective import nll, spread
 from mergekit_plus.search.run import search
 from mergekit_plus.search.space import SearchOptions, parse_axes
 from mergekit_plus.steps import Execution, MergeStep
 
-WINDOW, TEST_WINDOWS, SEARCH_WINDOWS = 256, 40, 6
+WINDOW, TEST_WINDOWS, SEARCH_WINDOWS = 256, 24, 4
 # what is searched where it is not the scale and every share that has a range
 SPACES = {
     "linear": "weight:each",
@@ -55,21 +57,23 @@ class Bench:
         self.names = sorted(path.name for path in models.iterdir() if (path / "config.json").is_file() and (texts / f"{path.name}.test.txt").is_file())
         self.inputs = {name: Checkpoint.open(models / name) for name in ("base", *self.names)}
         self.texts, self.cache, self.budget = texts, cache, budget
-        self.done: dict[str, Any] = json.loads(cache.read_text()) if cache.is_file() else {}
+        self.done: dict[str, Any] = dict(json.loads(line) for line in cache.read_text().splitlines()) if cache.is_file() else {}
         tokenizer = load_tokenizer(self.inputs["base"])
-        self.ids = {name: tokenize(tokenizer, (texts / f"{name}.test.txt").read_text()) for name in self.names}
+        model = load_model(self.inputs["base"])
+        self.rows = {name: spread(model, tokenize(tokenizer, (texts / f"{name}.test.txt").read_text()), WINDOW, TEST_WINDOWS) for name in self.names}
 
     def losses(self, checkpoint: Checkpoint) -> dict[str, float]:
         """On the test texts, nats a token."""
         model = load_model(checkpoint)
-        return {name: perplexity(model, ids, window=WINDOW, limit=TEST_WINDOWS).nll for name, ids in self.ids.items()}
+        return {name: nll(model, rows) for name, rows in self.rows.items()}
 
     def remember(self, key: str, make: Any) -> Any:
         """What the cache holds, or what is made now."""
         if key not in self.done:
             start = time.monotonic()
             self.done[key] = make()
-            self.cache.write_text(json.dumps(self.done, indent=1))
+            with self.cache.open("a") as file:
+                print(json.dumps([key, self.done[key]]), file=file)
             print(f"{key}: {time.monotonic() - start:.0f} s", file=sys.stderr)
         return self.done[key]
 
@@ -101,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--texts", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, default=Path("merge-quality.json"))
+    parser.add_argument("--cache", type=Path, default=Path("merge-quality.jsonl"))
     parser.add_argument("--budget", type=int, default=24, help="models that each search measures")
     parser.add_argument("--methods", nargs="*", help="only these")
     options = parser.parse_args(arguments)
