@@ -40,6 +40,13 @@ ShardSize = Annotated[str, typer.Option("--max-shard-size", help="largest file t
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float dtype of the result (default: that of the inputs)")]
 Device = Annotated[str, typer.Option("--device", help="where to compute: cpu, cuda, cuda:1")]
 NonFinite = Annotated[bool, typer.Option("--allow-nonfinite", help="carry NaN and infinite values instead of refusing them")]
+Search = Annotated[
+    str | None,
+    typer.Option("--search", metavar="OPTION[=LOW..HIGH],...", help="find the values of these options on --text; OPTION:each for one value a model"),
+]
+Texts = Annotated[list[str], typer.Option("--text", "-t", metavar="[NAME=]FILE", help="text to measure on; may be repeated")]
+HeldOut = Annotated[list[str], typer.Option("--heldout", metavar="[NAME=]FILE", help="text on which the outcome of --search is measured; may be repeated")]
+Windows = Annotated[int | None, typer.Option("--windows", min=1, help="use only so many windows of each text")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
@@ -51,6 +58,12 @@ def merge(
     set_: Set = [],  # noqa: B006
     exclude: Exclude = [],  # noqa: B006
     seed: Annotated[int, typer.Option("--seed", help="seed of the methods that draw at random")] = 0,
+    search: Search = None,
+    text: Texts = [],  # noqa: B006
+    objective: Annotated[Literal["mean", "worst", "kl"], typer.Option("--objective", help="what --search minimises, as docs/search.md says")] = "mean",
+    budget: Annotated[int, typer.Option("--budget", min=2, help="models that --search measures")] = 40,
+    windows: Annotated[int, typer.Option("--windows", min=1, help="windows of each text that --search reads")] = 8,
+    heldout: HeldOut = [],  # noqa: B006
     out: Out = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -69,6 +82,11 @@ def merge(
     names = _distinct(models)
     step: dict[str, Any] = {"method": method, "models": list(names), "exclude": exclude, "seed": seed, "dtype": dtype, **_settings(set_)}
     inputs = dict(names)
+    if search is not None:
+        from mergekit_plus.search.space import parse_axes
+
+        step["search"] = {"options": parse_axes(search), "texts": _named(text), "objective": objective, "budget": budget,
+                          "windows": windows, "heldout": _named(heldout)}  # fmt: skip
     if base is not None:
         step["base"] = next((name for name, ref in names.items() if ref == base), "base")
         inputs.setdefault(step["base"], base)
@@ -203,6 +221,31 @@ def eval(
 
 
 @app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(help="recipes (.yaml), and models")],
+    text: Texts = [],  # noqa: B006
+    base: Annotated[str | None, typer.Option("--base", "-b", help="the model whose normalised loss is 0, with --expert")] = None,
+    expert: Annotated[list[str], typer.Option("--expert", metavar="TEXT=MODEL", help="the model whose normalised loss on its own text is 1")] = [],  # noqa: B006
+    window: Annotated[int, typer.Option("--window", min=2, help="tokens in a window; windows do not overlap")] = 256,
+    windows: Windows = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="picture to draw: .svg, .png or .pdf (needs matplotlib)")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what recipes make, and models, on every text; nothing is written but the picture."""
+    from mergekit_plus.checks import Checks
+    from mergekit_plus.compare import compare as measure_all
+    from mergekit_plus.compare import draw
+    from mergekit_plus.progress import on
+    from mergekit_plus.show import table
+
+    checks = Checks(texts=_named(text), window=window, windows=windows)
+    rows = measure_all(_distinct(models), checks, base, _named(expert), plot, on())
+    if plot is not None:
+        draw(rows, list(checks.texts), plot)
+    _print({"rows": rows}, table(rows), as_json)
+
+
+@app.command()
 def methods(name: Annotated[str | None, typer.Argument(help="one method, with its options")] = None, as_json: Json = False) -> None:
     """List merge methods and quantizers with their options."""
     from mergekit_plus.listing import list_methods
@@ -287,6 +330,17 @@ def _distinct(refs: list[str]) -> dict[str, str]:
             name, number = f"{stem}-{number}", number + 1
         names[name] = ref
     return names
+
+
+def _named(refs: list[str]) -> dict[str, str]:
+    """`NAME=FILE` by name; a file alone goes by its own name."""
+    from mergekit_plus.errors import OptionError
+
+    alone = iter(_distinct([ref for ref in refs if "=" not in ref]).items())
+    pairs = [(ref.partition("=")[0], ref.partition("=")[2]) if "=" in ref else next(alone) for ref in refs]
+    if len(dict(pairs)) < len(pairs):
+        raise OptionError(f"two of {', '.join(name for name, _ in pairs)} have one name; write NAME=FILE")
+    return dict(pairs)
 
 
 def _beside(model: str, suffix: str, of_file: Literal["file", "folder"]) -> Path:

@@ -243,6 +243,14 @@ def compare(
     return Comparison(kl / predictions, same / predictions, predictions, *rows.shape)
 
 
+def log_probabilities(model: Any, rows: Tensor) -> Iterator[Tensor]:
+    """What a model expects after each token of a window but the last, float32 [window - 1, vocabulary], a window at a time."""
+    with torch.inference_mode():
+        for part in torch.split(rows, _batch(model, rows)):
+            for logits in _logits(model, part):
+                yield logits[:-1].log_softmax(-1)
+
+
 def windows(model: Any, ids: Tensor, window: int | None = None, limit: int | None = None) -> Tensor:
     """The windows of a text that a measurement reads, int64 [windows, window]. Errors: as `perplexity`."""
     config = model.config.get_text_config()

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
 from pydantic.fields import FieldInfo
@@ -33,6 +33,14 @@ PerModel = Annotated[tuple[T, ...], BeforeValidator(_as_tuple), _PerModelTag()]
 
 
 @dataclass(frozen=True)
+class SearchRange:
+    """Marks a number with the values among which a search looks first, narrower than those that are allowed."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Option:
     """One option as a user meets it."""
 
@@ -41,6 +49,8 @@ class Option:
     default: object
     required: bool
     per_model: bool
+    number: type[int] | type[float] | None = None  # what it counts in; None for what is no number
+    search: tuple[float, float] | None = None  # where a search looks; None where bounds must be given
 
     @property
     def keyword(self) -> str:
@@ -75,6 +85,8 @@ class Options:
                 None if parameter.default is parameter.empty else parameter.default,
                 parameter.default is parameter.empty,
                 _is_per_model(hint),
+                _number(hint),
+                _search_range(hint),
             )
             for name, (hint, parameter) in self._parameters.items()
         }
@@ -144,3 +156,25 @@ def _description(hint: object) -> str:
 
 def _is_per_model(hint: object) -> bool:
     return get_origin(hint) is Annotated and any(isinstance(extra, _PerModelTag) for extra in get_args(hint)[1:])
+
+
+def _number(hint: object) -> type[int] | type[float] | None:
+    if hint is float or hint is int:
+        return float if hint is float else int
+    inner = () if get_origin(hint) is Literal else get_args(hint)
+    return next((found for part in inner if (found := _number(part))), None)
+
+
+def _search_range(hint: object) -> tuple[float, float] | None:
+    """What `SearchRange` says, else the least and greatest value allowed; a hundredth inwards of one that is not allowed itself."""
+    extras = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+    for extra in extras:
+        if isinstance(extra, SearchRange):
+            return extra.low, extra.high
+    bounds = {name: value for extra in extras if isinstance(extra, FieldInfo) for bound in extra.metadata
+              for name in ("ge", "gt", "le", "lt") if (value := getattr(bound, name, None)) is not None}  # fmt: skip
+    low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
+    if low is not None and high is not None:
+        inwards = (high - low) / 100
+        return low + inwards * ("ge" not in bounds), high - inwards * ("le" not in bounds)
+    return next((found for part in get_args(hint) if (found := _search_range(part))), None)

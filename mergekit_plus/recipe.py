@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from .checkpoint.save import DEFAULT_SHARD_SIZE, check_target, plan_save
 from .checkpoint.shards import parse_size
 from .checks import Checks, measure_and_compare
 from .errors import CheckFailed, CheckpointError, RecipeError, nearest
-from .steps import Execution, StepOptions, Strict, only_input, order_problems, parse_step, parse_steps, schema_problems
+from .steps import Execution, MergeStep, StepOptions, Strict, only_input, order_problems, parse_step, parse_steps, schema_problems
 
 RECIPE = "recipe.yaml"
 
@@ -56,6 +56,11 @@ class Recipe(Strict):
         """What its paths are relative to."""
         return self._folder
 
+    @property
+    def searches(self) -> list[MergeStep]:
+        """The merges whose options are to be found first."""
+        return [options for step in self.steps for options in step.values() if isinstance(options, MergeStep) and options.search]
+
     @field_validator("inputs", mode="before")
     @classmethod
     def _short_inputs(cls, value: object) -> object:
@@ -69,6 +74,7 @@ class Recipe(Strict):
     def problems(self, of_order: bool = True) -> list[str]:
         """Everything wrong that the schema does not see; without `of_order` where steps are missing that could not be read."""
         found = [problem for step in self.steps for options in step.values() for problem in options.problems(self.inputs)]
+        found += [problem for step in self.searches for problem in step.search_problems(self.folder)]
         found += order_problems(self.steps, self.inputs) if of_order else []
         for name in (*self.checks.beside, *([self.checks.against] if self.checks.against else [])):
             if name not in self.inputs:
@@ -92,6 +98,7 @@ class Outcome:
     manifest: Manifest
     table: list[dict[str, Any]]
     failures: list[str]
+    searched: list[dict[str, Any]] = field(default_factory=list)  # the record of each search
 
     def raise_failures(self) -> None:
         """CheckFailed where a limit was not kept."""
@@ -163,8 +170,19 @@ def build(recipe: Recipe, how: Execution | None = None) -> Built:
     return Built(inputs, dict(list(stages.items())[:-1]), result if result is not None else only_input(inputs, None, "recipe"))
 
 
+def with_found(recipe: Recipe, inputs: Mapping[str, Checkpoint], how: Execution) -> Recipe:
+    """The recipe with the option values that its searches find in place of the searches."""
+    from .search.run import search
+
+    steps = [
+        {name: search(options, inputs, recipe.folder, how) if isinstance(options, MergeStep) and options.search else options for name, options in step.items()}
+        for step in recipe.steps
+    ]
+    return recipe.model_copy(update={"steps": steps})
+
+
 def run(recipe: Recipe, how: Execution | None = None) -> Outcome:
-    """Build, save and check. The output stays where a check fails; `outcome.failures` tells.
+    """Search where the recipe says so, build, save and check. The output stays where a check fails; `outcome.failures` tells.
 
     Errors: RecipeError without an output; whatever `build` and `save` refuse.
     """
@@ -172,6 +190,11 @@ def run(recipe: Recipe, how: Execution | None = None) -> Outcome:
     out = _target(recipe, how)
     built = build(recipe, how)
     _check_out(recipe, built.result, out)
+    if recipe.searches:
+        check_target(out, how.save.overwrite, built.result)
+        recipe = with_found(recipe, built.inputs, how)
+        built = build(recipe, how)
+    searched = [options.searched for step in recipe.steps for options in step.values() if isinstance(options, MergeStep) and options.searched]
 
     def describe(manifest: Manifest) -> Mapping[str, bytes]:
         _check_digests(recipe, built.inputs, manifest)
@@ -181,8 +204,8 @@ def run(recipe: Recipe, how: Execution | None = None) -> Outcome:
     manifest = save(built.result, out, options, describe)
     if recipe.checks.texts or recipe.checks.limits.model_fields_set:
         table, failures = measure_and_compare(recipe.checks, recipe.folder, built.inputs, built.stages, Checkpoint.open(out), how.save.progress)
-        return Outcome(out, manifest, table, failures)
-    return Outcome(out, manifest, [], [])
+        return Outcome(out, manifest, table, failures, searched)
+    return Outcome(out, manifest, [], [], searched)
 
 
 def plan(recipe: Recipe, how: Execution | None = None) -> dict[str, Any]:

@@ -71,16 +71,45 @@ def plan_lines(facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def search_lines(record: Mapping[str, Any]) -> list[str]:
+    """What a search tried, a line for each model that it measured, and what it found."""
+    trace = record["evaluations"]
+    best = next(index for index, row in enumerate(trace) if row["options"] == record["found"])
+    rows = [
+        {"search": f"{index + 1}{' *' * (index == best)}", **{name: _values(value) for name, value in row["options"].items()},
+         record["objective"]: _digits(row["objective"]), **{name: _digits(loss) for name, loss in row["losses"].items()}}
+        for index, row in enumerate(trace)
+    ]  # fmt: skip
+    lines = table(rows)
+    found = ", ".join(f"{name} {_values(value)}" for name, value in record["found"].items())
+    lines += ["", f"found {found}: {record['objective']} {_digits(trace[best]['objective'])}, {_digits(trace[0]['objective'])} at the start", ""]
+    if "heldout" in record:
+        rows = [{"held-out": row["model"], **{name: _digits(loss) for name, loss in row["losses"].items()}, "mean": _digits(row["mean"])}
+                for row in record["heldout"]]  # fmt: skip
+        lines += [*table(rows), ""]
+    return lines
+
+
+def _digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _values(value: float | Sequence[float]) -> str:
+    return ",".join(f"{number:g}" for number in (value if isinstance(value, list | tuple) else [value]))
+
+
 def outcome_facts(outcome: Outcome) -> dict[str, Any]:
     """A run as data."""
     return {
         "out": str(outcome.out), "bytes": sum(file["bytes"] for file in outcome.manifest.outputs.values()),
         "outputs": outcome.manifest.outputs, "inputs": outcome.manifest.inputs, "measured": outcome.table, "failures": outcome.failures,
+        "searched": outcome.searched,
     }  # fmt: skip
 
 
 def outcome_lines(outcome: Outcome) -> list[str]:
     """A run as text: its table, where it lies, and what failed."""
-    lines = [*table(outcome.table), ""] if outcome.table else []
+    lines = [line for record in outcome.searched for line in search_lines(record)]
+    lines += [*table(outcome.table), ""] if outcome.table else []
     total = sum(file["bytes"] for name, file in outcome.manifest.outputs.items() if name.endswith(".safetensors"))
     return [*lines, f"wrote {outcome.out}: {size(total)}"]

@@ -14,6 +14,7 @@ from .checkpoint.dtypes import parse_float_dtype
 from .errors import OptionError, RecipeError, nearest
 from .merge import METHODS
 from .merge.plan import MergeOptions, merge, problems
+from .search.space import SearchOptions
 
 
 class Strict(BaseModel):
@@ -43,6 +44,8 @@ class MergeStep(BaseModel):
     input_dtype: str | None = None
     exclude: list[str] = Field(default_factory=list)
     seed: int = 0
+    search: SearchOptions | None = None  # options to be found before the merge
+    searched: dict[str, Any] | None = None  # the record of the search that found these options
 
     @field_validator("models", mode="before")
     @classmethod
@@ -70,6 +73,13 @@ class MergeStep(BaseModel):
                     given[name] = [own[name] for own in self.models.values() if name in own]
         return given
 
+    def with_options(self, values: Mapping[str, Any]) -> MergeStep:
+        """The same step with these options, whatever it or single models of it said of them."""
+        models = self.models
+        if isinstance(models, dict):
+            models = {name: {key: value for key, value in own.items() if key not in values} for name, own in models.items()}
+        return self.model_copy(update={"models": models, **values})
+
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
         for name in (*self.models, *([self.base] if self.base else [])):
             if name not in inputs:
@@ -82,6 +92,10 @@ class MergeStep(BaseModel):
                     parse_float_dtype(dtype)
             except OptionError as error:
                 yield f"merge: {error}"
+
+    def search_problems(self, folder: Path) -> list[str]:
+        """What is wrong with its search; texts are relative to `folder`."""
+        return self.search.problems(self.method, self.options(), list(self.models), self.base, folder) if self.search else []
 
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
         options = MergeOptions(

@@ -25,7 +25,7 @@ def bands(scan: Scan, *, density: Sequence[float], gamma: Sequence[float], resca
     return trims(scan, found, rescale)
 
 
-@merge_method("breadcrumbs", statistic=bands, check=refuse_zero_sum)
+@merge_method("breadcrumbs", statistic=bands, check=refuse_zero_sum, linear=("weight", "lambda"))
 def breadcrumbs(
     base: Tensor,
     models: Sequence[Tensor],
@@ -52,7 +52,7 @@ def breadcrumbs(
     return merged.add_(base.to(merged.dtype))
 
 
-@merge_method("breadcrumbs_ties", statistic=bands)
+@merge_method("breadcrumbs_ties", statistic=bands, linear=("lambda",))
 def breadcrumbs_ties(
     base: Tensor,
     models: Sequence[Tensor],

@@ -16,7 +16,7 @@ MaskLambda = Annotated[float, Field(ge=0, description="a model claims an element
 K = Annotated[int, Field(ge=0, description="how many models must claim an element: 2 leaves out what one alone wants, 1 what none wants")]
 
 
-@merge_method("consensus")
+@merge_method("consensus", linear=("lambda",))
 def consensus(
     base: Tensor, models: Sequence[Tensor], *, mask_lambda: PerModel[MaskLambda] = (0.4,), k: K = 2, lambda_: Lambda = 1.0
 ) -> Tensor:

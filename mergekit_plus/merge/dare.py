@@ -11,7 +11,7 @@ from .method import Density, Int8Mask, Lambda, Normalize, PerModel, Rescale, Wei
 from .noise import Noise
 
 
-@merge_method("dare_linear", check=refuse_zero_sum)
+@merge_method("dare_linear", check=refuse_zero_sum, linear=("weight", "lambda"))
 def dare_linear(
     base: Tensor,
     models: Sequence[Tensor],
@@ -35,7 +35,7 @@ def dare_linear(
     return merged.add_(base.to(merged.dtype))
 
 
-@merge_method("dare_ties")
+@merge_method("dare_ties", linear=("lambda",))
 def dare_ties(
     base: Tensor,
     models: Sequence[Tensor],

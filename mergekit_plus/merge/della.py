@@ -64,7 +64,7 @@ def chances(vector: Tensor, density: float, epsilon: float) -> Tensor:
     return torch.empty(rows.shape, dtype=torch.float64, device=vector.device).scatter_(1, order, steps.expand_as(order)).reshape(vector.shape)
 
 
-@merge_method("della", unit="row", statistic=factors, check=refuse)
+@merge_method("della", unit="row", statistic=factors, check=refuse, linear=("lambda",))
 def della(
     base: Tensor,
     models: Sequence[Tensor],
@@ -92,7 +92,7 @@ def della(
     return merged.mul_(lambda_).add_(base.to(merged.dtype))
 
 
-@merge_method("della_linear", unit="row", statistic=factors, check=refuse_linear)
+@merge_method("della_linear", unit="row", statistic=factors, check=refuse_linear, linear=("weight", "lambda"))
 def della_linear(
     base: Tensor,
     models: Sequence[Tensor],

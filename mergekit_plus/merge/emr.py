@@ -11,7 +11,7 @@ from .combine import weighted_sum
 from .method import Lambda, merge_method, task_vectors
 
 
-@merge_method("emr")
+@merge_method("emr", linear=("lambda",))
 def emr(base: Tensor, models: Sequence[Tensor], *, lambda_: Lambda = 1.0) -> Tensor:
     """The base plus `lambda` times, for each element, the task vectors' largest magnitude with the sign of their sum.
 

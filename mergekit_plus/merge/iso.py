@@ -16,7 +16,7 @@ from .spectral import by_matrix, orthogonal, parts
 Common = Annotated[float, Field(ge=0, le=1, description="share of the directions that are the sum's; the rest go to the tasks in equal parts")]
 
 
-@merge_method("iso_c", unit="tensor")
+@merge_method("iso_c", unit="tensor", linear=("lambda",))
 def iso_c(base: Tensor, models: Sequence[Tensor], *, lambda_: Lambda = 1.0) -> Tensor:
     """The base plus `lambda` times the sum of the task matrices, with their singular values replaced by the mean of these.
 
@@ -30,7 +30,7 @@ def iso_c(base: Tensor, models: Sequence[Tensor], *, lambda_: Lambda = 1.0) -> T
     return merged.mul_(lambda_).add_(base.to(merged.dtype))
 
 
-@merge_method("iso_cts", unit="tensor")
+@merge_method("iso_cts", unit="tensor", linear=("lambda",))
 def iso_cts(base: Tensor, models: Sequence[Tensor], *, common: Common = 0.8, lambda_: Lambda = 1.0) -> Tensor:
     """The base plus `lambda` times an isotropic matrix of the leading directions of the sum and, beside them, of each task.
 

@@ -16,7 +16,7 @@ from .spectral import by_matrix, parts
 Kept = Annotated[float, Field(gt=0, le=1, description="share of each task's coordinates that is kept, the largest")]
 
 
-@merge_method("knots", unit="tensor")
+@merge_method("knots", unit="tensor", linear=("lambda",))
 def knots(
     base: Tensor, models: Sequence[Tensor], *, weight: PerModel[Weight] = (1.0,), density: PerModel[Kept] = (0.2,), lambda_: Lambda = 1.0
 ) -> Tensor:

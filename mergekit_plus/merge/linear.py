@@ -10,7 +10,7 @@ from .combine import blend, refuse_zero_sum, shares
 from .method import Normalize, PerModel, Weight, merge_method
 
 
-@merge_method("linear", check=refuse_zero_sum)
+@merge_method("linear", check=refuse_zero_sum, linear=("weight",))
 def linear(models: Sequence[Tensor], *, weight: PerModel[Weight] = (1.0,), normalize: Normalize = True) -> Tensor:
     """The weighted average of the models, `sum of w_i m_i / sum of w_i`.
 

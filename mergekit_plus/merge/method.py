@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..checkpoint import TensorSpec
 from ..checkpoint.checkpoint import row_multiple
-from ..options import Options, PerModel
+from ..options import Options, PerModel, SearchRange
 from ..registry import Registry
 from ..statistics import Scan
 
@@ -55,9 +55,9 @@ __all__ = [
 INSIDE = ("measured", "noise", "first")
 Unit = Literal["element", "row", "tensor"]
 
-Weight = Annotated[float, Field(description="how much of this model goes in", allow_inf_nan=False)]
-Density = Annotated[float, Field(gt=0, le=1, description="share of the task vector that is kept")]
-Lambda = Annotated[float, Field(description="scale of the merged task vector", allow_inf_nan=False)]
+Weight = Annotated[float, Field(description="how much of this model goes in", allow_inf_nan=False), SearchRange(0, 1)]
+Density = Annotated[float, Field(gt=0, le=1, description="share of the task vector that is kept"), SearchRange(0.05, 1)]
+Lambda = Annotated[float, Field(description="scale of the merged task vector", allow_inf_nan=False), SearchRange(0, 2)]
 Normalize = Annotated[bool, Field(description="divide by the sum of the weights")]
 Rescale = Annotated[bool, Field(description="make up for the elements that were dropped")]
 Int8Mask = Annotated[bool, Field(description="no effect; accepted because recipes carry it")]
@@ -75,6 +75,7 @@ class MergeMethod:
     options: Options = field(compare=False)
     unit: Unit = "element"
     check: Callable[[Mapping[str, Any]], None] | None = None  # refuses options that do not go together; before any read
+    linear: tuple[str, ...] = ()
 
     @property
     def inside(self) -> tuple[str, ...]:
@@ -93,6 +94,10 @@ class MergeMethod:
     @property
     def random(self) -> bool:
         return "noise" in inspect.signature(self.function).parameters
+
+    def linear_in(self, option: str, arguments: Mapping[str, Any]) -> bool:
+        """Whether the result is `f(0) + sum_i x_i (f(e_i) - f(0))` in the values x of this option, all else held; normalized weights are not."""
+        return option in self.linear and not (option == "weight" and arguments.get("normalize", False))
 
     @property
     def summary(self) -> str:
@@ -117,17 +122,19 @@ def merge_method(
     scope: Literal["tensor", "model"] = "tensor",
     models: tuple[int, int | None] = (1, None),
     check: Callable[[Mapping[str, Any]], None] | None = None,
+    linear: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a merge method.
 
     unit: what it must be fed whole. statistic: `statistic(scan, **options)`, called with those options of the method that its signature names; once for each
     tensor (scope "tensor") or once for the whole model (scope "model"). models: least and most models besides the base.
     check: gets the function's keyword arguments, each fit on its own, and raises OptionError where they do not go together.
+    linear: the options in which the result is linear (`MergeMethod.linear_in`), so that a search need not merge again.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         options = Options(name, function, inside=INSIDE)
-        METHODS.register(name, MergeMethod(name, function, statistic, scope, models, options, unit, check))
+        METHODS.register(name, MergeMethod(name, function, statistic, scope, models, options, unit, check, linear))
         return function
 
     return register

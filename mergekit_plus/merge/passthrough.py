@@ -13,7 +13,7 @@ from .method import PerModel, merge_method, scaled, working_dtype
 Scale = Annotated[float, Field(description="by what the tensors are multiplied", allow_inf_nan=False)]
 
 
-@merge_method("passthrough", models=(1, 1))
+@merge_method("passthrough", models=(1, 1), linear=("scale",))
 def passthrough(models: Sequence[Tensor], *, scale: PerModel[Scale] = (1.0,)) -> Tensor:
     """One model, times `scale`.
 

@@ -11,11 +11,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..options import SearchRange
 from ..statistics import order_statistics
 from .method import Lambda, PerModel, Scan, merge_method, task_vectors
 
-Ratio = Annotated[float, Field(gt=0, le=1, description="share of each whole task vector that survives")]
-Winsor = Annotated[float, Field(ge=0, lt=0.5, description="share of the magnitudes clipped at either end")]
+Ratio = Annotated[float, Field(gt=0, le=1, description="share of each whole task vector that survives"), SearchRange(0.05, 1)]
+Winsor = Annotated[float, Field(ge=0, lt=0.5, description="share of the magnitudes clipped at either end"), SearchRange(0, 0.3)]
 Inter = Annotated[
     Literal["sum", "normalized", "pairwise"],
     Field(description="the competition between tasks: which of the three released versions"),
@@ -77,7 +78,7 @@ def measure(scan: Scan, *, lambda_: Sequence[float], ratio: float, winsor: float
     return tuple(None if bound is None else Bounds(bound.low, bound.high, *next(found)) for bound in bounds)
 
 
-@merge_method("pcb", statistic=measure, scope="model")
+@merge_method("pcb", statistic=measure, scope="model", linear=("lambda",))
 def pcb(
     base: Tensor,
     models: Sequence[Tensor],

@@ -10,7 +10,7 @@ from .combine import refuse_zero_sum, shares, weighted_sum
 from .method import Density, Int8Mask, Lambda, Normalize, PerModel, Rescale, Weight, merge_method, task_vectors
 
 
-@merge_method("task_arithmetic", check=refuse_zero_sum)
+@merge_method("task_arithmetic", check=refuse_zero_sum, linear=("weight", "lambda"))
 def task_arithmetic(
     base: Tensor,
     models: Sequence[Tensor],

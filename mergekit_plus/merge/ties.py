@@ -25,7 +25,7 @@ def of_model(scan: Scan, *, density: Sequence[float]) -> tuple[Trim | None, ...]
     return thresholds(scan, [max(1, int(share * scan.size)) if share < 1 and scan.size else None for share in density])
 
 
-@merge_method("ties", statistic=of_tensor)
+@merge_method("ties", statistic=of_tensor, linear=("lambda",))
 def ties(
     base: Tensor,
     models: Sequence[Tensor],
@@ -50,7 +50,7 @@ def ties(
     return _elected(base, models, measured, first, weight, normalize, lambda_)
 
 
-@merge_method("ties_global", statistic=of_model, scope="model")
+@merge_method("ties_global", statistic=of_model, scope="model", linear=("lambda",))
 def ties_global(
     base: Tensor,
     models: Sequence[Tensor],

@@ -11,7 +11,7 @@ from .method import Lambda, merge_method, task_vectors
 from .spectral import by_matrix, orthogonal, parts
 
 
-@merge_method("tsv", unit="tensor")
+@merge_method("tsv", unit="tensor", linear=("lambda",))
 def tsv(base: Tensor, models: Sequence[Tensor], *, lambda_: Lambda = 1.0) -> Tensor:
     """The base plus `lambda` times the leading singular parts of every task matrix, with their singular vectors made orthogonal to each other.
 
