@@ -71,6 +71,12 @@ def apply(base: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
     return result.with_config(tie_word_embeddings=False) if names.is_untied(chains) else result
 
 
+def targets(base: Checkpoint, adapter: Adapter) -> dict[str, LowRank]:
+    """The tensor of the base that each product of an adapter is added to."""
+    names = _Names(base)
+    return {names.written(f"{module}.weight"): lowrank for module, lowrank in adapter.lowrank.items()}
+
+
 class _Names:
     """What parameters of the transformers model are called in a checkpoint. transformers is asked only where names do not say it."""
 

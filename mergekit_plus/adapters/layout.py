@@ -62,10 +62,12 @@ def adapter_of(
     fan_in_fan_out: bool = False,
     modules_to_save: Sequence[str] = (),
     biases: bool = False,
+    tied: bool = False,
 ) -> Checkpoint:
     """The adapter of these products, as a checkpoint: its tensors come from the steps, its adapter_config.json from here.
 
     base: where users find the model that it belongs to. task: peft's task_type. biases: whether biases of the modules are among the tensors.
+    tied: whether embeddings are, and the head that is tied to them.
     """
     rank = max((product.rank for product in products), default=1)
     ranks = {f"^{re.escape(product.module)}": product.rank for product in products if product.rank != rank}
@@ -73,6 +75,7 @@ def adapter_of(
         "peft_type": "LORA", "task_type": task, "base_model_name_or_path": base, "inference_mode": True,
         "r": rank, "lora_alpha": rank, "rank_pattern": ranks, "alpha_pattern": ranks, "use_rslora": False, "use_dora": False,
         "target_modules": [product.module for product in products], "modules_to_save": list(modules_to_save) or None,
+        **({"ensure_weight_tying": True} if tied else {}),
         "bias": "lora_only" if biases else "none", "fan_in_fan_out": fan_in_fan_out, "lora_dropout": 0.0, "init_lora_weights": True,
     }  # fmt: skip
     return Checkpoint(label, Plan(steps), {ADAPTER_CONFIG: json.dumps(config, indent=2).encode() + b"\n"})

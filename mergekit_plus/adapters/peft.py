@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -67,12 +67,7 @@ def open_adapter(ref: str | Path) -> Adapter:
 
     Errors: CheckpointError where it cannot be opened, and as `read_adapter`.
     """
-    path = Path(ref).expanduser()
-    checkpoint = Checkpoint.open(ref)
-    config = path.parent / ADAPTER_CONFIG
-    if path.is_file() and config.is_file():
-        checkpoint = replace(checkpoint, files={ADAPTER_CONFIG: config})
-    return read_adapter(checkpoint)
+    return read_adapter(Checkpoint.open(ref))
 
 
 def read_adapter(checkpoint: Checkpoint) -> Adapter:

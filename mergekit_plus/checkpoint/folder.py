@@ -42,7 +42,8 @@ def _open(ref: str | Path, path: Path) -> Checkpoint:
     if path.is_file():
         if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
             raise CheckpointError(f"{path} is a pickle checkpoint; {PICKLE_HELP}")
-        return Checkpoint(str(ref), _source([File(path)]))
+        config = path.parent / ADAPTER_CONFIG
+        return Checkpoint(str(ref), _source([File(path)]), {ADAPTER_CONFIG: config} if path.name == ADAPTER and config.is_file() else {})
     if isinstance(ref, str) and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", ref) and not path.parent.is_dir():
         from .hub import download
 
