@@ -6,12 +6,16 @@ adapter can be laid out before it is computed; and one that computes it. `kept` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import isfinite, sqrt
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, Plan, Scan, Step, TensorSpec, copy_step
@@ -61,15 +65,15 @@ def extract(base: Checkpoint, tuned: Checkpoint, options: ExtractOptions, progre
     progress = progress or quiet()
     meanings = describe(base)
     roles = meanings.tensors
-    changed = {}
-    with progress.phase("comparing", sum(base.specs[place].nbytes for place in pairs.values())):
-        for name, place in pairs.items():
-            change = _squares([(base, place), (tuned, name)])[0]
+    changed = []
+    with progress.phase("comparing", sum(base.specs[place].nbytes for place in pairs.values())), _workers() as pool:
+        changes = pool.map(lambda name: _squares([(base, pairs[name]), (tuned, name)])[0], pairs)
+        for name, change in zip(pairs, changes, strict=True):
             if not isfinite(change):
                 raise CheckpointError(f"{name} holds values that are NaN or infinite in {base.label} or {tuned.label}; mend the model, or --exclude it")
             if change:
-                changed[name] = place
-            progress.advance(base.specs[place].nbytes)
+                changed.append(name)
+            progress.advance(base.specs[pairs[name]].nbytes)
     left_out = [name for name in changed if any(fnmatchcase(name, pattern) for pattern in options.exclude)]
     linears = {name: roles[name] for name in changed if name in roles and name not in left_out and roles[name].role == "linear"}
     rest = [name for name in changed if name not in linears and name not in left_out]
@@ -79,15 +83,9 @@ def extract(base: Checkpoint, tuned: Checkpoint, options: ExtractOptions, progre
 
     differences = Checkpoint(f"{tuned.label} - {base.label}", Plan([_difference(base, tuned, name) for name in linears]))
     module_of = _modules(roles)
-    ranks = {}
-    with progress.phase("finding ranks" if options.energy else "planning", len(linears), " layers"):
-        for name, meaning in linears.items():
-            ranks[name] = _rank(differences, name, meaning, module_of[name], options)
-            progress.advance(1)
     products, steps = [], []
-    for name, meaning in linears.items():
-        rank, count = ranks[name]
-        shape = base.specs[name].shape
+    for name, (rank, count) in _ranks(differences, linears, module_of, options, progress).items():
+        meaning, shape = linears[name], base.specs[name].shape
         product = Product(module_of[name], rank, shape[::-1] if meaning.transposed else shape)
         products.append(product)
         steps.append(product.step([(differences, name)], _Truncate(product.module, rank, count, meaning.transposed), options.dtype))
@@ -145,14 +143,37 @@ def _difference(base: Checkpoint, tuned: Checkpoint, name: str) -> Step:
     return Step(((base, name), (tuned, name)), (TensorSpec(name, "F32", base.specs[name].shape),), run, row_multiple(base.specs[name]))
 
 
-def _rank(differences: Checkpoint, name: str, meaning: Meaning, module: str, options: ExtractOptions) -> tuple[int, int]:
-    """The rank of a module, and how many triples are asked for to get it."""
-    if options.rank is not None:
-        rank = min(options.rank, *differences.specs[name].shape)
-        return rank, rank
-    assert options.energy is not None
-    matrix = differences.read(name)
-    return rank_for(matrix.T if meaning.transposed else matrix, options.energy, module)
+def _ranks(
+    differences: Checkpoint, linears: Mapping[str, Meaning], module_of: Mapping[str, str], options: ExtractOptions, progress: Progress
+) -> dict[str, tuple[int, int]]:
+    """The rank of each layer, and how many triples are asked for to get it. An energy needs each difference, one in memory for each core."""
+    energy = options.energy
+    if energy is None:
+        ranks = {name: min(options.rank or 1, *differences.specs[name].shape) for name in linears}
+        return {name: (rank, rank) for name, rank in ranks.items()}
+
+    def rank_of(name: str) -> tuple[int, int]:
+        matrix = differences.read(name)
+        return rank_for(matrix.T if linears[name].transposed else matrix, energy, module_of[name])
+
+    found = {}
+    with progress.phase("finding ranks", len(linears), " layers"), _workers() as pool:
+        for name, rank in zip(linears, pool.map(rank_of, linears), strict=True):
+            found[name] = rank
+            progress.advance(1)
+    return found
+
+
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """A thread for each core; torch keeps to the one that it is called from, as it does in `save`."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Truncate:
@@ -230,8 +251,14 @@ def kept(base: Checkpoint, tuned: Checkpoint, adapter: Checkpoint, exclude: Sequ
     products = targets(base, read)
     adapted = apply(Checkpoint(base.label, Plan([_widened(base, name) for name in base.specs]), base.files), [read])
     found = []
-    for name, place in _pairs(base, tuned, exclude).items():
-        change, left = _squares([(tuned, name), (base, place), (adapted, name if name in adapted.specs else place)])
+    pairs = _pairs(base, tuned, exclude)
+
+    def measure(name: str) -> list[float]:
+        return _squares([(tuned, name), (base, pairs[name]), (adapted, name if name in adapted.specs else pairs[name])])
+
+    with _workers() as pool:
+        measured = list(pool.map(measure, pairs))
+    for name, (change, left) in zip(pairs, measured, strict=True):
         if change:
             kind: Literal["low rank", "whole", "left out"] = "low rank" if name in products else "left out" if left == change else "whole"
             found.append(Kept(name, kind, products[name].rank if name in products else None, sqrt(change), sqrt(left)))
