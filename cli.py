@@ -26,7 +26,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[str, typer.Argument(help="a model folder, a .safetensors file, or org/name[@revision] on the Hub")]
+adapter = typer.Typer(help="Merge LoRA adapters, or extract one from a fine-tune; MODEL+ADAPTER is a model everywhere.", no_args_is_help=True)
+app.add_typer(adapter, name="adapter")
+
+Model = Annotated[str, typer.Argument(help="a model folder, a .safetensors file, or org/name[@revision] on the Hub; MODEL+ADAPTER applies a LoRA adapter")]
+Folder = Annotated[Path | None, typer.Option("--out", "-o", help="folder to write")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="folder to write, or a file where it ends in .safetensors")]
 Set = Annotated[
     list[str], typer.Option("--set", "-s", metavar="NAME=VALUE", help="option of the method, as `compress methods` lists them; a,b,c: one for each model")
@@ -95,6 +99,69 @@ def merge(
     default = Path("merged.safetensors" if single else "merged")
     how = _execution(out or default, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, digests)
     _carry_out(recipe, how, dry_run, as_json)
+
+
+@adapter.command("merge")
+def merge_adapters(
+    adapters: Annotated[list[str], typer.Argument(help="LoRA adapters of one base: folders as peft writes them, or org/name")],
+    method: Annotated[str, typer.Option("--method", "-m", help="linear: exact, ranks add up; svd: linear, brought to a rank; or a merge method")] = "linear",
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="rank of the result (default: the sum for linear, else the largest)")] = None,
+    set_: Set = [],  # noqa: B006
+    seed: Annotated[int, typer.Option("--seed", help="seed of the methods that draw at random")] = 0,
+    out: Folder = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    memory: Memory = None,
+    workers: Workers = None,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    allow_nonfinite: NonFinite = False,
+    as_json: Json = False,
+) -> None:
+    """Merge adapters into one: `compress adapter merge ./code-lora ./docs-lora`."""
+    from mergekit_plus.recipe import check
+
+    names = _distinct(adapters)
+    step = {"method": method, "models": list(names), "rank": rank, "seed": seed, "dtype": dtype, **_settings(set_)}
+    recipe = check({"inputs": names, "steps": [{"merge_adapters": step}]}, Path(), "compress adapter merge")
+    how = _execution(out or Path("merged-adapter"), overwrite, memory, workers, "5GB", allow_nonfinite, device)
+    _carry_out(recipe, how, dry_run, as_json)
+
+
+@adapter.command()
+def extract(
+    base: Annotated[str, typer.Argument(help="the model that the other was tuned from")],
+    tuned: Annotated[str, typer.Argument(help="the fine-tune")],
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="rank of every module")] = None,
+    energy: Annotated[float | None, typer.Option("--energy", help="the least ranks that keep this share of each squared change, as in 0.95")] = None,
+    save_rest: Annotated[bool, typer.Option("--save-rest", help="store what changed and is no linear layer whole: norms, embeddings, heads, biases")] = False,
+    exclude: Exclude = [],  # noqa: B006
+    out: Folder = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    memory: Memory = None,
+    workers: Workers = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="float dtype of the factors")] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Extract a LoRA adapter from a fine-tune, and say what it loses: `compress adapter extract org/base ./tuned --rank 16`."""
+    from dataclasses import asdict
+
+    from mergekit_plus.adapters.extract import kept
+    from mergekit_plus.recipe import check, plan
+    from mergekit_plus.recipe import run as carry_out
+    from mergekit_plus.show import kept_lines, outcome_facts, outcome_lines, plan_lines
+
+    step = {"base": "base", "tuned": "tuned", "rank": rank, "energy": energy, "save_rest": save_rest, "exclude": exclude, "dtype": dtype}
+    recipe = check({"inputs": {"base": base, "tuned": tuned}, "steps": [{"extract_adapter": step}]}, Path(), "compress adapter extract")
+    how = _execution(out or _beside(tuned, "adapter", "folder"), overwrite, memory, workers, "5GB")
+    if dry_run:
+        facts = plan(recipe, how)
+        _print(facts, plan_lines(facts), as_json)
+        return
+    outcome = carry_out(recipe, how)
+    report = kept(_open(base), _open(tuned), _open(str(outcome.out)), exclude)
+    _print({**outcome_facts(outcome), "kept": [asdict(tensor) for tensor in report]}, kept_lines(report) + outcome_lines(outcome), as_json)
 
 
 @app.command()

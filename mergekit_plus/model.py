@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.folder import ADAPTER_CONFIG
 from .checkpoint.spec import TensorSpec, natural_order
 from .errors import CheckpointError
 
@@ -183,6 +184,14 @@ def quantized_reason(checkpoint: Checkpoint) -> str | None:
     if declared.get("format") == "pack-quantized":
         mend = f"unpack it first with `compress dequantize {checkpoint.label}`"
     return f"{checkpoint.label} is quantised already ({f'{scheme}, ' if scheme else ''}{packed}); {mend}"
+
+
+def adapter_reason(checkpoint: Checkpoint) -> str | None:
+    """Why a checkpoint is no model but an adapter, and what to do about it; None for a model."""
+    if ADAPTER_CONFIG not in checkpoint.files:
+        return None
+    label = checkpoint.label
+    return f"{label} is an adapter, not a model; a model with it applied is written MODEL+{label}, and `compress adapter merge` merges adapters"
 
 
 def _holds_codes(spec: TensorSpec) -> bool:

@@ -25,6 +25,8 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
 from .checkpoint import Checkpoint, Manifest, SaveOptions, save, steps_of
 from .checkpoint.checkpoint import is_copy
+from .checkpoint.folder import ADAPTER_CONFIG
+from .checkpoint.references import split_reference
 from .checkpoint.save import DEFAULT_SHARD_SIZE, check_target, plan_save
 from .checkpoint.shards import parse_size
 from .checks import Checks, measure_and_compare
@@ -85,7 +87,10 @@ class Recipe(Strict):
         return found
 
     def resolve(self, ref: str) -> str:
-        """A reference as it is opened: relative to the recipe where something lies there, else as it is (the Hub)."""
+        """A reference as it is opened: relative to the recipe where something lies there, else as it is (the Hub); so is each part of `model+adapter`."""
+        return "+".join(self._resolve(part) for part in split_reference(ref, self.folder))
+
+    def _resolve(self, ref: str) -> str:
         here = self.folder / Path(ref).expanduser()
         return str(here) if here.exists() or ref.startswith((".", "/", "~")) else ref
 
@@ -232,7 +237,10 @@ def _target(recipe: Recipe, how: Execution) -> Path:
 
 
 def _check_out(recipe: Recipe, result: Checkpoint, out: Path) -> None:
-    """Refuse one file for what needs the config.json beside it."""
+    """Refuse one file for what needs the config.json beside it, and texts for what is no model."""
+    if ADAPTER_CONFIG in result.files and (out.suffix == ".safetensors" or recipe.checks.texts):
+        folder = out.with_suffix("") if out.suffix == ".safetensors" else out
+        raise RecipeError(f"{out}: an adapter is a folder, for its {ADAPTER_CONFIG}, and texts are measured on models; write to {folder}, without texts")
     if out.suffix != ".safetensors":
         return
     folder = out.with_suffix("")
@@ -254,7 +262,7 @@ def resolved(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manifes
     content["inputs"] = {
         name: {
             "ref": _relative(recipe.resolve(source.ref), out),
-            "sha256": {file: facts["sha256"] for file, facts in manifest.inputs.get(inputs[name].label, {}).items()},
+            "sha256": _digests(recipe.resolve(source.ref), inputs[name], manifest),
         }
         for name, source in recipe.inputs.items()
     }
@@ -267,12 +275,21 @@ def resolved(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manifes
 
 
 def _relative(ref: str, out: Path) -> str:
+    if len(parts := split_reference(ref)) > 1:
+        return "+".join(_relative(part, out) for part in parts)
     return os.path.relpath(os.path.abspath(ref), os.path.realpath(out)) if Path(ref).exists() else ref
+
+
+def _digests(ref: str, opened: Checkpoint, manifest: Manifest) -> dict[str, str]:
+    """The digest of each file of an input; those of `model+adapter` have the number of their part before the name."""
+    parts = split_reference(ref)
+    labels = [("", opened.label)] if len(parts) == 1 else [(f"{number}/", part) for number, part in enumerate(parts)]
+    return {f"{prefix}{file}": facts["sha256"] for prefix, label in labels for file, facts in manifest.inputs.get(label, {}).items()}
 
 
 def _check_digests(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manifest) -> None:
     for name, source in recipe.inputs.items():
-        found = manifest.inputs.get(inputs[name].label, {})
+        found = _digests(recipe.resolve(source.ref), inputs[name], manifest)
         for file, digest in source.sha256.items():
-            if found.get(file, {}).get("sha256") != digest:
+            if found.get(file) != digest:
                 raise CheckpointError(f"input '{name}': {file} is not the file that the recipe was made with (its SHA-256 differs)")

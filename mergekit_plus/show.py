@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapters.extract import Kept
     from .recipe import Outcome
 
 
@@ -96,6 +97,19 @@ def _digits(value: float | None) -> str:
 
 def _values(value: float | Sequence[float]) -> str:
     return ",".join(f"{number:g}" for number in (value if isinstance(value, list | tuple) else [value]))
+
+
+def kept_lines(tensors: Sequence[Kept]) -> list[str]:
+    """`compress adapter extract`: what each module keeps, what is left out, and what is lost of it all."""
+    from .adapters.extract import overall
+
+    lines = [f"{t.name}  rank {t.rank}, relative error {t.relative:.3g}" for t in tensors if t.kind == "low rank"]
+    lines += [f"{t.name}  stored whole" for t in tensors if t.kind == "whole"]
+    lines += [f"{t.name}  left out: a change of norm {t.change:.3g}" for t in tensors if t.kind == "left out"]
+    low = [t for t in tensors if t.kind == "low rank"]
+    left_out = len([t for t in tensors if t.kind == "left out"])
+    advice = f"; {left_out} changed tensors are left out (--save-rest stores them)" if left_out else ""
+    return [*lines, f"relative error {overall(low):.3g} over {len(low)} modules, {overall(tensors):.3g} over all that changed{advice}"]
 
 
 def outcome_facts(outcome: Outcome) -> dict[str, Any]:

@@ -86,12 +86,7 @@ class MergeStep(BaseModel):
                 yield f"merge: '{name}' is not an input.{nearest(name, inputs)}"
         for problem in problems(self.method, self.options(), len(self.models), self.base is not None):
             yield f"merge: {problem}"
-        for dtype in (self.dtype, self.input_dtype):
-            try:
-                if dtype:
-                    parse_float_dtype(dtype)
-            except OptionError as error:
-                yield f"merge: {error}"
+        yield from _dtype_problems("merge", self.dtype, self.input_dtype)
 
     def search_problems(self, folder: Path) -> list[str]:
         """What is wrong with its search; texts are relative to `folder`."""
@@ -104,6 +99,60 @@ class MergeStep(BaseModel):
             tuple(self.exclude), self.seed, how.device, how.save.allow_nonfinite,
         )  # fmt: skip
         return merge([inputs[name] for name in self.models], self.method, inputs[self.base] if self.base else None, self.options(), options)
+
+
+class MergeAdaptersStep(MergeStep):
+    """`merge_adapters:` — as `merge:`, of inputs that are adapters of one base."""
+
+    rank: int | None = None
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        from .merge.adapters import adapter_problems
+
+        for name in self.models:
+            if name not in inputs:
+                yield f"merge_adapters: '{name}' is not an input.{nearest(name, inputs)}"
+        for key in ("base", "exclude", "input_dtype"):
+            if getattr(self, key):
+                yield f"merge_adapters: '{key}' is for models; adapters are merged without"
+        for problem in adapter_problems(self.method, self.options(), len(self.models), self.rank):
+            yield f"merge_adapters: {problem}"
+        yield from _dtype_problems("merge_adapters", self.dtype)
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from .adapters import read_adapter
+        from .merge.adapters import merge_adapters
+
+        options = MergeOptions(parse_float_dtype(self.dtype) if self.dtype else None, None, (), self.seed, how.device, how.save.allow_nonfinite)
+        return merge_adapters([read_adapter(inputs[name]) for name in self.models], self.method, self.options(), self.rank, options)
+
+
+class ExtractAdapterStep(Strict):
+    """`extract_adapter:` — the LoRA adapter that makes one input of another."""
+
+    base: str
+    tuned: str
+    rank: int | None = None
+    energy: float | None = None
+    exclude: list[str] = Field(default_factory=list)
+    save_rest: bool = False
+    dtype: str = "float32"
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        from .adapters.extract import ExtractOptions
+
+        for name in (self.base, self.tuned):
+            if name not in inputs:
+                yield f"extract_adapter: '{name}' is not an input.{nearest(name, inputs)}"
+        for problem in ExtractOptions(self.rank, self.energy).problems():
+            yield f"extract_adapter: {problem}"
+        yield from _dtype_problems("extract_adapter", self.dtype)
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from .adapters.extract import ExtractOptions, extract
+
+        options = ExtractOptions(self.rank, self.energy, tuple(self.exclude), self.save_rest, parse_float_dtype(self.dtype))
+        return extract(inputs[self.base], inputs[self.tuned], options, how.save.progress)
 
 
 class QuantizeStep(BaseModel):
@@ -154,10 +203,12 @@ class DequantizeStep(Strict):
         return dequantize(inputs[self.of] if self.of else only_input(inputs, previous, "dequantize"))
 
 
-OPERATIONS: dict[str, type[MergeStep] | type[QuantizeStep] | type[DequantizeStep]] = {
+OPERATIONS: dict[str, type[MergeStep] | type[QuantizeStep] | type[DequantizeStep] | type[ExtractAdapterStep]] = {
     "merge": MergeStep, "quantize": QuantizeStep, "dequantize": DequantizeStep,
+    "merge_adapters": MergeAdaptersStep, "extract_adapter": ExtractAdapterStep,
 }  # fmt: skip
-StepOptions = MergeStep | QuantizeStep | DequantizeStep
+StepOptions = MergeStep | MergeAdaptersStep | QuantizeStep | DequantizeStep | ExtractAdapterStep
+FIRST = (MergeStep, ExtractAdapterStep)  # they read inputs, not what a step before them made
 
 
 def parse_step(step: object) -> dict[str, StepOptions]:
@@ -189,11 +240,11 @@ def order_problems(steps: Sequence[Mapping[str, StepOptions]], inputs: Mapping[s
     found: list[str] = []
     for number, step in enumerate(steps, 1):
         for name, options in step.items():
-            source = None if isinstance(options, MergeStep) else options.of
-            if number > 1 and (source is not None or isinstance(options, MergeStep)):
+            source = None if isinstance(options, FIRST) else options.of
+            if number > 1 and (source is not None or isinstance(options, FIRST)):
                 lost = f"what step {number - 1} makes would be lost"
                 found.append(f"step {number}, {name}: it reads inputs, not the step before it, so that {lost}; make it the first, or a recipe of its own")
-            elif number == 1 and source is None and len(inputs) > 1 and not isinstance(options, MergeStep):
+            elif number == 1 and source is None and len(inputs) > 1 and not isinstance(options, FIRST):
                 found.append(f"step 1, {name}: say which input it works on, with `of:`; there are {', '.join(inputs)}")
     return found
 
@@ -229,6 +280,15 @@ def only_input(inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, op
     if len(inputs) == 1:
         return next(iter(inputs.values()))
     raise RecipeError(f"{operation}: say which input it works on, with `of:`; there are {len(inputs)}")
+
+
+def _dtype_problems(operation: str, *dtypes: str | None) -> Iterator[str]:
+    for dtype in dtypes:
+        try:
+            if dtype:
+                parse_float_dtype(dtype)
+        except OptionError as error:
+            yield f"{operation}: {error}"
 
 
 def _default_of(method: str, name: str) -> Any:

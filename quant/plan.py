@@ -13,7 +13,7 @@ from torch import Tensor
 from mergekit_plus.checkpoint import Checkpoint, Plan, Step, TensorSpec, copy_step
 from mergekit_plus.checkpoint.finite import is_finite, nonfinite
 from mergekit_plus.errors import CheckpointError, OptionError, nearest
-from mergekit_plus.model import ModelMap, describe, quantized_reason
+from mergekit_plus.model import ModelMap, adapter_reason, describe, quantized_reason
 
 from . import FORMATS, QUANTIZERS, Quantizer, Scheme, decode, read_config
 from . import dequantize as values_of
@@ -53,7 +53,7 @@ def quantize(
     """
     quantizer, layout = QUANTIZERS[method], FORMATS[format_name]
     arguments = quantizer.options.check(options or {})
-    if reason := quantized_reason(checkpoint):
+    if reason := quantized_reason(checkpoint) or adapter_reason(checkpoint):
         raise CheckpointError(reason)
     roles = describe(checkpoint)
     chosen, notes = _choose(checkpoint, roles, exclude)

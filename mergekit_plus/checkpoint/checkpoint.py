@@ -54,7 +54,8 @@ class Checkpoint:
 
     @classmethod
     def open(cls, ref: str | Path) -> Checkpoint:
-        """Open a `.safetensors` file, a model folder, or `org/name[@revision]` on the Hub; reads headers only.
+        """Open a `.safetensors` file, a model folder, or `org/name[@revision]` on the Hub; reads headers only. `model+adapter` is a model with a
+        PEFT adapter applied.
 
         Errors: CheckpointError saying what is missing or malformed, and where.
         """
@@ -168,8 +169,9 @@ class Step:
 
     `multiple` says how the step may be fed: 0 = whole tensors only; k = any run of rows from one multiple of k to another or to the
     end, rows being counted along the first write. A tensor with fewer rows is cut in proportion (packed zero points), one of a single
-    row goes whole with every run; so the first write must be the one with the most rows. `measured` is what the function must know of
-    more than these rows.
+    row goes whole with every run; so the first write must be the one with the most rows. `whole` are the indices of further reads that
+    every run gets whole, whatever their rows are (the A of a low-rank product B A). `measured` is what the function must know of more
+    than these rows.
     """
 
     reads: tuple[Read, ...]
@@ -177,6 +179,7 @@ class Step:
     run: Run
     multiple: int = 0
     measured: Measured | None = None
+    whole: frozenset[int] = frozenset()
 
     @property
     def rows(self) -> int:
@@ -190,29 +193,35 @@ class Step:
 
     @cached_property
     def row_elements(self) -> int:
-        """Elements in one row of the widest tensor that it reads or writes."""
-        return max(1, max(spec.numel for spec in (*self.read_specs, *self.writes)) // max(1, self.rows))
+        """Elements in one row of the widest tensor that it reads in rows or writes."""
+        cut = (spec for index, spec in enumerate(self.read_specs) if index not in self.whole)
+        return max(1, max(spec.numel for spec in (*cut, *self.writes)) // max(1, self.rows))
 
     @cached_property
     def cut(self) -> int:
         """`multiple` when what it reads is computed too: the multiples of all steps behind it, 0 when one wants whole tensors."""
-        return lcm(self.multiple, *(_along(inner.cut, inner.rows, self.rows) for inner in self.behind))
+        return lcm(self.multiple, *(_along(inner.cut, inner.rows, self.rows) for inner, whole in self.behind if not whole))
 
     def may_run(self, rows: Rows) -> bool:
         """Whether it can be run on these rows alone."""
         return self.cut > 0 and rows.start % self.cut == 0 and (rows.stop % self.cut == 0 or rows.stop == self.rows)
 
     @cached_property
-    def behind(self) -> tuple[Step, ...]:
-        """The steps that compute what it reads."""
-        found = (checkpoint.source.step_of[name] for checkpoint, name in self.reads if isinstance(checkpoint.source, Plan))
-        return tuple({id(step): step for step in found}.values())
+    def behind(self) -> tuple[tuple[Step, bool], ...]:
+        """The steps that compute what it reads, and whether it reads them whole."""
+        found = {
+            (id(inner), index in self.whole): inner
+            for index, (checkpoint, name) in enumerate(self.reads)
+            if isinstance(checkpoint.source, Plan)
+            for inner in [checkpoint.source.step_of[name]]
+        }
+        return tuple((inner, whole) for (_, whole), inner in found.items())
 
     @cached_property
     def measures_tensor(self) -> bool:
         """Whether it, or a step behind it, first goes over the whole of this one tensor."""
         own = self.measured is not None and not self.measured.whole_model
-        return own or any(inner.measures_tensor for inner in self.behind)
+        return own or any(inner.measures_tensor for inner, _ in self.behind)
 
     def slabs(self, elements: int | None = None, rows: Rows | None = None) -> list[Rows]:
         """These rows (by default all) cut into runs of about so many elements (by default `SLAB`)."""
@@ -258,7 +267,7 @@ def execute(step: Step, rows: Rows | None = None) -> list[Tensor]:
         return _run(step, tensors, whole, measured)
     outputs = [torch.empty(spec.slice_shape(_of_write(step, spec, whole)), dtype=TORCH_DTYPES[spec.dtype]) for spec in step.writes]
     for piece in pieces:
-        parts = _parts(step, step.read_specs, tensors, piece, whole)
+        parts = _read_parts(step, tensors, piece, whole)
         for output, result in zip(_parts(step, step.writes, outputs, piece, whole), _run(step, parts, piece, measured), strict=True):
             output.copy_(result)
     return outputs
@@ -292,24 +301,31 @@ def _parts(step: Step, specs: Sequence[TensorSpec], tensors: Sequence[Tensor], p
     return [_take(tensor, spec, _within(step, spec, piece, whole)) for tensor, spec in zip(tensors, specs, strict=True)]
 
 
+def _read_parts(step: Step, tensors: Sequence[Tensor], piece: Rows, whole: Rows) -> list[Tensor]:
+    """What a step has read, cut as `_parts` does, but for what goes whole."""
+    parts = zip(tensors, _parts(step, step.read_specs, tensors, piece, whole), strict=True)
+    return [tensor if index in step.whole else part for index, (tensor, part) in enumerate(parts)]
+
+
 def gather(step: Step, rows: Rows | None) -> list[Tensor]:
     """What a step reads; a step behind it that yields several of these runs once."""
-    done: dict[int, list[Tensor]] = {}
+    done: dict[tuple[int, bool], list[Tensor]] = {}
     tensors = []
-    for (checkpoint, name), spec in zip(step.reads, step.read_specs, strict=True):
+    for index, ((checkpoint, name), spec) in enumerate(zip(step.reads, step.read_specs, strict=True)):
+        whole = index in step.whole
         if isinstance(checkpoint.source, Plan):
             inner = checkpoint.source.step_of[name]
-            if id(inner) not in done:
-                done[id(inner)] = execute(inner, of_inner(step, inner, rows))
-            tensors.append(done[id(inner)][[write.name for write in inner.writes].index(name)])
+            if (id(inner), whole) not in done:
+                done[id(inner), whole] = execute(inner, of_inner(step, inner, rows, whole))
+            tensors.append(done[id(inner), whole][[write.name for write in inner.writes].index(name)])
         else:
-            tensors.append(checkpoint.source.read(name, None if rows is None else proportional(rows, step.rows, spec.rows)))
+            tensors.append(checkpoint.source.read(name, None if rows is None or whole else proportional(rows, step.rows, spec.rows)))
     return tensors
 
 
-def of_inner(step: Step, inner: Step, rows: Rows | None) -> Rows | None:
+def of_inner(step: Step, inner: Step, rows: Rows | None, whole: bool) -> Rows | None:
     """The rows of a step behind this one that these rows need."""
-    return None if rows is None else proportional(rows, step.rows, inner.rows)
+    return None if rows is None or whole else proportional(rows, step.rows, inner.rows)
 
 
 class Plan:
@@ -382,7 +398,7 @@ class Scan:
             tensors, origin = list(self.held), slice(0, step.rows)
         else:
             tensors, origin = gather(step, rows if step.cut else None), rows
-        return [visit(_parts(step, step.read_specs, tensors, piece, origin)) for piece in step.slabs(PIECE, rows)]
+        return [visit(_read_parts(step, tensors, piece, origin)) for piece in step.slabs(PIECE, rows)]
 
 
 def _sampled(step: Step, slab: Rows) -> list[Rows]:

@@ -16,6 +16,8 @@ from .spec import TensorSpec, natural_order
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"  # a PEFT adapter's one file, and what says how it is meant
+ADAPTER_CONFIG = "adapter_config.json"
 SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
 # The small files that make a folder of tensors a model: what transformers, peft and servers read beside the weights.
 CARRIED = (
@@ -40,11 +42,16 @@ def _open(ref: str | Path, path: Path) -> Checkpoint:
     if path.is_file():
         if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
             raise CheckpointError(f"{path} is a pickle checkpoint; {PICKLE_HELP}")
-        return Checkpoint(str(ref), _source([File(path)]))
+        config = path.parent / ADAPTER_CONFIG
+        return Checkpoint(str(ref), _source([File(path)]), {ADAPTER_CONFIG: config} if path.name == ADAPTER and config.is_file() else {})
     if isinstance(ref, str) and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", ref) and not path.parent.is_dir():
         from .hub import download
 
         return open_folder(download(ref), ref)
+    if isinstance(ref, str) and "+" in ref:
+        from ..adapters.apply import open_adapted
+
+        return open_adapted(ref)
     near = nearest(path.name, (entry.name for entry in path.parent.iterdir())) if path.parent.is_dir() else ""
     raise CheckpointError(f"{ref}: no such file or folder, and not an org/name on the Hub.{near if 'Did' in near else ''}")
 
@@ -55,6 +62,8 @@ def open_folder(folder: Path, label: str) -> Checkpoint:
         source = _source([File(folder / SINGLE)])
     elif (folder / INDEX).is_file():
         source = _indexed(folder)
+    elif (folder / ADAPTER).is_file() and (folder / ADAPTER_CONFIG).is_file():
+        return Checkpoint(label, _source([File(folder / ADAPTER)]), {ADAPTER_CONFIG: folder / ADAPTER_CONFIG})
     else:
         raise CheckpointError(_nothing_to_open(folder))
     carried = sorted(path for path in folder.iterdir() if path.is_file() and any(fnmatch(path.name, known) for known in CARRIED))
@@ -114,8 +123,8 @@ def _weight_map(index: Path) -> Mapping[str, str]:
 
 def _nothing_to_open(folder: Path) -> str:
     names = {path.name for path in folder.iterdir()}
-    if "adapter_config.json" in names:
-        return f"{folder} is a PEFT adapter, not a model; merge it into its base first (peft: merge_and_unload)"
+    if ADAPTER_CONFIG in names:
+        return f"{folder} is a PEFT adapter without {ADAPTER}{f'; {PICKLE_HELP}' if 'adapter_model.bin' in names else ''}"
     if any(fnmatch(name, "*.safetensors") for name in names):
         files = ", ".join(sorted(name for name in names if name.endswith(".safetensors"))[:3])
         return f"{folder} has {files} but neither {SINGLE} nor {INDEX}; name the .safetensors file itself"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .folder import CARRIED
+from .folder import ADAPTER, ADAPTER_CONFIG, CARRIED
 
 PATIENCE = 10  # seconds for the Hub to say anything at all
 
@@ -21,7 +21,7 @@ def download(ref: str) -> Path:
     repo, _, revision = ref.partition("@")
     try:
         offline = not _hub_answers(repo, revision or None)
-        wanted = ["model*.safetensors*", *CARRIED]
+        wanted = ["model*.safetensors*", ADAPTER, ADAPTER_CONFIG, *CARRIED]
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted, local_files_only=offline))
     except HFValidationError as error:
         raise CheckpointError(f"{repo}: no such file or folder, and not a name that the Hub could have: {error}") from None

@@ -28,7 +28,7 @@ from ..errors import CheckpointError, OptionError, OutputError
 from ..progress import Progress, quiet
 from .checkpoint import SLAB, Checkpoint, FileSource, Measured, ParallelMap, Plan, Rows, Step, execute, of_inner, proportional, steps_of
 from .finite import is_finite
-from .folder import INDEX, SINGLE
+from .folder import ADAPTER, ADAPTER_CONFIG, INDEX, SINGLE
 from .safetensors import File
 from .shards import Shard, ShardFile, index_json, plan_shards
 
@@ -92,7 +92,7 @@ def plan_save(checkpoint: Checkpoint, out: Path, options: SaveOptions) -> Layout
     memory = options.memory or _available_memory() // 2
     workers = options.workers or len(os.sched_getaffinity(0))
     workers = max(1, min(workers, memory // (2 * FIXED_COST)))  # a worker that gets a few rows at a time is no help
-    shards = plan_shards(checkpoint.specs.values(), options.max_shard_size, single=out.name if _is_file(out) else "")
+    shards = plan_shards(checkpoint.specs.values(), options.max_shard_size, single=_single(checkpoint, out))
     place = {name: (number, shard.offsets[name]) for number, shard in enumerate(shards) for name in shard.offsets}
     steps = sorted(steps_of(checkpoint), key=lambda step: min(place[spec.name] for spec in step.writes))
     share = memory // workers
@@ -154,7 +154,7 @@ def check_target(out: Path, overwrite: bool, checkpoint: Checkpoint) -> None:
         return
     if not overwrite:
         raise OutputError(f"{out} exists already; name another output with -o, or replace it with --overwrite")
-    if out.is_dir() and not any((out / name).is_file() for name in (SINGLE, INDEX)):
+    if out.is_dir() and not any((out / name).is_file() for name in (SINGLE, INDEX, ADAPTER)):
         raise OutputError(f"{out} is a folder without a model in it; --overwrite replaces models only")
     if out.is_dir() and (inner := next((path.name for path in out.iterdir() if path.is_dir()), None)):
         raise OutputError(f"{out} holds the folder {inner}, which --overwrite would delete; move it away, or name another output with -o")
@@ -169,11 +169,11 @@ def measurements(steps: Iterable[Step]) -> list[Measured]:
         if id(step) in seen:
             return
         seen.add(id(step))
-        for inner in step.behind:
+        for inner, _ in step.behind:
             visit(inner)
         if step.measured is not None and step.measured.whole_model and id(step.measured) not in found:
             for sibling in step.measured.steps:
-                for inner in sibling.behind:
+                for inner, _ in sibling.behind:
                     visit(inner)
             found[id(step.measured)] = step.measured
 
@@ -226,8 +226,9 @@ def _units(step: Step, share: int) -> list[Rows | None]:
         return [None]  # measured and computed from one reading
     if step.measures_tensor:
         return [slice(0, step.rows)]  # read twice, a little at a time, by one worker: the others would wait for the measurement
-    row_cost = max(1, (_cost(step, None) - FIXED_COST) // max(1, step.rows))
-    elements = min(SLAB, max(1, (share - FIXED_COST) // row_cost) * step.row_elements)
+    fixed = _cost(step, slice(0, 0))  # what every unit holds, however few its rows
+    row_cost = max(1, (_cost(step, None) - fixed) // max(1, step.rows))
+    elements = min(SLAB, max(1, (share - fixed) // row_cost) * step.row_elements)
     return list(step.slabs(elements))
 
 
@@ -239,13 +240,14 @@ def _cost(step: Step, rows: Rows | None) -> int:
 
 
 def _bytes_held(step: Step, rows: Rows | None) -> int:
-    held = sum(_part(spec.nbytes, step, rows) for spec in (*step.read_specs, *step.writes))
-    return held + sum(_bytes_held(inner, of_inner(step, inner, rows)) for inner in step.behind)
+    read = sum(_part(spec.nbytes, step, None if index in step.whole else rows) for index, spec in enumerate(step.read_specs))
+    written = sum(_part(spec.nbytes, step, rows) for spec in step.writes)
+    return read + written + sum(_bytes_held(inner, of_inner(step, inner, rows, whole)) for inner, whole in step.behind)
 
 
 def _bytes_read(step: Step) -> int:
     own = sum(spec.nbytes for (part, _), spec in zip(step.reads, step.read_specs, strict=True) if not isinstance(part.source, Plan))
-    return own + sum(_bytes_read(inner) for inner in step.behind)
+    return own + sum(_bytes_read(inner) for inner, _ in step.behind)
 
 
 def _part(nbytes: int, step: Step, rows: Rows | None) -> int:
@@ -344,13 +346,14 @@ def _write_rows(step: Step, rows: Rows | None, where: Mapping[str, ShardFile], o
 
 def _explain_nonfinite(step: Step, rows: Rows | None, name: str) -> str:
     """Which input brought the value in, or which result is where it arose."""
-    for (checkpoint, read), spec in zip(step.reads, step.read_specs, strict=True):
-        tensor = checkpoint.read(read, None if rows is None else proportional(rows, step.rows, spec.rows))
+    for index, ((checkpoint, read), spec) in enumerate(zip(step.reads, step.read_specs, strict=True)):
+        whole = rows is None or index in step.whole
+        tensor = checkpoint.read(read, None if rows is None or whole else proportional(rows, step.rows, spec.rows))
         if not tensor.is_floating_point() or is_finite(tensor.to(torch.float64)):
             continue
         if isinstance(checkpoint.source, Plan):
             inner = checkpoint.source.step_of[read]
-            return _explain_nonfinite(inner, of_inner(step, inner, rows), read)
+            return _explain_nonfinite(inner, of_inner(step, inner, rows, whole), read)
         return f"{checkpoint.label}: {read} holds values that are NaN or infinite; mend the model, or carry them with --allow-nonfinite"
     return f"{name}: the result has NaN or infinite values although the inputs have none: it overflows its dtype; try --dtype float32"
 
@@ -401,6 +404,11 @@ def _write_file(path: Path, content: bytes) -> None:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _single(checkpoint: Checkpoint, out: Path) -> str:
+    """The name of the one file that must hold everything, where there is one: a file that was asked for, or an adapter's."""
+    return out.name if _is_file(out) else ADAPTER if ADAPTER_CONFIG in checkpoint.files else ""
 
 
 def _is_file(out: Path) -> bool:

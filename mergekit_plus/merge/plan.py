@@ -17,7 +17,7 @@ from ..checkpoint.dtypes import TAGS, TORCH_DTYPES, config_dtype
 from ..checkpoint.finite import is_finite, nonfinite
 from ..checkpoint.spec import natural_order
 from ..errors import CheckpointError, OptionError, nearest
-from ..model import quantized_reason, tied_alias
+from ..model import adapter_reason, quantized_reason, tied_alias
 from . import METHODS, MergeMethod
 from .noise import Noise
 
@@ -104,7 +104,7 @@ def account(inputs: Sequence[Checkpoint], donor: Checkpoint, exclude: Sequence[s
     Errors: CheckpointError naming tensors that only some inputs have, or whose shapes differ, and inputs that are quantised.
     """
     for part in inputs:
-        if reason := quantized_reason(part):
+        if reason := quantized_reason(part) or adapter_reason(part):
             raise CheckpointError(reason)
     merged: dict[str, tuple[str, ...]] = {}
     copied: dict[str, str] = {}

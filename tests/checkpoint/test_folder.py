@@ -120,7 +120,7 @@ def test_an_index_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
         (["config.json", "tokenizer.json"], "holds no model.safetensors"),
         (["pytorch_model.bin", "config.json"], r"holds only a pickle checkpoint; pickles can run code"),
         (["model.pth"], "holds only a pickle checkpoint"),
-        (["adapter_config.json", "adapter_model.safetensors"], r"is a PEFT adapter, not a model; .*merge_and_unload"),
+        (["adapter_config.json", "adapter_model.bin"], r"is a PEFT adapter without adapter_model\.safetensors; pickles can run code"),
         (["unet.safetensors", "vae.safetensors"], r"has unet\.safetensors, vae\.safetensors but neither .*; name the \.safetensors file itself"),
     ],
 )

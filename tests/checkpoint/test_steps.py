@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_toys import map_step, mapped, random_tensor, same_bits, spec_of
+from checkpoint_toys import map_step, mapped, random_tensor, same_bits, saving, spec_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import mergekit_plus.checkpoint.checkpoint as core
-from mergekit_plus.checkpoint import Checkpoint, Plan, Step, TensorSpec, copy_step
+from mergekit_plus.checkpoint import Checkpoint, Plan, Scan, Step, TensorSpec, copy_step
 from mergekit_plus.checkpoint.checkpoint import execute, gather, proportional
 from mergekit_plus.checkpoint.dtypes import TORCH_DTYPES
 from mergekit_plus.errors import CheckpointError
@@ -182,6 +182,46 @@ def test_a_scalar_or_a_single_row_goes_whole_with_every_run(tiny: None, bias: Te
     assert same_bits(by_slabs(step, 8)[0], w + bias)
     computed = mapped(parts, lambda t: t * 2)
     assert same_bits(by_slabs(map_step([(computed, "w"), (computed, "bias")], torch.add), 8)[0], (w + bias) * 2)
+
+
+def product_step(b: Checkpoint, a: Checkpoint, name: str = "p") -> Step:
+    """The matrix product of the tensors `b` and `a`: rows of b, and a as a whole."""
+    write = TensorSpec(name, "I64", (b.specs["b"].rows, *a.specs["a"].shape[1:]))
+    return Step(((b, "b"), (a, "a")), (write,), lambda tensors, first_row, measured: (tensors[0] @ tensors[1],), 1, whole=frozenset({1}))
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 5), st.integers(1, 60))
+def test_what_goes_whole_goes_whole_with_every_run(rows: int, middle: int, columns: int, slab: int) -> None:
+    parts = Checkpoint.from_tensors({"b": torch.arange(rows * middle).view(rows, middle), "a": torch.arange(middle * columns).view(middle, columns)})
+    expected = parts.read("b") @ parts.read("a")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core, "PIECE", 16)
+        for step in (product_step(parts, parts), product_step(mapped(parts, lambda t: t), mapped(parts, lambda t: t, multiple=0))):
+            assert step.cut == 1
+            assert torch.equal(by_slabs(step, slab)[0], expected)
+        outer = map_step([(Checkpoint("product", Plan([product_step(parts, mapped(parts, lambda t: t, multiple=0))])), "p")], torch.neg)
+        assert outer.cut == 1
+        assert torch.equal(by_slabs(outer, slab)[0], -expected)
+
+
+def test_one_tensor_may_be_read_in_rows_and_whole(tiny: None) -> None:
+    w = torch.arange(400).view(100, 4)
+    part = mapped(Checkpoint.from_tensors({"w": w}), lambda t: t)
+    write = TensorSpec("s", "I64", (100, 4))
+    step = Step(((part, "w"), (part, "w")), (write,), lambda tensors, first_row, measured: (tensors[0] + tensors[1].sum(),), 1, whole=frozenset({1}))
+    assert len(step.slabs()) > 5
+    assert torch.equal(by_slabs(step, 16)[0], w + w.sum())
+    assert Scan([step]).map(lambda tensors: len(tensors[1])) == [100] * len(Scan([step]).map(len))
+
+
+def test_what_goes_whole_counts_for_every_run() -> None:
+    parts = Checkpoint.from_tensors({"b": torch.ones(1000, 2, dtype=torch.int64), "a": torch.ones(2, 500, dtype=torch.int64)})
+    step = product_step(parts, parts)
+    assert saving._cost(step, slice(0, 10)) - saving.FIXED_COST == 10 * 2 * 8 + 2 * 500 * 8 + 10 * 500 * 8
+    room = 2 * 500 * 8 + 100 * (2 * 8 + 500 * 8)  # for `a` and 100 rows
+    assert saving._units(step, saving.FIXED_COST + room) == [slice(n, n + 100) for n in range(0, 1000, 100)]
+    for computed in (product_step(parts, mapped(parts, lambda t: t)), product_step(mapped(parts, lambda t: t), parts)):
+        assert saving._cost(computed, slice(0, 10)) > saving._cost(step, slice(0, 10))
 
 
 def test_a_write_of_a_single_row_comes_with_every_run(tiny: None) -> None:
