@@ -11,7 +11,7 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import gcd, lcm
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, nearest
 from .dtypes import TAGS, TORCH_DTYPES
+from .rows import pick_rows
 from .safetensors import File
 from .spec import TensorSpec, natural_order
 
@@ -169,7 +170,7 @@ class Step:
     `multiple` says how the step may be fed: 0 = whole tensors only; k = any run of rows from one multiple of k to another or to the
     end, rows being counted along the first write. A tensor with fewer rows is cut in proportion (packed zero points), one of a single
     row goes whole with every run; so the first write must be the one with the most rows. `measured` is what the function must know of
-    more than these rows.
+    more than these rows. `picks` deals the rows of a read out anew: for each row of the first write the row of the read that goes with it.
     """
 
     reads: tuple[Read, ...]
@@ -177,6 +178,7 @@ class Step:
     run: Run
     multiple: int = 0
     measured: Measured | None = None
+    picks: tuple[Tensor | None, ...] = ()  # int64, one for each read or none at all; -1: a row of zeros; None: the rows as they are
 
     @property
     def rows(self) -> int:
@@ -185,8 +187,9 @@ class Step:
 
     @cached_property
     def read_specs(self) -> tuple[TensorSpec, ...]:
-        """What it reads."""
-        return tuple(checkpoint.specs[name] for checkpoint, name in self.reads)
+        """What it reads, as its function gets it."""
+        specs = (checkpoint.specs[name] for checkpoint, name in self.reads)
+        return tuple(spec if pick is None else replace(spec, shape=(len(pick), *spec.shape[1:])) for spec, pick in zip(specs, self._picks, strict=True))
 
     @cached_property
     def row_elements(self) -> int:
@@ -196,7 +199,14 @@ class Step:
     @cached_property
     def cut(self) -> int:
         """`multiple` when what it reads is computed too: the multiples of all steps behind it, 0 when one wants whole tensors."""
-        return lcm(self.multiple, *(_along(inner.cut, inner.rows, self.rows) for inner in self.behind))
+        return lcm(
+            self.multiple,
+            *(
+                _along(inner.cut, inner.rows, self.rows) if pick is None else int(inner.cut == 1)
+                for inner, pick in zip(self._inner, self._picks, strict=True)
+                if inner is not None
+            ),
+        )
 
     def may_run(self, rows: Rows) -> bool:
         """Whether it can be run on these rows alone."""
@@ -205,8 +215,16 @@ class Step:
     @cached_property
     def behind(self) -> tuple[Step, ...]:
         """The steps that compute what it reads."""
-        found = (checkpoint.source.step_of[name] for checkpoint, name in self.reads if isinstance(checkpoint.source, Plan))
-        return tuple({id(step): step for step in found}.values())
+        return tuple({id(step): step for step in self._inner if step is not None}.values())
+
+    @cached_property
+    def _inner(self) -> tuple[Step | None, ...]:
+        """For each read the step that computes it."""
+        return tuple(checkpoint.source.step_of[name] if isinstance(checkpoint.source, Plan) else None for checkpoint, name in self.reads)
+
+    @property
+    def _picks(self) -> tuple[Tensor | None, ...]:
+        return self.picks or (None,) * len(self.reads)
 
     @cached_property
     def measures_tensor(self) -> bool:
@@ -296,8 +314,12 @@ def gather(step: Step, rows: Rows | None) -> list[Tensor]:
     """What a step reads; a step behind it that yields several of these runs once."""
     done: dict[int, list[Tensor]] = {}
     tensors = []
-    for (checkpoint, name), spec in zip(step.reads, step.read_specs, strict=True):
-        if isinstance(checkpoint.source, Plan):
+    for (checkpoint, name), spec, pick in zip(step.reads, step.read_specs, step._picks, strict=True):
+        if pick is not None:
+            whole = checkpoint.read(name) if not step.cut else None  # a step behind it may compute whole tensors only: once, not run by run
+            read = partial(checkpoint.read, name) if whole is None else whole.__getitem__
+            tensors.append(pick_rows(read, checkpoint.specs[name], pick if rows is None else pick[rows]))
+        elif isinstance(checkpoint.source, Plan):
             inner = checkpoint.source.step_of[name]
             if id(inner) not in done:
                 done[id(inner)] = execute(inner, of_inner(step, inner, rows))
