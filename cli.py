@@ -68,6 +68,11 @@ def merge(
     budget: Annotated[int, typer.Option("--budget", min=2, help="models that --search measures")] = 40,
     windows: Annotated[int, typer.Option("--windows", min=1, help="windows of each text that --search reads")] = 8,
     heldout: HeldOut = [],  # noqa: B006
+    tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="align the vocabularies to this tokenizer: union, base, or a model")] = None,
+    pad_to_multiple_of: Annotated[int | None, typer.Option("--pad-to-multiple-of", min=1, help="length of the vocabulary, with --tokenizer")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option("--chat-template", help="auto (the most common one), chatml, llama3, mistral, alpaca, a model, or Jinja text")
+    ] = None,
     out: Out = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -94,6 +99,7 @@ def merge(
     if base is not None:
         step["base"] = next((name for name, ref in names.items() if ref == base), "base")
         inputs.setdefault(step["base"], base)
+    step["tokenizer"] = _tokenizer(tokenizer, pad_to_multiple_of, chat_template, inputs)
     recipe = check({"inputs": inputs, "steps": [{"merge": step}]}, Path(), "compress merge")
     single = all(Path(ref).is_file() for ref in models)
     default = Path("merged.safetensors" if single else "merged")
@@ -370,6 +376,22 @@ def _execution(
 
     budget = parse_size(memory) if memory else None
     return Execution(SaveOptions(overwrite, parse_size(max_shard_size), budget, workers, allow_nonfinite, on(), digests), device, out)
+
+
+def _tokenizer(source: str | None, multiple: int | None, template: str | None, inputs: dict[str, str]) -> dict[str, Any] | None:
+    """The tokenizer key of a merge step; a model that is no input yet becomes one."""
+    given = {"source": source, "pad_to_multiple_of": multiple, "chat_template": template}
+    named = {ref: name for name, ref in inputs.items()}
+    for key, ref in given.items():
+        if not isinstance(ref, str) or ref in ("union", "base"):
+            continue
+        if ref in named or ref in inputs:
+            given[key] = named.get(ref, ref)
+        elif key == "source" or Path(ref).exists():
+            name = next(name for name in ("tokenizer", *(f"tokenizer-{number}" for number in range(2, 9))) if name not in inputs)
+            inputs[name] = ref
+            given[key] = name
+    return given if any(value is not None for value in given.values()) else None
 
 
 def _settings(assignments: list[str]) -> dict[str, Any]:

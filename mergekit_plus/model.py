@@ -159,6 +159,12 @@ def tied_alias(checkpoint: Checkpoint, missing: str) -> str | None:
     return max(sorted(tables, key=natural_order), key=lambda name: specs[name].rows, default=None)
 
 
+def vocabulary_size(checkpoint: Checkpoint) -> int | None:
+    """The vocabulary size in config.json, that of the language model where it holds several; None where it says none."""
+    size = _text_config(checkpoint.config).get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
 # ---- already quantised? ----
 
 _PACKED_NAMES = (

@@ -15,6 +15,7 @@ from .errors import OptionError, RecipeError, nearest
 from .merge import METHODS
 from .merge.plan import MergeOptions, merge, problems
 from .search.space import SearchOptions
+from .vocabulary import TokenizerSpec, retokenize
 
 
 class Strict(BaseModel):
@@ -46,6 +47,12 @@ class MergeStep(BaseModel):
     seed: int = 0
     search: SearchOptions | None = None  # options to be found before the merge
     searched: dict[str, Any] | None = None  # the record of the search that found these options
+    tokenizer: TokenizerSpec | None = None  # or its source alone: union, base, an input
+
+    @field_validator("tokenizer", mode="before")
+    @classmethod
+    def _short_tokenizer(cls, value: object) -> object:
+        return {"source": value} if isinstance(value, str) else value
 
     @field_validator("models", mode="before")
     @classmethod
@@ -84,6 +91,8 @@ class MergeStep(BaseModel):
         for name in (*self.models, *([self.base] if self.base else [])):
             if name not in inputs:
                 yield f"merge: '{name}' is not an input.{nearest(name, inputs)}"
+        for problem in self.tokenizer.problems(inputs) if self.tokenizer else ():
+            yield f"merge, tokenizer: {problem}"
         for problem in problems(self.method, self.options(), len(self.models), self.base is not None):
             yield f"merge: {problem}"
         yield from _dtype_problems("merge", self.dtype, self.input_dtype)
@@ -98,7 +107,10 @@ class MergeStep(BaseModel):
             parse_float_dtype(self.input_dtype) if self.input_dtype else None,
             tuple(self.exclude), self.seed, how.device, how.save.allow_nonfinite,
         )  # fmt: skip
-        return merge([inputs[name] for name in self.models], self.method, inputs[self.base] if self.base else None, self.options(), options)
+        parts: Mapping[str, Checkpoint] = {name: inputs[name] for name in (*self.models, *([self.base] if self.base else []))}
+        if self.tokenizer:
+            parts = retokenize(parts, self.base, self.tokenizer, inputs)
+        return merge([parts[name] for name in self.models], self.method, parts[self.base] if self.base else None, self.options(), options)
 
 
 class MergeAdaptersStep(MergeStep):

@@ -17,7 +17,7 @@ LAYERS = [
     ["mergekit_plus.merge", "quant", "prune"],
     [
         "mergekit_plus.training", "mergekit_plus.calibration", "mergekit_plus.evaluate", "mergekit_plus.diff", "mergekit_plus.inspection",
-        "mergekit_plus.adapters",
+        "mergekit_plus.adapters", "mergekit_plus.vocabulary",
     ],
     ["mergekit_plus.model", "mergekit_plus.statistics"],
     ["mergekit_plus.checkpoint"],

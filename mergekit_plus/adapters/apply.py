@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, Plan, Step, TensorSpec, copy_step
-from ..checkpoint.checkpoint import row_multiple
+from ..checkpoint.checkpoint import Take, row_multiple
 from ..checkpoint.dtypes import TAGS, TORCH_DTYPES
 from ..checkpoint.references import split_reference
 from ..checkpoint.spec import natural_order
@@ -230,10 +230,11 @@ def _added(adapter: Checkpoint, lowrank: LowRank, turned: bool) -> Change:
 
     def step(part: Checkpoint, spec: TensorSpec, write: TensorSpec) -> Step:
         reads = [(part, spec.name), (adapter, lowrank.b), (adapter, lowrank.a), *([(adapter, lowrank.magnitude)] if lowrank.magnitude else [])]
-        whole = frozenset(range(1 if turned else 2, len(reads)))
+        cut = 1 if turned else 2  # reads that come in rows
+        takes: list[Take] = [None if index < cut else "whole" for index in range(len(reads))]
         columns = turned and lowrank.magnitude is not None  # lengths of columns: of the whole tensor, then
         multiple = 0 if columns else block_rows(prod(spec.shape[1:]))
-        return Step(tuple(reads), (write,), _Add(lowrank.scale, turned, TORCH_DTYPES[write.dtype]), multiple, whole=whole)
+        return Step(tuple(reads), (write,), _Add(lowrank.scale, turned, TORCH_DTYPES[write.dtype]), multiple, takes=tuple(takes))
 
     return step
 

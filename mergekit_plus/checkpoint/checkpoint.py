@@ -11,16 +11,17 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import gcd, lcm
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, nearest
 from .dtypes import TAGS, TORCH_DTYPES
+from .rows import pick_rows
 from .safetensors import File
 from .spec import TensorSpec, natural_order
 
@@ -155,6 +156,7 @@ def _take(tensor: Tensor, spec: TensorSpec, rows: Rows | None) -> Tensor:
 
 
 Read = tuple[Checkpoint, str]
+Take = Literal["whole"] | Tensor | None  # how a run of a step's rows is fed from a read, see `Step`
 
 
 class Run(Protocol):
@@ -169,9 +171,12 @@ class Step:
 
     `multiple` says how the step may be fed: 0 = whole tensors only; k = any run of rows from one multiple of k to another or to the
     end, rows being counted along the first write. A tensor with fewer rows is cut in proportion (packed zero points), one of a single
-    row goes whole with every run; so the first write must be the one with the most rows. `whole` are the indices of further reads that
-    every run gets whole, whatever their rows are (the A of a low-rank product B A). `measured` is what the function must know of more
-    than these rows.
+    row goes whole with every run; so the first write must be the one with the most rows. `measured` is what the function must know of
+    more than these rows.
+
+    `takes` says it for reads that are fed otherwise, one entry for each read: "whole" for what every run gets whole (the A of a low-rank
+    product B A), or the rows dealt out anew, int64 [rows of the first write] with -1 for a row of zeros (an embedding in another
+    vocabulary's order). None is the rule above.
     """
 
     reads: tuple[Read, ...]
@@ -179,7 +184,7 @@ class Step:
     run: Run
     multiple: int = 0
     measured: Measured | None = None
-    whole: frozenset[int] = frozenset()
+    takes: tuple[Take, ...] = ()  # none at all where every read is fed by the rule
 
     @property
     def rows(self) -> int:
@@ -187,20 +192,26 @@ class Step:
         return self.writes[0].rows
 
     @cached_property
+    def feeds(self) -> tuple[Feed, ...]:
+        """Its reads, each with how it is fed and the step that computes it."""
+        takes = self.takes or (None,) * len(self.reads)
+        return tuple(Feed(checkpoint, name, take) for (checkpoint, name), take in zip(self.reads, takes, strict=True))
+
+    @cached_property
     def read_specs(self) -> tuple[TensorSpec, ...]:
-        """What it reads."""
-        return tuple(checkpoint.specs[name] for checkpoint, name in self.reads)
+        """What it reads, as its function gets it."""
+        return tuple(feed.spec for feed in self.feeds)
 
     @cached_property
     def row_elements(self) -> int:
         """Elements in one row of the widest tensor that it reads in rows or writes."""
-        cut = (spec for index, spec in enumerate(self.read_specs) if index not in self.whole)
+        cut = (feed.spec for feed in self.feeds if not feed.whole)
         return max(1, max(spec.numel for spec in (*cut, *self.writes)) // max(1, self.rows))
 
     @cached_property
     def cut(self) -> int:
         """`multiple` when what it reads is computed too: the multiples of all steps behind it, 0 when one wants whole tensors."""
-        return lcm(self.multiple, *(_along(inner.cut, inner.rows, self.rows) for inner, whole in self.behind if not whole))
+        return lcm(self.multiple, *(feed.cut(self.rows) for feed in self.feeds))
 
     def may_run(self, rows: Rows) -> bool:
         """Whether it can be run on these rows alone."""
@@ -209,13 +220,8 @@ class Step:
     @cached_property
     def behind(self) -> tuple[tuple[Step, bool], ...]:
         """The steps that compute what it reads, and whether it reads them whole."""
-        found = {
-            (id(inner), index in self.whole): inner
-            for index, (checkpoint, name) in enumerate(self.reads)
-            if isinstance(checkpoint.source, Plan)
-            for inner in [checkpoint.source.step_of[name]]
-        }
-        return tuple((inner, whole) for (_, whole), inner in found.items())
+        found = {(id(feed.step), feed.whole): feed.step for feed in self.feeds if feed.step is not None}
+        return tuple((step, whole) for (_, whole), step in found.items())
 
     @cached_property
     def measures_tensor(self) -> bool:
@@ -230,6 +236,37 @@ class Step:
             return [slice(start, stop)]
         size = max(1, (elements or SLAB) // self.row_elements // self.cut) * self.cut
         return [slice(first, min(first + size, stop)) for first in range(start, stop, size)] or [slice(start, stop)]
+
+
+@dataclass(frozen=True, eq=False)
+class Feed:
+    """A read of a step, and how it is fed: see `Step.takes`."""
+
+    checkpoint: Checkpoint
+    name: str
+    take: Take
+
+    @property
+    def whole(self) -> bool:
+        """Whether every run gets all of it."""
+        return isinstance(self.take, str)
+
+    @cached_property
+    def spec(self) -> TensorSpec:
+        """The tensor as the step's function gets it."""
+        spec = self.checkpoint.specs[self.name]
+        return replace(spec, shape=(len(self.take), *spec.shape[1:])) if isinstance(self.take, Tensor) else spec
+
+    @cached_property
+    def step(self) -> Step | None:
+        """The step that computes it, if one does."""
+        return self.checkpoint.source.step_of[self.name] if isinstance(self.checkpoint.source, Plan) else None
+
+    def cut(self, rows: int) -> int:
+        """The multiple along `rows` rows that it allows; 0 where only the whole of it can be had."""
+        if self.step is None or self.whole:
+            return 1
+        return int(self.step.cut == 1) if isinstance(self.take, Tensor) else _along(self.step.cut, self.step.rows, rows)
 
 
 def proportional(rows: Rows, of: int, to: int) -> Rows:
@@ -304,23 +341,30 @@ def _parts(step: Step, specs: Sequence[TensorSpec], tensors: Sequence[Tensor], p
 def _read_parts(step: Step, tensors: Sequence[Tensor], piece: Rows, whole: Rows) -> list[Tensor]:
     """What a step has read, cut as `_parts` does, but for what goes whole."""
     parts = zip(tensors, _parts(step, step.read_specs, tensors, piece, whole), strict=True)
-    return [tensor if index in step.whole else part for index, (tensor, part) in enumerate(parts)]
+    return [tensor if feed.whole else part for feed, (tensor, part) in zip(step.feeds, parts, strict=True)]
 
 
 def gather(step: Step, rows: Rows | None) -> list[Tensor]:
     """What a step reads; a step behind it that yields several of these runs once."""
     done: dict[tuple[int, bool], list[Tensor]] = {}
     tensors = []
-    for index, ((checkpoint, name), spec) in enumerate(zip(step.reads, step.read_specs, strict=True)):
-        whole = index in step.whole
-        if isinstance(checkpoint.source, Plan):
-            inner = checkpoint.source.step_of[name]
+    for feed, spec in zip(step.feeds, step.read_specs, strict=True):
+        inner, whole = feed.step, feed.whole
+        if isinstance(feed.take, Tensor):
+            tensors.append(_dealt(feed, feed.take if rows is None else feed.take[rows], whole=not step.cut))
+        elif inner is not None:
             if (id(inner), whole) not in done:
                 done[id(inner), whole] = execute(inner, of_inner(step, inner, rows, whole))
-            tensors.append(done[id(inner), whole][[write.name for write in inner.writes].index(name)])
+            tensors.append(done[id(inner), whole][[write.name for write in inner.writes].index(feed.name)])
         else:
-            tensors.append(checkpoint.source.read(name, None if rows is None or whole else proportional(rows, step.rows, spec.rows)))
+            tensors.append(feed.checkpoint.source.read(feed.name, None if rows is None or whole else proportional(rows, step.rows, spec.rows)))
     return tensors
+
+
+def _dealt(feed: Feed, index: Tensor, whole: bool) -> Tensor:
+    """Rows in another order; `whole` where a step behind may compute nothing less: once, not run by run."""
+    read = feed.checkpoint.read(feed.name).__getitem__ if whole else partial(feed.checkpoint.read, feed.name)
+    return pick_rows(read, feed.checkpoint.specs[feed.name], index)
 
 
 def of_inner(step: Step, inner: Step, rows: Rows | None, whole: bool) -> Rows | None:

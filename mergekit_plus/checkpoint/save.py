@@ -240,13 +240,13 @@ def _cost(step: Step, rows: Rows | None) -> int:
 
 
 def _bytes_held(step: Step, rows: Rows | None) -> int:
-    read = sum(_part(spec.nbytes, step, None if index in step.whole else rows) for index, spec in enumerate(step.read_specs))
+    read = sum(_part(feed.spec.nbytes, step, None if feed.whole else rows) for feed in step.feeds)
     written = sum(_part(spec.nbytes, step, rows) for spec in step.writes)
     return read + written + sum(_bytes_held(inner, of_inner(step, inner, rows, whole)) for inner, whole in step.behind)
 
 
 def _bytes_read(step: Step) -> int:
-    own = sum(spec.nbytes for (part, _), spec in zip(step.reads, step.read_specs, strict=True) if not isinstance(part.source, Plan))
+    own = sum(feed.spec.nbytes for feed in step.feeds if feed.step is None)
     return own + sum(_bytes_read(inner) for inner, _ in step.behind)
 
 
@@ -346,15 +346,14 @@ def _write_rows(step: Step, rows: Rows | None, where: Mapping[str, ShardFile], o
 
 def _explain_nonfinite(step: Step, rows: Rows | None, name: str) -> str:
     """Which input brought the value in, or which result is where it arose."""
-    for index, ((checkpoint, read), spec) in enumerate(zip(step.reads, step.read_specs, strict=True)):
-        whole = rows is None or index in step.whole
-        tensor = checkpoint.read(read, None if rows is None or whole else proportional(rows, step.rows, spec.rows))
+    for feed in step.feeds:
+        whole = rows is None or feed.take is not None
+        tensor = feed.checkpoint.read(feed.name, None if rows is None or whole else proportional(rows, step.rows, feed.spec.rows))
         if not tensor.is_floating_point() or is_finite(tensor.to(torch.float64)):
             continue
-        if isinstance(checkpoint.source, Plan):
-            inner = checkpoint.source.step_of[read]
-            return _explain_nonfinite(inner, of_inner(step, inner, rows, whole), read)
-        return f"{checkpoint.label}: {read} holds values that are NaN or infinite; mend the model, or carry them with --allow-nonfinite"
+        if feed.step is not None:
+            return _explain_nonfinite(feed.step, of_inner(step, feed.step, rows, whole), feed.name)
+        return f"{feed.checkpoint.label}: {feed.name} holds values that are NaN or infinite; mend the model, or carry them with --allow-nonfinite"
     return f"{name}: the result has NaN or infinite values although the inputs have none: it overflows its dtype; try --dtype float32"
 
 

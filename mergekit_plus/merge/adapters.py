@@ -171,4 +171,4 @@ def _multiplied(part: Adapter, zeros: Checkpoint, module: str) -> Step:
                 torch.mul(b[rows] @ a, lowrank.scale, out=result[rows])
         return (result.view(-1, *write.shape[1:]),)
 
-    return Step(((part.checkpoint, lowrank.b), (part.checkpoint, lowrank.a)), (write,), run, block_rows(width), whole=frozenset({1}))
+    return Step(((part.checkpoint, lowrank.b), (part.checkpoint, lowrank.a)), (write,), run, block_rows(width), takes=(None, "whole"))

@@ -32,8 +32,8 @@ def knots(
     vectors = list(task_vectors(base, models))
 
     def aligned(matrices: Sequence[Tensor]) -> Tensor:
-        u, s, v = parts(torch.cat(list(matrices), 1))
-        return u @ elected((s[:, None] * v).tensor_split(len(matrices), 1))
+        u, _, _ = parts(torch.cat(list(matrices), 1))
+        return u @ elected([u.T @ matrix for matrix in matrices])  # S V_i, and exactly zero for a task that changed nothing: noise would vote
 
     def elected(tasks: Sequence[Tensor]) -> Tensor:
         return sign_consensus([_trimmed(task, share) for task, share in zip(tasks, density, strict=True)], weight, normalize=True)

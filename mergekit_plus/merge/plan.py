@@ -17,7 +17,7 @@ from ..checkpoint.dtypes import TAGS, TORCH_DTYPES, config_dtype
 from ..checkpoint.finite import is_finite, nonfinite
 from ..checkpoint.spec import natural_order
 from ..errors import CheckpointError, OptionError, nearest
-from ..model import adapter_reason, quantized_reason, tied_alias
+from ..model import adapter_reason, quantized_reason, tied_alias, vocabulary_size
 from . import METHODS, MergeMethod
 from .noise import Noise
 
@@ -109,6 +109,7 @@ def account(inputs: Sequence[Checkpoint], donor: Checkpoint, exclude: Sequence[s
     merged: dict[str, tuple[str, ...]] = {}
     copied: dict[str, str] = {}
     problems: list[str] = []
+    vocabularies = False
     names = dict.fromkeys(name for part in inputs for name in part.specs)
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -126,6 +127,7 @@ def account(inputs: Sequence[Checkpoint], donor: Checkpoint, exclude: Sequence[s
         if len({spec.shape for spec in specs}) > 1:
             shapes = ", ".join(f"{part.label} has {spec.shape}" for part, spec in zip(inputs, specs, strict=True))
             problems.append(f"{name}: {shapes}")
+            vocabularies |= all(vocabulary_size(part) == spec.rows for part, spec in zip(inputs, specs, strict=True))
         elif all(spec.is_float for spec in specs):
             merged[name] = tuple(places)
         else:
@@ -136,6 +138,8 @@ def account(inputs: Sequence[Checkpoint], donor: Checkpoint, exclude: Sequence[s
     if problems:
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         advice = "Leave tensors out with --exclude (they are then copied), or align the models first"
+        if vocabularies:
+            advice = "Their vocabularies differ: align them with --tokenizer union, base or a model (`tokenizer:` in a recipe)"
         raise CheckpointError(f"the models do not fit together: {shown}. {advice}")
     return Account(merged, copied)
 

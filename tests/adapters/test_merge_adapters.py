@@ -17,7 +17,7 @@ from mergekit_plus.adapters import Adapter, apply, open_adapter, read_adapter
 from mergekit_plus.checkpoint import Checkpoint, save
 from mergekit_plus.errors import CheckpointError, OptionError
 from mergekit_plus.merge import METHODS
-from mergekit_plus.merge.adapters import merge_adapters
+from mergekit_plus.merge.adapters import adapter_problems, merge_adapters
 from mergekit_plus.merge.plan import merge
 
 FIRST = {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 6}
@@ -76,7 +76,10 @@ def test_with_fewer_ranks_the_sum_is_the_best_approximation(toys: tuple[Path, Ad
         assert close(delta(result, module), truncated(total, rank))
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("linear", "slerp")])
+PRODUCTS = [name for name in METHODS if name != "linear" and not adapter_problems(name, {}, 2, None)]  # those that take two models and need no option
+
+
+@pytest.mark.parametrize("method", PRODUCTS)
 def test_every_method_works_on_the_products(toys: tuple[Path, Adapter, Adapter], method: str) -> None:
     _, *adapters = toys
     options = {"density": 0.5} if "density" in METHODS[method].options.table and method != "task_arithmetic" else {}
@@ -86,8 +89,10 @@ def test_every_method_works_on_the_products(toys: tuple[Path, Adapter, Adapter],
     zeros = Checkpoint.from_tensors({module: torch.zeros(_shape(adapters, module)) for module in modules})
     base = zeros if METHODS[method].needs_base and METHODS[method].models != (1, 1) else None
     expected = merge(dense, method, base, options)
-    for module in modules:
-        assert close(delta(result, module), truncated(expected.read(module).double(), 3), 1e-5), module
+    for module in modules:  # singular values may be equal (iso_c makes them so): what is lost is unique, what is kept is not
+        wanted = expected.read(module).double()
+        lost, least = (float((wanted - kept).norm() / wanted.norm().clamp(min=1e-9)) for kept in (delta(result, module), truncated(wanted, 3)))
+        assert abs(lost - least) < 1e-5, module
 
 
 def _shape(adapters: list[Adapter], module: str) -> tuple[int, ...]:

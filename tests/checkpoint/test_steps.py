@@ -187,7 +187,7 @@ def test_a_scalar_or_a_single_row_goes_whole_with_every_run(tiny: None, bias: Te
 def product_step(b: Checkpoint, a: Checkpoint, name: str = "p") -> Step:
     """The matrix product of the tensors `b` and `a`: rows of b, and a as a whole."""
     write = TensorSpec(name, "I64", (b.specs["b"].rows, *a.specs["a"].shape[1:]))
-    return Step(((b, "b"), (a, "a")), (write,), lambda tensors, first_row, measured: (tensors[0] @ tensors[1],), 1, whole=frozenset({1}))
+    return Step(((b, "b"), (a, "a")), (write,), lambda tensors, first_row, measured: (tensors[0] @ tensors[1],), 1, takes=(None, "whole"))
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 5), st.integers(1, 60))
@@ -208,7 +208,7 @@ def test_one_tensor_may_be_read_in_rows_and_whole(tiny: None) -> None:
     w = torch.arange(400).view(100, 4)
     part = mapped(Checkpoint.from_tensors({"w": w}), lambda t: t)
     write = TensorSpec("s", "I64", (100, 4))
-    step = Step(((part, "w"), (part, "w")), (write,), lambda tensors, first_row, measured: (tensors[0] + tensors[1].sum(),), 1, whole=frozenset({1}))
+    step = Step(((part, "w"), (part, "w")), (write,), lambda tensors, first_row, measured: (tensors[0] + tensors[1].sum(),), 1, takes=(None, "whole"))
     assert len(step.slabs()) > 5
     assert torch.equal(by_slabs(step, 16)[0], w + w.sum())
     assert Scan([step]).map(lambda tensors: len(tensors[1])) == [100] * len(Scan([step]).map(len))
