@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator
 
 from .checkpoint import Checkpoint, SaveOptions
 from .checkpoint.dtypes import parse_float_dtype
@@ -140,10 +140,27 @@ class DequantizeStep(Strict):
         return dequantize(inputs[self.of] if self.of else only_input(inputs, previous, "dequantize"))
 
 
-OPERATIONS: dict[str, type[MergeStep] | type[QuantizeStep] | type[DequantizeStep]] = {
-    "merge": MergeStep, "quantize": QuantizeStep, "dequantize": DequantizeStep,
+class MergekitStep(RootModel[Any]):
+    """`mergekit:` — a document in mergekit's schema, or a list of them; the models that they name are inputs."""
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        from .mergekit import read
+
+        found = read(self.root)
+        yield from (f"mergekit: {problem}" for problem in found.problems)
+        yield from (f"mergekit: '{name}' is not an input.{nearest(name, inputs)}" for name in found.models if name not in inputs)
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from .mergekit import compose, read
+
+        return compose(read(self.root).documents, inputs, MergeOptions(device=how.device, allow_nonfinite=how.save.allow_nonfinite))
+
+
+OPERATIONS: dict[str, type[MergeStep] | type[MergekitStep] | type[QuantizeStep] | type[DequantizeStep]] = {
+    "merge": MergeStep, "mergekit": MergekitStep, "quantize": QuantizeStep, "dequantize": DequantizeStep,
 }  # fmt: skip
-StepOptions = MergeStep | QuantizeStep | DequantizeStep
+StepOptions = MergeStep | MergekitStep | QuantizeStep | DequantizeStep
+MERGING = (MergeStep, MergekitStep)  # these read inputs, not what the step before made
 
 
 def parse_step(step: object) -> dict[str, StepOptions]:
@@ -175,11 +192,11 @@ def order_problems(steps: Sequence[Mapping[str, StepOptions]], inputs: Mapping[s
     found: list[str] = []
     for number, step in enumerate(steps, 1):
         for name, options in step.items():
-            source = None if isinstance(options, MergeStep) else options.of
-            if number > 1 and (source is not None or isinstance(options, MergeStep)):
+            source = None if isinstance(options, MERGING) else options.of
+            if number > 1 and (source is not None or isinstance(options, MERGING)):
                 lost = f"what step {number - 1} makes would be lost"
                 found.append(f"step {number}, {name}: it reads inputs, not the step before it, so that {lost}; make it the first, or a recipe of its own")
-            elif number == 1 and source is None and len(inputs) > 1 and not isinstance(options, MergeStep):
+            elif number == 1 and source is None and len(inputs) > 1 and not isinstance(options, MERGING):
                 found.append(f"step 1, {name}: say which input it works on, with `of:`; there are {', '.join(inputs)}")
     return found
 

@@ -19,7 +19,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from functools import cached_property
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import torch
 from pydantic import Field
@@ -68,14 +69,19 @@ class MergeMethod:
     options: Options = field(compare=False)
     check: Callable[[Mapping[str, Any]], None] | None = None  # refuses options that do not go together; before any read
 
-    @property
+    @cached_property
     def inside(self) -> tuple[str, ...]:
         """What the plan fills in besides the options."""
         return tuple(name for name in INSIDE if name in inspect.signature(self.function).parameters)
 
-    @property
-    def needs_base(self) -> bool:
+    @cached_property
+    def takes_base(self) -> bool:
+        """Whether the base goes into the arithmetic, if there is one."""
         return "base" in inspect.signature(self.function).parameters
+
+    @cached_property
+    def needs_base(self) -> bool:
+        return self.takes_base and type(None) not in get_args(get_type_hints(self.function)["base"])
 
     @property
     def random(self) -> bool:

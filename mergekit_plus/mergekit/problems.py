@@ -1,0 +1,154 @@
+"""What is wrong with a document, all of it at once and before anything is opened; what mergekit would ignore can be overlooked."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..errors import nearest
+from ..merge import METHODS
+from ..merge.plan import count_problem
+from ..merge.plan import problems as merge_problems
+from ..steps import schema_problems
+from .parameters import options_of, varying
+from .schema import Document, Parameters, Reference, listed_models, origin_of
+from .vocabulary import template_problem, tokenizer_problem
+
+Place = tuple[int | str, ...]  # keys and numbers, from the document inward
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A document as it was read: `content` is what `document` was made of. Where there are problems there is none."""
+
+    document: Document | None
+    content: dict[str, Any]
+    problems: tuple[str, ...] = ()
+    overlooked: tuple[str, ...] = ()  # unknown keys that were taken out
+
+
+def parse(given: object, lenient: bool = False) -> Parsed:
+    """Read a document; `lenient` takes out keys that mergekit would ignore, and options that the method does not have."""
+    if not isinstance(given, Mapping):
+        return Parsed(None, {}, ("a document of mergekit's is a table with merge_method",))
+    content, overlooked = copy.deepcopy(dict(given)), list[str]()
+    while True:
+        problems, ignored, document = list[str](), dict[Place, str](), None
+        try:
+            document = Document.model_validate(content)
+        except ValidationError as error:
+            unknown = [problem["loc"] for problem in error.errors() if problem["type"] == "extra_forbidden"]
+            problems = [problem.removeprefix(": ") for problem in schema_problems(error, Document)]
+            ignored = dict(zip(unknown, [problem for problem in problems if "unknown key" in problem], strict=False))
+        else:
+            ignored = ignored_options(document)
+            problems = [*ignored.values(), *value_problems(document)]
+            problems += structure_problems(document, whole=not problems)
+        if lenient and ignored:
+            overlooked += ignored.values()
+            for place in ignored:
+                _drop(content, place)
+            continue
+        return Parsed(None if problems else document, content, tuple(problems), tuple(overlooked))
+
+
+def _drop(content: Any, place: Place) -> None:
+    """Take out the key at this place; a setting that was written short has no list around it."""
+    for part in place[:-1]:
+        content = content if part == 0 and isinstance(content, dict) else content[part]
+    content.pop(place[-1], None)
+
+
+def _tables(document: Document) -> Iterator[tuple[Place, Parameters, bool]]:
+    """Every table of parameters: where it stands, what it holds, and whether it is one model's own."""
+    yield ("parameters",), document.parameters, False
+    for name, body in document.bodies.items():
+        at: Place = ("modules", name) if name else ()
+        if name:
+            yield (*at, "parameters"), body.parameters, False
+        for number, listed in enumerate(body.models):
+            yield (*at, "models", number, "parameters"), listed.parameters, True
+        for number, part in enumerate(body.slices):
+            yield (*at, "slices", number, "parameters"), part.parameters, False
+            for index, source in enumerate(part.sources):
+                yield (*at, "slices", number, "sources", index, "parameters"), source.parameters, True
+
+
+def ignored_options(document: Document) -> dict[Place, str]:
+    """The parameters that mergekit would not look at, by their place, each with a sentence."""
+    method, found = METHODS[document.merge_method], dict[Place, str]()
+    for place, parameters, own in _tables(document):
+        where = ".".join(map(str, place))
+        for name in parameters:
+            option = method.options.table.get(name)
+            if option is None:
+                found[*place, name] = f"{where}: {method.name} has no option '{name}'.{nearest(name, method.options.table)}"
+            elif own and not option.per_model:
+                found[*place, name] = f"{where}: '{name}' is one for all models; write it under the parameters of the slice or the document"
+    return found
+
+
+def value_problems(document: Document) -> list[str]:
+    """A sentence for each value that its option cannot have; every end of a gradient is looked at."""
+    options = METHODS[document.merge_method].options
+    found = []
+    for place, parameters, _ in _tables(document):
+        for name, setting in parameters.items():
+            for value in (value for conditional in setting for value in conditional.values if name in options.table):
+                about = [problem for problem in options.problems({name: value}) if f" {name}=" in problem]
+                found += [f"{'.'.join(map(str, place))}: {problem}" for problem in about]
+    return list(dict.fromkeys(found))
+
+
+def structure_problems(document: Document, whole: bool) -> list[str]:
+    """A sentence for each merge that its method cannot do; `whole`: options are looked at together too, where they are the same for all tensors."""
+    method, base = METHODS[document.merge_method], document.base_model
+    found = [problem for problem in (tokenizer_problem(document), template_problem(document)) if problem]
+    merges: list[tuple[str, list[tuple[Reference, Parameters]], Reference | None, list[Parameters]]] = []
+    for name, body in document.bodies.items():
+        at = f"modules.{name}." if name else ""
+        scopes = [body.parameters, document.parameters] if name else [document.parameters]
+        if len({entry.model for entry in body.models}) < len(body.models):
+            found.append(f"{at}models: the same model is listed twice")
+        if listed := listed_models(body, base):
+            merges.append((f"{at}models", listed, base, scopes))
+        for number, part in enumerate(body.slices):
+            sources = [(source.model, source.parameters) for source in part.sources]
+            merges.append((f"{at}slices.{number}", sources, part.base_model or base, [part.parameters, *scopes]))
+    for place, inputs, start, scopes in merges:
+        names = [model for model, _ in inputs]
+        origin = origin_of(method.name, names, start)
+        others = [parameters for number, (_, parameters) in enumerate(inputs) if number != origin]
+        if not others:
+            found.append(f"{place}: there is none besides the base model")
+        elif method.takes_base and start and origin is None:
+            found.append(f"{place}: base_model {start} is not among the sources, so that it is not said which of its layers to start from")
+        elif reason := count_problem(method.name, len(others), origin is not None):
+            found.append(f"{place}: {reason}")
+        elif lonely := _base_without_options(method.name, names, start, scopes, others):
+            found.append(f"{place}: {lonely}")
+        elif whole and not any(map(varying, [*others, *scopes])):
+            options = options_of(method.name, others, scopes, [{}] * len(others), lambda name: 0.0)
+            assert isinstance(options, Mapping)
+            found += [f"{place}: {problem}" for problem in merge_problems(method.name, options, len(others), origin is not None)]
+    if method.scope == "model" and len(merges) > 1:
+        found.append(f"{method.name} measures whole models, and slices and modules would be measured each alone; list whole models under `models`")
+    return found
+
+
+def _base_without_options(
+    method: str, names: Sequence[Reference], base: Reference | None, scopes: Sequence[Parameters], own: Sequence[Parameters]
+) -> str | None:
+    """Why a base model that a method would merge as one more model, in the last place, cannot be."""
+    table = METHODS[method].options.table
+    wanted = [option.name for option in table.values() if option.per_model and not any(option.name in scope for scope in scopes)]
+    if METHODS[method].takes_base or base is None or names[-1] != base or own[-1] or not wanted or len(names) < 2:
+        return None
+    return (
+        f"{method} has no base: base_model {base} would be merged as one more model, and nothing says its {' and '.join(wanted)}; "
+        "list it with its own, or leave base_model out"
+    )
