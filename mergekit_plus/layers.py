@@ -182,4 +182,8 @@ def layer_misfits(checkpoint: Checkpoint) -> dict[str, str]:
     found = {name: f"{name} has no place in {type(model).__name__} as config.json describes it" for name in unknown}
     have = {meaning.parameter for meaning in tensors.values()}
     found |= {name: f"{name} is missing" for name in expected if name not in have and name not in model.all_tied_weights_keys}
-    return {_NUMBER.sub(".*.", name, count=1): problem for name, problem in found.items() if layer_of(name)}
+    first: dict[str, str] = {}
+    for name, problem in found.items():
+        if layer_of(name):
+            first.setdefault(_NUMBER.sub(".*.", name, count=1), problem)
+    return first

@@ -124,7 +124,7 @@ def _of_mergekit(documents: list[Any], name: str, lenient: bool) -> Recipe:
 
     found = read(documents, lenient)
     for key in found.overlooked:
-        warnings.warn(f"{name}: {key} It is ignored.", stacklevel=2)
+        warnings.warn(f"{name}: {key.removesuffix('.')}{'' if key.endswith('?') else '.'} It is ignored.", stacklevel=2)
     if found.problems:
         raise RecipeError(f"{name}: {'; '.join(found.problems)}")
     return check(as_recipe(found), Path(), name)

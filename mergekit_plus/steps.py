@@ -219,11 +219,17 @@ def _model_at(model: type[BaseModel], place: Sequence[int | str]) -> type[BaseMo
     """The schema that holds at a place: through fields, and through the items of lists and tables."""
     annotation: Any = model
     for part in place:
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel) and part in annotation.model_fields:
-            annotation = annotation.model_fields[str(part)].annotation
-        inner = [item for item in get_args(annotation) if isinstance(item, type) and issubclass(item, BaseModel)]
-        annotation = inner[0] if inner else annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
+        known = _model_in(annotation)
+        if known is not None and part in known.model_fields:
+            annotation = known.model_fields[str(part)].annotation
+    return _model_in(annotation) or model
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The first schema in an annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _model_in(inner)) is not None), None)
 
 
 def only_input(inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, operation: str) -> Checkpoint:

@@ -18,6 +18,7 @@ from .parameters import options_of, varying
 from .schema import Document, Parameters, Reference, listed_models, origin_of
 from .vocabulary import template_problem, tokenizer_problem
 
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 Place = tuple[int | str, ...]  # keys and numbers, from the document inward
 
 
@@ -35,25 +36,46 @@ def parse(given: object, lenient: bool = False) -> Parsed:
     """Read a document; `lenient` takes out keys that mergekit would ignore, and options that the method does not have."""
     if not isinstance(given, Mapping):
         return Parsed(None, {}, ("a document of mergekit's is a table with merge_method",))
-    content, overlooked = copy.deepcopy(dict(given)), list[str]()
+    content, overlooked, problems = copy.deepcopy(dict(given)), list[str](), list[str]()
     while True:
-        problems, ignored, document = list[str](), dict[Place, str](), None
+        document = None
         try:
             document = Document.model_validate(content)
-        except ValidationError as error:
-            unknown = [problem["loc"] for problem in error.errors() if problem["type"] == "extra_forbidden"]
-            problems = [problem.removeprefix(": ") for problem in schema_problems(error, Document)]
-            ignored = dict(zip(unknown, [problem for problem in problems if "unknown key" in problem], strict=False))
-        else:
             ignored = ignored_options(document)
-            problems = [*ignored.values(), *value_problems(document)]
-            problems += structure_problems(document, whole=not problems)
-        if lenient and ignored:
-            overlooked += ignored.values()
-            for place in ignored:
-                _drop(content, place)
-            continue
-        return Parsed(None if problems else document, content, tuple(problems), tuple(overlooked))
+        except ValidationError as error:
+            sentences = schema_problems(error, Document)
+            unknown = [problem["loc"] for problem in error.errors() if problem["type"] == "extra_forbidden"]
+            ignored = dict(zip(unknown, (sentence for sentence in sentences if "unknown key" in sentence), strict=False))
+            problems = [] if ignored else sentences
+        if not ignored:
+            break
+        overlooked += ignored.values()
+        for place in ignored:
+            _drop(content, place)
+    problems = top_problems(content) + problems
+    if document is not None and not problems:
+        problems = value_problems(document)
+        problems += structure_problems(document, whole=not problems)
+    if not lenient:
+        problems, overlooked = overlooked + problems, []
+    return Parsed(None if problems else document, content, tuple(problems), tuple(overlooked))
+
+
+def top_problems(content: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the values at the top, each by itself."""
+    found = []
+    if sum(bool(content.get(key)) for key in ("models", "slices", "modules")) != 1:
+        found.append("give exactly one of models, slices and modules")
+    if content.get("tokenizer") and content.get("tokenizer_source"):
+        found.append("give either tokenizer or tokenizer_source")
+    for key in ("dtype", "out_dtype"):
+        dtype = content.get(key)
+        if isinstance(dtype, str) and dtype.removeprefix("torch.") not in DTYPES:
+            found.append(f"{key}: unknown dtype '{dtype}'.{nearest(dtype, DTYPES)}")
+    method = content.get("merge_method")
+    if isinstance(method, str) and method not in list(METHODS):
+        found.append(f"unknown {METHODS.kind} '{method}'.{nearest(method, METHODS)}")
+    return found
 
 
 def _drop(content: Any, place: Place) -> None:
@@ -80,7 +102,10 @@ def _tables(document: Document) -> Iterator[tuple[Place, Parameters, bool]]:
 
 def ignored_options(document: Document) -> dict[Place, str]:
     """The parameters that mergekit would not look at, by their place, each with a sentence."""
-    method, found = METHODS[document.merge_method], dict[Place, str]()
+    found = dict[Place, str]()
+    if document.merge_method not in list(METHODS):
+        return found
+    method = METHODS[document.merge_method]
     for place, parameters, own in _tables(document):
         where = ".".join(map(str, place))
         for name in parameters:
@@ -127,6 +152,8 @@ def structure_problems(document: Document, whole: bool) -> list[str]:
             found.append(f"{place}: there is none besides the base model")
         elif method.takes_base and start and origin is None:
             found.append(f"{place}: base_model {start} is not among the sources, so that it is not said which of its layers to start from")
+        elif method.needs_base and start is None and method.models != (1, 1):
+            found.append(f"{place}: {method.name} needs the model that the others start from: give it as base_model")
         elif reason := count_problem(method.name, len(others), origin is not None):
             found.append(f"{place}: {reason}")
         elif lonely := _base_without_options(method.name, names, start, scopes, others):

@@ -13,7 +13,6 @@ from ..merge import METHODS
 from ..steps import Strict
 
 Scalar = bool | int | float | str
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -185,22 +184,6 @@ class Document(Body):
     tokenizer: Tokenizer | None = None
     tokenizer_source: str | Annotated[Reference, PlainValidator(reference)] | None = None
     chat_template: str | None = None
-
-    @model_validator(mode="after")
-    def _sound(self) -> Document:
-        found = []
-        if sum(map(bool, (self.models, self.slices, self.modules))) != 1:
-            found.append("give exactly one of models, slices and modules")
-        if self.tokenizer and self.tokenizer_source:
-            found.append("give either tokenizer or tokenizer_source")
-        for key, dtype in (("dtype", self.dtype), ("out_dtype", self.out_dtype)):
-            if dtype and dtype.removeprefix("torch.") not in DTYPES:
-                found.append(f"{key}: unknown dtype '{dtype}'.{nearest(dtype, DTYPES)}")
-        if self.merge_method not in list(METHODS):
-            found.append(f"unknown {METHODS.kind} '{self.merge_method}'.{nearest(self.merge_method, METHODS)}")
-        if found:
-            raise ValueError("; ".join(found))
-        return self
 
     @property
     def bodies(self) -> dict[str, Body]:
