@@ -122,7 +122,7 @@ def _part(name: str, meanings: Sequence[Meaning], checkpoint: Checkpoint, order:
         if meaning.stack == stack and meaning.block is not None:
             blocks.setdefault(meaning.block, []).append(meaning.name)
     if blocks and len(blocks) != max(blocks) + 1:
-        raise CheckpointError(f"{checkpoint.label}: of the layers {stack}.0 to {max(blocks)} some have no tensors; layers cannot be told apart")
+        raise CheckpointError(f"{checkpoint.label}: of the layers {stack}.0 to {stack}.{max(blocks)} some have no tensors; layers cannot be told apart")
     layers = tuple(tuple(blocks[number]) for number in sorted(blocks))
     numbers = {meaning.name: order[meaning.parameter] for meaning in meanings if meaning.parameter is not None and meaning.parameter in order}
     first = min((numbers[name] for layer in layers for name in layer if name in numbers), default=None)

@@ -45,7 +45,8 @@ def parse(given: object, lenient: bool = False) -> Parsed:
         except ValidationError as error:
             sentences = schema_problems(error, Document)
             unknown = [problem["loc"] for problem in error.errors() if problem["type"] == "extra_forbidden"]
-            ignored = dict(zip(unknown, (sentence for sentence in sentences if "unknown key" in sentence), strict=False))
+            said = [sentence for sentence in sentences if "unknown key" in sentence]
+            ignored = {place: _misplaced(place, content) or sentence for place, sentence in zip(unknown, said, strict=True)}
             problems = [] if ignored else sentences
         if not ignored:
             break
@@ -59,6 +60,14 @@ def parse(given: object, lenient: bool = False) -> Parsed:
     if not lenient:
         problems, overlooked = overlooked + problems, []
     return Parsed(None if problems else document, content, tuple(problems), tuple(overlooked))
+
+
+def _misplaced(place: Place, content: Mapping[str, Any]) -> str | None:
+    """What to do with an unknown key that is an option of the method."""
+    method, key = content.get("merge_method"), place[-1]
+    if not isinstance(method, str) or method not in list(METHODS) or key not in METHODS[method].options.table:
+        return None
+    return f"{'.'.join(map(str, place))} is an option of {method}: write it under `parameters`"
 
 
 def top_problems(content: Mapping[str, Any]) -> list[str]:
@@ -141,6 +150,8 @@ def structure_problems(document: Document, whole: bool) -> list[str]:
             found.append(f"{at}models: the same model is listed twice")
         if listed := listed_models(body, base):
             merges.append((f"{at}models", listed, base, scopes))
+            if len(listed) > len(body.models) and (lonely := _base_without_options(document, scopes)):
+                found.append(f"{at}models: {lonely}")
         for number, part in enumerate(body.slices):
             sources = [(source.model, source.parameters) for source in part.sources]
             merges.append((f"{at}slices.{number}", sources, part.base_model or base, [part.parameters, *scopes]))
@@ -156,8 +167,6 @@ def structure_problems(document: Document, whole: bool) -> list[str]:
             found.append(f"{place}: {method.name} needs the model that the others start from: give it as base_model")
         elif reason := count_problem(method.name, len(others), origin is not None):
             found.append(f"{place}: {reason}")
-        elif lonely := _base_without_options(method.name, names, start, scopes, others):
-            found.append(f"{place}: {lonely}")
         elif whole and not any(map(varying, [*others, *scopes])):
             options = options_of(method.name, others, scopes, [{}] * len(others), lambda name: 0.0)
             assert isinstance(options, Mapping)
@@ -167,15 +176,13 @@ def structure_problems(document: Document, whole: bool) -> list[str]:
     return found
 
 
-def _base_without_options(
-    method: str, names: Sequence[Reference], base: Reference | None, scopes: Sequence[Parameters], own: Sequence[Parameters]
-) -> str | None:
-    """Why a base model that a method would merge as one more model, in the last place, cannot be."""
-    table = METHODS[method].options.table
-    wanted = [option.name for option in table.values() if option.per_model and not any(option.name in scope for scope in scopes)]
-    if METHODS[method].takes_base or base is None or names[-1] != base or own[-1] or not wanted or len(names) < 2:
+def _base_without_options(document: Document, scopes: Sequence[Parameters]) -> str | None:
+    """Why a base model that is not listed cannot be merged as one more model, which it is where the method knows no base."""
+    method = METHODS[document.merge_method]
+    wanted = [option.name for option in method.options.table.values() if option.per_model and not any(option.name in scope for scope in scopes)]
+    if method.takes_base or not wanted:
         return None
     return (
-        f"{method} has no base: base_model {base} would be merged as one more model, and nothing says its {' and '.join(wanted)}; "
+        f"{method.name} has no base: base_model {document.base_model} would be merged as one more model, and nothing says its {' and '.join(wanted)}; "
         "list it with its own, or leave base_model out"
     )

@@ -178,7 +178,8 @@ TIES = {"merge_method": "ties", "base_model": "base"}
         ({**TIES, "models": [{"model": "a"}], "tokenizer": {"source": "base"}, "tokenizer_source": "base"}, ["give either tokenizer or tokenizer_source"]),
         ({**TIES, "models": [{"model": "a"}], "chat_template": "chatlm"}, [
             "chat_template: 'chatlm' is neither the name of one nor Jinja text; names are auto, alpaca, chatml, exaone, llama3, mistral"]),
-        ({**TIES, "models": [{"model": "a", "parameters": {"density": 50}}]}, ["models.0.parameters: ties: density=50: Input should be less than or equal to 1"]),
+        ({**TIES, "models": [{"model": "a", "parameters": {"density": 50}}]}, [
+            "models.0.parameters: ties: density=50: Input should be less than or equal to 1"]),
         ({**TIES, "models": [{"model": "a"}], "parameters": {"density": [{"filter": "mlp", "value": [1, -1]}, {"value": 0.5}]}}, [
             "parameters: ties: density=-1: Input should be greater than 0"]),
         ({**TIES, "models": [{"model": "a"}], "parameters": {"density": [{"filter": "mlp", "valeu": 1}]}}, [
@@ -207,15 +208,15 @@ def test_lenient_warns_of_what_mergekit_ignores_and_still_refuses_what_cannot_be
     path = tmp_path / "config.yml"
     stray = {**TIES, "models": [{"model": "a", "parameters": {"weight": {"value": 1, "note": "mine"}, "lambda": 2}}], "normalize": True}
     path.write_text(yaml.safe_dump(stray))
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="It is ignored") as warned:
         recipe = load(path, lenient=True)
     said = [str(warning.message).removeprefix(f"{path}: ") for warning in warned]
     assert said == [
         "models.0.parameters.weight.0: unknown key 'note'. Known: value, filter. It is ignored.",
-        "unknown key 'normalize'. Did you mean 'name'? It is ignored.",
+        "normalize is an option of ties: write it under `parameters`. It is ignored.",
         "models.0.parameters: 'lambda' is one for all models; write it under the parameters of the slice or the document. It is ignored.",
     ]
     assert recipe.steps[0]["mergekit"].model_dump() == {**TIES, "models": [{"model": "a", "parameters": {"weight": {"value": 1}}}]}
     path.write_text(yaml.safe_dump({**stray, "parameters": {"density": 50}}))
-    with pytest.raises(RecipeError, match="density=50"), pytest.warns(UserWarning):
+    with pytest.raises(RecipeError, match="density=50"), pytest.warns(UserWarning, match="normalize is an option"):
         load(path, lenient=True)

@@ -124,7 +124,8 @@ def test_transformers_loads_a_stack(tmp_path: Path) -> None:
 
     save(result_of(stacked(source("a", 0, 3), source("b", 1, 4))), tmp_path / "out")
     model, found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not found["missing_keys"] and not found["unexpected_keys"]
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
     assert [layer.mlp.up_proj.weight[0, 0].item() for layer in model.model.layers] == [100, 101, 102, 201, 202, 203]
 
 
