@@ -223,6 +223,7 @@ def dequantize(
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="a recipe, ours or mergekit's")],
+    mergekit_lenient: Annotated[bool, typer.Option("--mergekit-lenient", help="warn of keys that mergekit ignores instead of refusing them")] = False,
     out: Out = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -236,7 +237,7 @@ def run(
     """Carry out a YAML recipe; exit code 1 when a check of it fails."""
     from mergekit_plus.recipe import load
 
-    loaded = load(recipe)
+    loaded = load(recipe, mergekit_lenient)
     how = _execution(out, overwrite, memory, workers, max_shard_size, allow_nonfinite, device)
     _carry_out(loaded, how, dry_run, as_json)
 

@@ -107,8 +107,7 @@ def describe(checkpoint: Checkpoint) -> ModelMap:
     stacks: Counter[str] = Counter()  # the elements in each
     for name in names:
         spec, module = checkpoint.specs[name], name.rpartition(".")[0]
-        place = _IN_STACK.match(name)
-        stack, block = (place[1] or "", int(place[2])) if place else (None, None)
+        stack, block = layer_of(name) or (None, None)
         parameter, converted = parameter_of(name)
         role, transposed = (by_module(parameter, spec) if parameter is not None and not converted else None) or by_name(name)
         if role == "linear" and module.rpartition(".")[2] in _ROUTERS and module.rpartition(".")[0] in mixtures:
@@ -127,6 +126,12 @@ def describe(checkpoint: Checkpoint) -> ModelMap:
     alias = tied_alias(checkpoint, "lm_head.weight") if checkpoint.config.get("tie_word_embeddings") else None
     tied = _tied(model, tensors) if model is not None else ((alias, "lm_head.weight"),) if alias else ()
     return ModelMap(tensors, fused_groups(linears), tied, max(stacks, key=lambda stack: stacks[stack], default=None), tuple(notes))
+
+
+def layer_of(name: str) -> tuple[str, int] | None:
+    """The stack and the block in which a tensor stands, by its name: "model.layers", 3."""
+    place = _IN_STACK.match(name)
+    return (place[1] or "", int(place[2])) if place else None
 
 
 def fused_groups(linears: Sequence[str]) -> tuple[tuple[str, ...], ...]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -111,24 +112,34 @@ class Outcome:
             raise CheckFailed("; ".join(self.failures))
 
 
-def load(path: Path) -> Recipe:
-    """Read a recipe, ours or mergekit's.
+def load(path: Path, lenient: bool = False) -> Recipe:
+    """Read a recipe, ours or mergekit's; `lenient` warns of keys that mergekit ignores instead of refusing them.
 
     Errors: RecipeError with every problem found.
     """
     try:
-        parsed = yaml.safe_load(path.read_text(encoding="utf-8"))
+        documents = [document for document in yaml.safe_load_all(path.read_text(encoding="utf-8")) if document is not None]
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(parsed, dict):
+    if any(isinstance(document, dict) and "merge_method" in document for document in documents):
+        return _of_mergekit(documents, str(path), lenient)
+    if len(documents) != 1 or not isinstance(documents[0], dict):
         raise RecipeError(f"{path} is not a recipe: it must be a table with inputs and steps")
-    if "merge_method" in parsed:
-        from .mergekit import translate
+    return check(documents[0], path.parent, str(path))
 
-        return translate(parsed, str(path))
-    return check(parsed, path.parent, str(path))
+
+def _of_mergekit(documents: list[Any], name: str, lenient: bool) -> Recipe:
+    """A file in mergekit's schema; its paths are relative to where one stands."""
+    from .mergekit import as_recipe, read
+
+    found = read(documents, lenient)
+    for key in found.overlooked:
+        warnings.warn(f"{name}: {key.removesuffix('.')}{'' if key.endswith('?') else '.'} It is ignored.", stacklevel=2)
+    if found.problems:
+        raise RecipeError(f"{name}: {'; '.join(found.problems)}")
+    return check(as_recipe(found), Path(), name)
 
 
 def check(parsed: Mapping[str, Any], folder: Path, name: str) -> Recipe:

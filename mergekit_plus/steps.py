@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator
 
 from .checkpoint import Checkpoint, SaveOptions
 from .checkpoint.dtypes import parse_float_dtype
@@ -215,12 +215,28 @@ class DequantizeStep(Strict):
         return dequantize(inputs[self.of] if self.of else only_input(inputs, previous, "dequantize"))
 
 
-OPERATIONS: dict[str, type[MergeStep] | type[QuantizeStep] | type[DequantizeStep] | type[ExtractAdapterStep]] = {
-    "merge": MergeStep, "quantize": QuantizeStep, "dequantize": DequantizeStep,
-    "merge_adapters": MergeAdaptersStep, "extract_adapter": ExtractAdapterStep,
+class MergekitStep(RootModel[Any]):
+    """`mergekit:` — a document in mergekit's schema, or a list of them; the models that they name are inputs."""
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        from .mergekit import read
+
+        found = read(self.root)
+        yield from (f"mergekit: {problem}" for problem in found.problems)
+        yield from (f"mergekit: '{name}' is not an input.{nearest(name, inputs)}" for name in found.models if name not in inputs)
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from .mergekit import compose, read
+
+        return compose(read(self.root).documents, inputs, MergeOptions(device=how.device, allow_nonfinite=how.save.allow_nonfinite))
+
+
+StepOptions = MergeStep | MergekitStep | MergeAdaptersStep | ExtractAdapterStep | QuantizeStep | DequantizeStep
+OPERATIONS: dict[str, type[StepOptions]] = {
+    "merge": MergeStep, "mergekit": MergekitStep, "merge_adapters": MergeAdaptersStep, "extract_adapter": ExtractAdapterStep,
+    "quantize": QuantizeStep, "dequantize": DequantizeStep,
 }  # fmt: skip
-StepOptions = MergeStep | MergeAdaptersStep | QuantizeStep | DequantizeStep | ExtractAdapterStep
-FIRST = (MergeStep, ExtractAdapterStep)  # they read inputs, not what a step before them made
+FIRST = (MergeStep, MergekitStep, ExtractAdapterStep)  # they read inputs, not what a step before them made
 
 
 def parse_step(step: object) -> dict[str, StepOptions]:
@@ -279,11 +295,17 @@ def _model_at(model: type[BaseModel], place: Sequence[int | str]) -> type[BaseMo
     """The schema that holds at a place: through fields, and through the items of lists and tables."""
     annotation: Any = model
     for part in place:
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel) and part in annotation.model_fields:
-            annotation = annotation.model_fields[str(part)].annotation
-        inner = [item for item in get_args(annotation) if isinstance(item, type) and issubclass(item, BaseModel)]
-        annotation = inner[0] if inner else annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
+        known = _model_in(annotation)
+        if known is not None and part in known.model_fields:
+            annotation = known.model_fields[str(part)].annotation
+    return _model_in(annotation) or model
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The first schema in an annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _model_in(inner)) is not None), None)
 
 
 def only_input(inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, operation: str) -> Checkpoint:

@@ -1,10 +1,10 @@
 """Checkpoints: opened from files, computed lazily, saved all or nothing."""
 
-from .checkpoint import Checkpoint, Measured, Plan, Scan, Step, TensorSource, TensorTable, copy_step, steps_of
+from .checkpoint import Checkpoint, Measured, Plan, Scan, Step, TensorSource, TensorTable, copy_step, renamed, steps_of
 from .save import Manifest, SaveOptions, save
 from .spec import TensorSpec
 
 __all__ = [
     "Checkpoint", "Manifest", "Measured", "Plan", "SaveOptions", "Scan", "Step", "TensorSource", "TensorSpec", "TensorTable", "copy_step",
-    "save", "steps_of",
+    "renamed", "save", "steps_of",
 ]  # fmt: skip

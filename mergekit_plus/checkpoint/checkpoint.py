@@ -300,7 +300,7 @@ def execute(step: Step, rows: Rows | None = None) -> list[Tensor]:
         measured = _measured(step, tensors)
     whole = slice(0, step.rows) if rows is None else rows
     pieces = step.slabs(PIECE, whole)
-    if len(pieces) == 1:
+    if len(pieces) == 1 or is_copy(step):
         return _run(step, tensors, whole, measured)
     outputs = [torch.empty(spec.slice_shape(_of_write(step, spec, whole)), dtype=TORCH_DTYPES[spec.dtype]) for spec in step.writes]
     for piece in pieces:
@@ -397,6 +397,11 @@ def copy_step(checkpoint: Checkpoint, name: str, to: str | None = None) -> Step:
     """A step that hands a tensor on untouched, under its own name or another."""
     spec = checkpoint.specs[name]
     return Step(((checkpoint, name),), (replace(spec, name=to or name),), _copy, multiple=row_multiple(spec))
+
+
+def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+    """A view of some of a checkpoint's tensors under other names, new ones to old ones; an old one may be taken several times."""
+    return replace(checkpoint, source=Plan(copy_step(checkpoint, old, new) for new, old in names.items()))
 
 
 def is_copy(step: Step) -> bool:

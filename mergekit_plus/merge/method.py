@@ -77,7 +77,7 @@ class MergeMethod:
     check: Callable[[Mapping[str, Any]], None] | None = None  # refuses options that do not go together; before any read
     linear: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def inside(self) -> tuple[str, ...]:
         """What the plan fills in besides the options."""
         return tuple(name for name in INSIDE if name in inspect.signature(self.function).parameters)

@@ -42,12 +42,20 @@ class Account:
     copied: dict[str, str]
 
 
+OptionsOf = Callable[[str], Mapping[str, object]]  # the method's options for the tensor of this name
+
+
 def merge(
-    models: Sequence[Checkpoint], method: str, base: Checkpoint | None = None, options: Mapping[str, object] | None = None, how: MergeOptions | None = None
+    models: Sequence[Checkpoint],
+    method: str,
+    base: Checkpoint | None = None,
+    options: Mapping[str, object] | OptionsOf | None = None,
+    how: MergeOptions | None = None,
 ) -> Checkpoint:
     """The merge of these models, computed as it is read.
 
     options: the method's own, by name ("lambda", "density"); per-model ones take one value or one for each model, in the models' order.
+    A function of the output tensor's name that gives them lets them vary, except those by which a method measures the whole model.
     Errors: OptionError for an unknown method or impossible options; CheckpointError where the inputs do not fit together.
     """
     how = how or MergeOptions()
@@ -56,15 +64,13 @@ def merge(
         base, models = models[0], models[1:]
     if reason := _misfit(chosen, len(models), base is not None):
         raise OptionError(reason)
-    arguments = chosen.options.check(options or {}, len(models))
-    if chosen.check is not None:
-        chosen.check(arguments)
     inputs = ((base,) if chosen.takes_base and base is not None else ()) + tuple(models)
     donor = base or models[0]
     account_of = account(inputs, donor, how.exclude)
 
-    bound = _Bound(chosen, arguments, how, len(inputs) > len(models))
-    shared = Measured(bound.measure, f"{method}: measuring", whole_model=True) if chosen.statistic and chosen.scope == "model" else None
+    bound_of = _binder(chosen, options or {}, len(models), how, len(inputs) > len(models))
+    shared: Measured | None = None
+    labels = [part.label for part in inputs]
     steps = []
     for name in sorted({*account_of.merged, *account_of.copied}, key=natural_order):
         if name in account_of.copied:
@@ -72,13 +78,17 @@ def merge(
             continue
         reads = tuple(zip(inputs, account_of.merged[name], strict=True))
         spec = TensorSpec(name, _result_dtype([part.specs[read] for part, read in reads], how), donor_spec(reads).shape)
+        bound = bound_of(name)
+        if chosen.statistic and chosen.scope == "model" and shared is None:
+            shared = Measured(bound.measure, f"{method}: measuring", whole_model=True)
         measured = shared or (Measured(bound.measure) if chosen.statistic else None)
-        step = Step(reads, (spec,), bound.run(spec, [part.label for part in inputs]), chosen.multiple(spec), measured)
+        step = Step(reads, (spec,), bound.run(spec, labels), chosen.multiple(spec), measured)
         if measured is not None:
             measured.steps.append(step)
         steps.append(step)
     result = Checkpoint(f"{method} of {', '.join(model.label for model in models)}", Plan(steps), donor.files)
-    return _with_config(result, inputs, account_of)
+    split = any(place != name for name, places in account_of.merged.items() for place in places)
+    return with_merged_config(result, inputs, split)
 
 
 def problems(method: str, options: Mapping[str, object], models: int, base: bool) -> list[str]:
@@ -86,9 +96,9 @@ def problems(method: str, options: Mapping[str, object], models: int, base: bool
     if method not in list(METHODS):
         return [f"unknown {METHODS.kind} '{method}'.{nearest(method, METHODS)}"]
     chosen = METHODS[method]
+    reason = count_problem(method, models, base)
     if _starts_at_first(chosen, models, base):
-        base, models = True, models - 1
-    reason = _misfit(chosen, models, base)
+        models -= 1
     found = [*([reason] if reason else []), *chosen.options.problems(options, models)]
     if not found and chosen.check is not None:
         try:
@@ -96,6 +106,12 @@ def problems(method: str, options: Mapping[str, object], models: int, base: bool
         except OptionError as error:
             found.append(str(error))
     return found
+
+
+def count_problem(method: str, models: int, base: bool) -> str | None:
+    """Why a method cannot merge this many models, with or without a base."""
+    chosen = METHODS[method]
+    return _misfit(chosen, models - 1, True) if _starts_at_first(chosen, models, base) else _misfit(chosen, models, base)
 
 
 def account(inputs: Sequence[Checkpoint], donor: Checkpoint, exclude: Sequence[str] = ()) -> Account:
@@ -186,6 +202,40 @@ class _Bound:
         if self.how.device != "cpu":
             tensors = [tensor.to(self.how.device) for tensor in tensors]
         return (tensors[0], tensors[1:]) if self.with_base else (None, tensors)
+
+
+def _binder(method: MergeMethod, options: Mapping[str, object] | OptionsOf, models: int, how: MergeOptions, with_base: bool) -> Callable[[str], _Bound]:
+    """The method bound to the options of a tensor, by its name; what is the same is checked and bound once.
+
+    Errors, now or when called: OptionError for impossible options, and for ones that vary though the whole model is measured by them.
+    """
+
+    def bind(given: Mapping[str, object]) -> _Bound:
+        arguments = method.options.check(given, models)
+        if method.check is not None:
+            method.check(arguments)
+        return _Bound(method, arguments, how, with_base)
+
+    if not callable(options):
+        single = bind(options)
+        return lambda name: single
+    known: dict[tuple[tuple[str, object], ...], _Bound] = {}
+
+    def bound_of(name: str) -> _Bound:
+        given = options(name)
+        key = tuple((option, tuple(value) if isinstance(value, list) else value) for option, value in given.items())
+        if key not in known:
+            try:
+                known[key] = bound = bind(given)
+            except OptionError as error:
+                raise OptionError(f"{name}: {error}") from None
+            first = next(iter(known.values())).statistic_arguments
+            varying = [option.rstrip("_") for option, value in bound.statistic_arguments.items() if value != first[option]]
+            if varying and method.scope == "model":
+                raise OptionError(f"{name}: {method.name} measures the whole model by {', '.join(varying)}, which may not vary from tensor to tensor")
+        return known[key]
+
+    return bound_of
 
 
 @dataclass(frozen=True)
@@ -282,8 +332,8 @@ def _copied(name: str, inputs: Sequence[Checkpoint], donor: Checkpoint, how: Mer
     return Step(reads, (donor.specs.get(name, holders[0].specs[name]),), equal)
 
 
-def _with_config(result: Checkpoint, inputs: Sequence[Checkpoint], account_of: Account) -> Checkpoint:
-    """Config entries that the merge changes: the dtype, and whether the head is tied."""
+def with_merged_config(result: Checkpoint, inputs: Sequence[Checkpoint], split: bool) -> Checkpoint:
+    """Config entries that a merge changes: the dtype, and whether the head is tied; `split`: where one input stores a head, another's embedding went in."""
     changes: dict[str, Any] = {}
     dtypes = {spec.dtype for spec in result.specs.values() if spec.is_float}
     if len(dtypes) == 1:
@@ -291,7 +341,6 @@ def _with_config(result: Checkpoint, inputs: Sequence[Checkpoint], account_of: A
         if key in result.config:
             changes[key] = config_dtype(dtypes.pop())
     # A head that only some inputs store is written; a config that is silent about tying may tie it all the same.
-    split = any(place != name for name, places in account_of.merged.items() for place in places)
     said = [part.config.get("tie_word_embeddings") for part in inputs]
     if False in said and result.config.get("tie_word_embeddings", split or None):
         changes["tie_word_embeddings"] = False

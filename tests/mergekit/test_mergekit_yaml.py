@@ -118,10 +118,17 @@ def test_dtype_rounds_the_inputs_and_out_dtype_the_result(models: dict[str, Tens
 
 
 def test_the_tokenizer_is_the_base_s_or_the_first_model_s(models: dict[str, Tensor]) -> None:
-    config = {"merge_method": "linear", "models": entries("a", "b", weight=[1, 1])}
+    config = {"merge_method": "linear", "models": entries("a", "base", "b", weight=[1, 1, 1])}
     assert result_of(config).file("tokenizer.json") == b"a"
-    for source in ("base", None):
-        assert result_of({**config, "base_model": "base", "tokenizer_source": source}).file("tokenizer.json") == b"base"
+    for tokenizer in ({}, {"tokenizer_source": "base"}, {"tokenizer_source": {"model": "base"}}, {"tokenizer": {"source": "base"}}):
+        assert result_of({**config, "base_model": "base", **tokenizer}).file("tokenizer.json") == b"base"
+
+
+def test_a_base_that_the_method_does_not_know_is_one_more_model_and_must_have_its_weight(models: dict[str, Tensor]) -> None:
+    config = {"merge_method": "linear", "base_model": "base", "models": entries("a", "b", weight=[1, 2]), "parameters": {"weight": 3}}
+    close(result_of(config), (models["a"] + 2 * models["b"] + 3 * models["base"]) / 6)
+    with pytest.raises(RecipeError, match="base_model base would be merged as one more model, and nothing says its weight; list it with its own"):
+        result_of({**config, "parameters": {}})
 
 
 def test_the_output_holds_a_recipe_of_ours_that_gives_the_same(models: dict[str, Tensor], tmp_path: Path) -> None:
@@ -149,26 +156,44 @@ TIES = {"merge_method": "ties", "base_model": "base"}
     ("config", "problems"),
     [
         ({**TIES, "models": entries("a", "b", desnity=[1, 1], wieght=[1, 1])}, [
-            "merge: ties has no option 'desnity'. Did you mean 'density'?", "merge: ties has no option 'wieght'. Did you mean 'weight'?"]),
-        ({**TIES, "models": [{"model": "a", "parameters": {"desnity": 1}}, {"model": "b"}]}, ["merge: ties has no option 'desnity'. Did you mean 'density'?"]),
-        ({**TIES, "models": [{"model": "a", "paramaters": {}}], "paramters": {}}, [
-            "models.0: unknown key 'paramaters'. Did you mean 'parameters'?", "unknown key 'paramters'. Did you mean 'parameters'?"]),
+            f"models.{number}.parameters: ties has no option '{wrong}'. Did you mean '{right}'?"
+            for number in (0, 1) for wrong, right in (("desnity", "density"), ("wieght", "weight"))]),
+        ({**TIES, "models": [{"model": "a", "paramaters": {}}], "paramters": {}, "parameters": {"densty": 1, "weight": "much"}}, [
+            "models.0: unknown key 'paramaters'. Did you mean 'parameters'?", "unknown key 'paramters'. Did you mean 'parameters'?",
+            "parameters: ties has no option 'densty'. Did you mean 'density'?",
+            "parameters: ties: weight='much': Input should be a valid number, unable to parse string as a number"]),
         ({"merge_method": "tise", "models": [{"model": "a"}], "dtype": "bfloat61"}, [
-            "merge: unknown merge method 'tise'. Did you mean 'ties'?", "merge: unknown dtype 'bfloat61'. Did you mean 'bfloat16'?"]),
-        ({"merge_method": "ties", "models": [{"model": "a"}]}, [
-            "merge: ties works on task vectors and needs the model they start from: give it with --base"]),
+            "dtype: unknown dtype 'bfloat61'. Did you mean 'bfloat16'?", "unknown merge method 'tise'. Did you mean 'ties'?"]),
+        ({**TIES, "models": [{"model": "a"}], "out_dtype": "bf16"}, ["out_dtype: unknown dtype 'bf16'. Did you mean 'bfloat16'?"]),
+        ({"merge_method": "ties", "models": [{"model": "a"}]}, ["models: ties needs the model that the others start from: give it as base_model"]),
         ({**TIES, "models": [{"model": "base"}]}, ["models: there is none besides the base model"]),
         ({**TIES, "models": [{"model": "a"}, {"model": "b"}, {"model": "a"}]}, ["models: the same model is listed twice"]),
-        ({**TIES, "models": [{"model": "a", "parameters": {"density": [0, 1]}}], "parameters": {"weight": [{"filter": "mlp", "value": 1}, {"value": 0}]}}, [
-            "parameters.weight: gradients and filters cannot be read yet; give one value",
-            "models.a.parameters.density: gradients and filters cannot be read yet; give one value"]),
+        ({**TIES, "models": [{"model": "a"}], "slices": [], "modules": {"x": {}}}, [
+            "give exactly one of models, slices and modules", "modules.x: give either models or slices"]),
+        (TIES, ["give exactly one of models, slices and modules"]),
         ({**TIES, "models": [{"model": "a"}], "tokenizer_source": "union"}, [
             "tokenizer_source: union cannot be built yet; the base model's tokenizer is copied (`base`)"]),
-        ({**TIES, "slices": [], "tokenizer": {}}, ["slices and tokenizer of mergekit's schema cannot be read yet; `models:` can"]),
-        ({**TIES, "modules": {}}, ["modules of mergekit's schema cannot be read yet; `models:` can"]),
-        ({**TIES, "models": [{"model": "a", "parameters": {"density": 50}}]}, ["merge: ties: density=[50]: Input should be less than or equal to 1"]),
+        ({**TIES, "models": [{"model": "a"}], "tokenizer": {"tokens": {"<s>": {"source": {"kind": "zero"}, "force": True}}}}, [
+            "tokenizer: tokens and pad_to_multiple_of cannot be honoured yet; the base model's tokenizer is copied (`base`)"]),
+        ({**TIES, "models": [{"model": "a"}], "tokenizer": {"source": "base"}, "tokenizer_source": "base"}, ["give either tokenizer or tokenizer_source"]),
+        ({**TIES, "models": [{"model": "a"}], "chat_template": "chatlm"}, [
+            "chat_template: 'chatlm' is neither the name of one nor Jinja text; names are auto, alpaca, chatml, exaone, llama3, mistral"]),
+        ({**TIES, "models": [{"model": "a", "parameters": {"density": 50}}]}, [
+            "models.0.parameters: ties: density=50: Input should be less than or equal to 1"]),
+        ({**TIES, "models": [{"model": "a"}], "parameters": {"density": [{"filter": "mlp", "value": [1, -1]}, {"value": 0.5}]}}, [
+            "parameters: ties: density=-1: Input should be greater than 0"]),
+        ({**TIES, "models": [{"model": "a"}], "parameters": {"density": [{"filter": "mlp", "valeu": 1}]}}, [
+            "parameters.density.0: unknown key 'valeu'. Did you mean 'value'?", "parameters.density.0.value: Field required"]),
+        ({**TIES, "models": [{"model": "a", "parameters": {"lambda": 0.5}}]}, [
+            "models.0.parameters: 'lambda' is one for all models; write it under the parameters of the slice or the document"]),
+        ({"merge_method": "slerp", "base_model": "a", "models": [{"model": "a"}, {"model": "b"}], "parameters": {"t": 5}}, [
+            "parameters: slerp: t=5: Input should be less than or equal to 1"]),
+        ({"merge_method": "slerp", "base_model": "a", "models": [{"model": "a"}, {"model": "b"}, {"model": "c"}]}, [
+            "models: slerp goes from one model to another: give two models, or a base and one model, not 2 and a base"]),
         ({"merge_method": "linear", "models": entries("a", "b", weight=[1, -1])}, [
-            "merge: weight: 1, -1 sum to zero, so they cannot be normalized; set normalize to false, or other weights"]),
+            "models: weight: 1, -1 sum to zero, so they cannot be normalized; set normalize to false, or other weights"]),
+        ({**TIES, "models": [{"model": {"path": "a"}}]}, [
+            "models.0.model: a model is a path, org/name[@revision], or a table of model, lora and override_architecture, not {'path': 'a'}"]),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_by_name_all_at_once(tmp_path: Path, config: dict[str, Any], problems: list[str]) -> None:
@@ -177,3 +202,21 @@ def test_what_cannot_be_is_refused_by_name_all_at_once(tmp_path: Path, config: d
     with pytest.raises(RecipeError) as caught:
         load(path)
     assert str(caught.value) == f"{path}: {'; '.join(problems)}"
+
+
+def test_lenient_warns_of_what_mergekit_ignores_and_still_refuses_what_cannot_be(tmp_path: Path) -> None:
+    path = tmp_path / "config.yml"
+    stray = {**TIES, "models": [{"model": "a", "parameters": {"weight": {"value": 1, "note": "mine"}, "lambda": 2}}], "normalize": True}
+    path.write_text(yaml.safe_dump(stray))
+    with pytest.warns(UserWarning, match="It is ignored") as warned:
+        recipe = load(path, lenient=True)
+    said = [str(warning.message).removeprefix(f"{path}: ") for warning in warned]
+    assert said == [
+        "models.0.parameters.weight.0: unknown key 'note'. Known: value, filter. It is ignored.",
+        "normalize is an option of ties: write it under `parameters`. It is ignored.",
+        "models.0.parameters: 'lambda' is one for all models; write it under the parameters of the slice or the document. It is ignored.",
+    ]
+    assert recipe.steps[0]["mergekit"].model_dump() == {**TIES, "models": [{"model": "a", "parameters": {"weight": {"value": 1}}}]}
+    path.write_text(yaml.safe_dump({**stray, "parameters": {"density": 50}}))
+    with pytest.raises(RecipeError, match="density=50"), pytest.warns(UserWarning, match="normalize is an option"):
+        load(path, lenient=True)

@@ -1,0 +1,189 @@
+"""Where a model's layers are: its stacks, what stands before and after each, and what config.json says of every layer.
+
+A model of one stack (a causal model, BERT) is one part without a name. Where transformers builds it of several modules with stacks of their own (an
+encoder and a decoder; a vision tower, a projector and a language model), each module is a part.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .checkpoint import Checkpoint
+from .errors import CheckpointError
+from .model import Meaning, describe, layer_of, meta_model
+
+_COUNT = re.compile(r"(?:num_|n_)?(?:hidden_)?layers?|depth")  # a key of config.json with the number of layers
+_PER_LAYER = re.compile(r"layer|block|window|pattern|heads|intermediate|sparsity|types?$")  # keys whose lists have an entry for every layer
+_NUMBER = re.compile(r"(?:^|\.)\d+\.")
+_LAST_NORM = re.compile(r"final|^norm$|^ln_f$")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stack of layers, and the tensors that stand before it (embeddings) and after it (the last norm, the head)."""
+
+    name: str
+    stack: str | None
+    layers: tuple[tuple[str, ...], ...]
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    config: tuple[str, ...] = ()  # the keys that lead to this part's table in config.json
+    counts: tuple[str, ...] = ()  # keys of that table with the number of layers
+    per_layer: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # lists with an entry for each layer
+    layer_sets: Mapping[str, Sequence[int]] = field(default_factory=dict)  # lists of numbers of layers
+
+    def moved(self, tensor: str, old: int, new: int) -> str:
+        """A tensor's name when its layer stands at another place."""
+        start = f"{self.stack}." if self.stack else ""
+        return f"{start}{new}{tensor.removeprefix(f'{start}{old}')}"
+
+
+def along(layer: int, count: int) -> float:
+    """How far along `count` layers one is, 0 to 1; the only one is at the end, as in mergekit."""
+    return layer / (count - 1) if count > 1 else 1.0
+
+
+def layer_places(names: Iterable[str]) -> dict[str, float]:
+    """How far along its stack the layer of a tensor is, for each tensor in a layer; by the names alone."""
+    places = {name: place for name in names if (place := layer_of(name))}
+    stacks: dict[str, set[int]] = {}
+    for stack, block in places.values():
+        stacks.setdefault(stack, set()).add(block)
+    whole = {stack: len(blocks) for stack, blocks in stacks.items() if len(blocks) == max(blocks) + 1}
+    return {name: along(block, whole[stack]) for name, (stack, block) in places.items() if stack in whole}
+
+
+def parts_of(checkpoint: Checkpoint) -> dict[str, Part]:
+    """The parts of a model by their names: those of the architecture's modules, and `text_decoder` and `vision_tower` for what these are.
+
+    One part, "", where there is one stack. Reads headers and config.json only.
+    """
+    meanings = describe(checkpoint).tensors
+    try:
+        model = meta_model(checkpoint) if checkpoint.config else None
+    except CheckpointError:
+        model = None
+    modules = _modules(model) if model is not None else {}
+    decoder = _module_of(model, modules, "get_decoder")
+    owned: dict[str, list[Meaning]] = {name: [] for name in modules} or {"": []}
+    for meaning in meanings.values():
+        owned[_owner(meaning, model, modules, decoder)].append(meaning)
+    order = {name: number for number, name in enumerate(model.state_dict())} if model is not None else {}
+    parts = {name: _part(name, tensors, checkpoint, order, model, modules.get(name)) for name, tensors in owned.items() if tensors}
+    for alias, name in (("text_decoder", decoder), ("vision_tower", _module_of(model, modules, "get_encoder", modality="image"))):
+        if name in parts and modules:
+            parts.setdefault(alias, parts[name])
+    return parts
+
+
+def _modules(model: Any) -> dict[str, Any]:
+    """The modules of a model that has several with stacks of layers; none for another."""
+    from torch.nn import ModuleList
+
+    children = dict(model.base_model.named_children())
+    stacked = [name for name, child in children.items() if not isinstance(child, ModuleList) and any(isinstance(m, ModuleList) for m in child.modules())]
+    return children if len(stacked) > 1 else {}
+
+
+def _module_of(model: Any, modules: Mapping[str, Any], getter: str, **arguments: str) -> str:
+    """The name of the module that the model answers with, "" for none."""
+    try:
+        wanted = getattr(model, getter)(**arguments)
+    except (AttributeError, TypeError, ValueError):
+        return ""
+    return next((name for name, module in modules.items() if module is wanted), "")
+
+
+def _owner(meaning: Meaning, model: Any, modules: Mapping[str, Any], decoder: str) -> str:
+    """The module in which a tensor stands; a head outside of them all goes with the decoder."""
+    path = meaning.parameter or meaning.name
+    if model is not None and model.base_model is not model:
+        path = path.removeprefix(f"{model.base_model_prefix}.")
+    if meaning.role == "head":
+        return decoder
+    if meaning.parameter is None:
+        return next((part for part in path.split(".") if part in modules), decoder)
+    first = path.partition(".")[0]
+    return first if first in modules else decoder
+
+
+def _part(name: str, meanings: Sequence[Meaning], checkpoint: Checkpoint, order: Mapping[str, int], model: Any, module: Any) -> Part:
+    sizes: Counter[str] = Counter()
+    for meaning in meanings:
+        if meaning.stack is not None:
+            sizes[meaning.stack] += checkpoint.specs[meaning.name].numel
+    stack = max(sizes, key=lambda known: sizes[known], default=None)
+    blocks: dict[int, list[str]] = {}
+    for meaning in meanings:
+        if meaning.stack == stack and meaning.block is not None:
+            blocks.setdefault(meaning.block, []).append(meaning.name)
+    if blocks and len(blocks) != max(blocks) + 1:
+        raise CheckpointError(f"{checkpoint.label}: of the layers {stack}.0 to {stack}.{max(blocks)} some have no tensors; layers cannot be told apart")
+    layers = tuple(tuple(blocks[number]) for number in sorted(blocks))
+    numbers = {meaning.name: order[meaning.parameter] for meaning in meanings if meaning.parameter is not None and meaning.parameter in order}
+    first = min((numbers[name] for layer in layers for name in layer if name in numbers), default=None)
+
+    def stands_before(meaning: Meaning) -> bool:
+        if meaning.role == "head" or (meaning.role == "norm" and _LAST_NORM.search(meaning.module.rpartition(".")[2])):
+            return False
+        if first is not None and meaning.name in numbers:
+            return numbers[meaning.name] < first
+        return meaning.role == "embedding" or "embed" in meaning.name
+
+    loose = [meaning for meaning in meanings if meaning.stack != stack or meaning.block is None]
+    before = tuple(meaning.name for meaning in loose if stands_before(meaning))
+    after = tuple(meaning.name for meaning in loose if meaning.name not in set(before))
+    return Part(name, stack, layers, before, after, *_said_of_layers(name, len(layers), checkpoint, model, module))
+
+
+def _said_of_layers(
+    name: str, count: int, checkpoint: Checkpoint, model: Any, module: Any
+) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, Sequence[Any]], dict[str, Sequence[int]]]:
+    """Where config.json speaks of this many layers: the way to the table, the keys of their number, lists of entries, lists of numbers."""
+    places: list[tuple[tuple[str, ...], dict[str, Any], Mapping[str, str]]] = []
+    if model is not None:
+        whole = model.config
+        tables = {(): whole, **{(key,): getattr(whole, key) for key in whole.sub_configs if getattr(whole, key, None) is not None}}
+        own = getattr(module, "config", whole)
+        mine = [way for way, table in tables.items() if table is own and own is not whole] or list(tables)
+        places = [(way, tables[way].to_dict(), type(tables[way]).attribute_map) for way in mine]
+    elif checkpoint.config:
+        text = checkpoint.config.get("text_config")
+        places = [((), checkpoint.config, {}), *([(("text_config",), text, {})] if isinstance(text, dict) else [])]
+    for way, table, other_names in places:
+        numbers = [key for key, value in table.items() if type(value) is int and value == count]
+        keys = [key for key in numbers if name and name in key and "layers" in key] or [key for key in numbers if _COUNT.fullmatch(key)]
+        if keys:
+            keys += [key for key in numbers if other_names.get(key) in keys and key not in keys]
+            lists = {key: list(value) for key, value in table.items() if isinstance(value, list | tuple) and _PER_LAYER.search(key)}
+            per_layer: dict[str, Sequence[Any]] = {key: value for key, value in lists.items() if len(value) == count}
+            sets: dict[str, Sequence[int]] = {
+                key: value for key, value in lists.items()
+                if len(value) != count and "layers" in key and all(type(item) is int and 0 <= item < count for item in value)
+            }  # fmt: skip
+            return way, tuple(keys), per_layer, sets
+    return (), (), {}, {}
+
+
+def layer_misfits(checkpoint: Checkpoint) -> dict[str, str]:
+    """What the layers of a checkpoint have that its architecture lacks there, or lack: by the tensor's name without its number, a sentence each."""
+    try:
+        model = meta_model(checkpoint) if checkpoint.config else None
+    except CheckpointError:
+        model = None
+    if model is None:  # nobody can tell
+        return {}
+    tensors, expected = describe(checkpoint).tensors, dict.fromkeys(model.state_dict())
+    unknown = [name for name, meaning in tensors.items() if meaning.parameter is None]
+    found = {name: f"{name} has no place in {type(model).__name__} as config.json describes it" for name in unknown}
+    have = {meaning.parameter for meaning in tensors.values()}
+    found |= {name: f"{name} is missing" for name in expected if name not in have and name not in model.all_tied_weights_keys}
+    first: dict[str, str] = {}
+    for name, problem in found.items():
+        if layer_of(name):
+            first.setdefault(_NUMBER.sub(".*.", name, count=1), problem)
+    return first

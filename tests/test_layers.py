@@ -1,0 +1,81 @@
+"""Where a model's layers are, for the architectures as transformers builds them and saves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, tiny_model
+
+from mergekit_plus.checkpoint import Checkpoint, renamed
+from mergekit_plus.errors import CheckpointError
+from mergekit_plus.layers import layer_misfits, layer_places, parts_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_model_of_one_stack_is_one_part_and_every_tensor_has_its_place(name: str, folder: Path) -> None:
+    model = tiny_model(name, folder)
+    (part,) = parts_of(model).values()
+    assert part.name == ""
+    assert len(part.layers) == 2
+    assert len(part.layers[0]) == len(part.layers[1]) > 5
+    placed = [*part.before, *part.after, *(tensor for layer in part.layers for tensor in layer)]
+    assert sorted(placed) == sorted(model.specs)
+    assert part.counts in (("num_hidden_layers",), ("n_layer",))
+    assert layer_misfits(model) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("LlamaForCausalLM", ["model.embed_tokens.weight"], ["lm_head.weight", "model.norm.weight"]),
+        ("GPT2Model", ["wpe.weight", "wte.weight"], ["ln_f.bias", "ln_f.weight"]),
+        ("OPTForCausalLM", ["model.decoder.embed_positions.weight", "model.decoder.embed_tokens.weight"],
+         ["model.decoder.final_layer_norm.bias", "model.decoder.final_layer_norm.weight"]),
+    ],
+)  # fmt: skip
+def test_embeddings_stand_before_the_layers_and_norm_and_head_after_them(name: str, before: list[str], after: list[str], folder: Path) -> None:
+    """OPT builds its last norm before its layers."""
+    (part,) = parts_of(tiny_model(name, folder)).values()
+    assert [*part.before] == before
+    assert [*part.after] == after
+
+
+def test_without_a_config_json_names_tell(folder: Path) -> None:
+    model = tiny_model("LlamaForCausalLM", folder)
+    bare = Checkpoint("bare", model.source)
+    (part,), (told,) = parts_of(model).values(), parts_of(bare).values()
+    assert (told.layers, told.before, told.after) == (part.layers, part.before, part.after)
+    assert told.counts == ()
+
+
+def test_a_tensor_is_renamed_with_its_layer(folder: Path) -> None:
+    (part,) = parts_of(tiny_model("Qwen3MoeForCausalLM", folder)).values()
+    assert part.moved("model.layers.1.mlp.experts.1.up_proj.weight", 1, 12) == "model.layers.12.mlp.experts.1.up_proj.weight"
+    (flat,) = parts_of(Checkpoint.from_tensors({"0.weight": torch.zeros(2), "1.weight": torch.zeros(2)})).values()
+    assert flat.moved("1.weight", 1, 0) == "0.weight"
+
+
+def test_places_go_from_0_to_1_in_every_stack_that_is_whole() -> None:
+    names = ["embed", "a.0.w", "a.1.w", "a.2.w", "a.2.experts.5.w", "b.0.w", "mlp.0.w", "mlp.2.w"]
+    assert layer_places(names) == {"a.0.w": 0, "a.1.w": 0.5, "a.2.w": 1, "a.2.experts.5.w": 1, "b.0.w": 1}
+
+
+def test_a_stack_with_a_hole_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"of the layers h.0 to h.2 some have no tensors"):
+        parts_of(Checkpoint.from_tensors({"h.0.w": torch.zeros(2), "h.2.w": torch.zeros(2)}))
+
+
+def test_a_layer_that_the_architecture_does_not_know_or_misses_is_a_misfit(folder: Path) -> None:
+    model = tiny_model("LlamaForCausalLM", folder)
+    names = {name: name for name in model.specs if ".0.mlp.up_proj" not in name} | {"model.layers.1.extra.weight": "model.norm.weight"}
+    assert layer_misfits(renamed(model, names)) == {
+        "model.layers.*.extra.weight": "model.layers.1.extra.weight has no place in LlamaForCausalLM as config.json describes it",
+        "model.layers.*.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight is missing",
+    }
