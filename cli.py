@@ -87,6 +87,10 @@ def merge(
 
         step["search"] = {"options": parse_axes(search), "texts": _named(text), "objective": objective, "budget": budget,
                           "windows": windows, "heldout": _named(heldout)}  # fmt: skip
+    elif text or heldout:
+        from mergekit_plus.errors import OptionError
+
+        raise OptionError("--text and --heldout are for a search; say what is searched, as in --search lambda, or measure the merge with `compress eval`")
     if base is not None:
         step["base"] = next((name for name, ref in names.items() if ref == base), "base")
         inputs.setdefault(step["base"], base)
