@@ -240,13 +240,13 @@ def compare(
     from mergekit_plus.compare import compare as measure_all
     from mergekit_plus.compare import draw
     from mergekit_plus.progress import on
-    from mergekit_plus.show import table
+    from mergekit_plus.show import comparison_lines
 
     checks = Checks(texts=_named(text), window=window, windows=windows)
     rows = measure_all(_distinct(models), checks, base, _named(expert), plot, on())
     if plot is not None:
         draw(rows, list(checks.texts), plot)
-    _print({"rows": rows}, table(rows), as_json)
+    _print({"rows": rows}, comparison_lines(rows), as_json)
 
 
 @app.command()
@@ -328,7 +328,7 @@ def _distinct(refs: list[str]) -> dict[str, str]:
     """A short name for each reference, in order: the last part of its path, numbered where two would be the same."""
     names: dict[str, str] = {}
     for ref in refs:
-        stem = Path(ref).name.removesuffix(".safetensors").removesuffix(".txt") or ref
+        stem = Path(ref).name.removesuffix(".safetensors").removesuffix(".txt").removesuffix(".yaml") or ref
         name, number = stem, 2
         while name in names:
             name, number = f"{stem}-{number}", number + 1
