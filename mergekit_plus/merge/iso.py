@@ -54,7 +54,7 @@ def _common_and_specific(matrices: Sequence[Tensor], common: float) -> Tensor:
     own = min(round((size - int(size * common)) / count), size // count)
     shared = parts(_sum(matrices), size - own * count)
     u = shared[0]
-    found = [shared, *(parts(matrix - u @ (u.T @ matrix), own) for matrix in matrices)]
+    found = [shared, *(parts(matrix - u @ (u.T @ matrix), own, matrix.norm()) for matrix in matrices)]
     left, values, right = zip(*found, strict=True)
     s = torch.cat(values)
     return (orthogonal(torch.cat(left, 1)) @ orthogonal(torch.cat(right).T).T).mul_(s.mean() if s.numel() else 0)

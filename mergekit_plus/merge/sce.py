@@ -77,12 +77,10 @@ def _selected(vectors: list[Tensor], least: float) -> list[Tensor]:
 
 
 def _variance(vectors: Sequence[Tensor]) -> Tensor:
-    """Of each element, between the models."""
-    mean = _sum(vectors).div_(len(vectors))
-    found = torch.zeros_like(mean)
-    for vector in vectors:
-        found.addcmul_(vector - mean, vector - mean)
-    return found.div_(len(vectors))
+    """Of each element, between the models: in float64, then rounded to float32, so that it is the same for any order of the models."""
+    wide = [vector.double() for vector in vectors]
+    mean = _sum(wide).div_(len(wide))
+    return _sum([(vector - mean).square_() for vector in wide]).div_(len(wide)).float()
 
 
 def _sum(vectors: Sequence[Tensor]) -> Tensor:

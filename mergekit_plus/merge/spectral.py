@@ -13,10 +13,13 @@ from torch import Tensor
 from .combine import weighted_sum
 
 
-def parts(matrix: Tensor, most: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The `most` leading singular vectors and values of a matrix [m, n], as [m, k], [k] and [k, n]; fewer where the rest are zero."""
+def parts(matrix: Tensor, most: int | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The `most` leading singular vectors and values of a matrix [m, n], as [m, k], [k] and [k, n]; fewer where the rest are zero.
+
+    Zero is what rounding leaves of nothing at this scale, by default that of the largest singular value.
+    """
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    zero = torch.finfo(s.dtype).eps * max(matrix.shape) * (s[0] if s.numel() else 0)
+    zero = 4 * torch.finfo(s.dtype).eps * max(matrix.shape) ** 0.5 * (s[:1].sum() if scale is None else scale)
     count = int((s > zero).sum())
     count = count if most is None else min(most, count)
     return u[:, :count], s[:count], v[:count]
