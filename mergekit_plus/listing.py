@@ -26,6 +26,7 @@ def list_methods(name: str | None = None) -> dict[str, Any]:
             found[key] = {"kind": kind, "summary": entry.summary, "options": options}
             if isinstance(entry, MergeMethod):
                 found[key]["needs_base"] = entry.needs_base
+                found[key]["takes_base"] = entry.takes_base
     if name is None:
         return found
     if name not in found:

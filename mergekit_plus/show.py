@@ -36,7 +36,8 @@ def method_lines(facts: Mapping[str, Any]) -> list[str]:
     """`compress methods`."""
     lines: list[str] = []
     for name, entry in facts.items():
-        lines.append(f"{name} ({entry['kind']}{', needs --base' if entry.get('needs_base') else ''}): {entry['summary']}")
+        base = ", needs --base" if entry.get("needs_base") else ", takes --base" if entry.get("takes_base") else ""
+        lines.append(f"{name} ({entry['kind']}{base}): {entry['summary']}")
         for option in entry["options"]:
             default = "required" if option["required"] else f"default {option['default']}"
             lines.append(f"    -s {option['name']}=  {option['help']} ({default}{', one for each model' if option['per_model'] else ''})")

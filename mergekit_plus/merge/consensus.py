@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .combine import weighted_sum
+from .combine import blend
 from .method import Lambda, PerModel, merge_method, task_vectors
 
 MaskLambda = Annotated[float, Field(ge=0, description="a model claims an element where its task vector is larger than this times what the sum adds to it")]
@@ -27,7 +27,7 @@ def consensus(
     Source: Consensus TA of arXiv 2405.07813 as in its released code (nik-dim/tall_masks, without its TIES variant).
     """
     vectors = list(task_vectors(base, models))
-    total = weighted_sum((vector.clone() for vector in vectors), [1.0] * len(vectors))
+    total = blend(vectors, [1.0] * len(vectors))
     claims = torch.zeros(total.shape, dtype=torch.int32, device=total.device)
     for vector, scale in zip(vectors, mask_lambda, strict=True):
         claims += vector.abs() > (total - vector).abs_().mul_(scale)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .combine import weighted_sum
+from .combine import blend
 from .method import Lambda, merge_method, task_vectors
 
 
@@ -20,7 +20,7 @@ def emr(base: Tensor, models: Sequence[Tensor], *, lambda_: Lambda = 1.0) -> Ten
     released code. Source: arXiv 2405.17461 (harveyhuang18/EMR_Merging). Equal models give that model.
     """
     vectors = list(task_vectors(base, models))
-    total = weighted_sum((vector.clone() for vector in vectors), [1.0] * len(vectors))
+    total = blend(vectors, [1.0] * len(vectors))
     sign = torch.where(total > 0, 1.0, -1.0).to(total.dtype)
     elected = torch.zeros_like(total)
     for vector in vectors:

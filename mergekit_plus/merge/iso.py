@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .combine import weighted_sum
+from .combine import blend
 from .method import Lambda, merge_method, task_vectors
 from .spectral import by_matrix, orthogonal, parts
 
@@ -45,20 +45,16 @@ def iso_cts(base: Tensor, models: Sequence[Tensor], *, common: Common = 0.8, lam
 
 
 def _isotropic(matrices: Sequence[Tensor]) -> Tensor:
-    u, s, v = parts(_sum(matrices))
+    u, s, v = parts(blend(matrices, [1.0] * len(matrices)))
     return (u @ v).mul_(s.mean() if s.numel() else 0)
 
 
 def _common_and_specific(matrices: Sequence[Tensor], common: float) -> Tensor:
     count, size = len(matrices), min(matrices[0].shape)
     own = min(round((size - int(size * common)) / count), size // count)
-    shared = parts(_sum(matrices), size - own * count)
+    shared = parts(blend(matrices, [1.0] * len(matrices)), size - own * count)
     u = shared[0]
     found = [shared, *(parts(matrix - u @ (u.T @ matrix), own, matrix.norm()) for matrix in matrices)]
     left, values, right = zip(*found, strict=True)
     s = torch.cat(values)
     return (orthogonal(torch.cat(left, 1)) @ orthogonal(torch.cat(right).T).T).mul_(s.mean() if s.numel() else 0)
-
-
-def _sum(matrices: Sequence[Tensor]) -> Tensor:
-    return weighted_sum((matrix.clone() for matrix in matrices), [1.0] * len(matrices))

@@ -104,7 +104,6 @@ class MergeMethod:
         """The first sentence of the docstring."""
         return (inspect.getdoc(self.function) or "").split("\n\n")[0].replace("\n", " ")
 
-
     def multiple(self, spec: TensorSpec) -> int:
         """How a tensor may be cut for this method: the `multiple` of its step."""
         whole = self.unit == "tensor" or (self.unit == "row" and len(spec.shape) < 2)
@@ -126,9 +125,9 @@ def merge_method(
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a merge method.
 
-    unit: what it must be fed whole. statistic: `statistic(scan, **options)`, called with those options of the method that its signature names; once for each
-    tensor (scope "tensor") or once for the whole model (scope "model"). models: least and most models besides the base.
-    check: gets the function's keyword arguments, each fit on its own, and raises OptionError where they do not go together.
+    unit: what must be fed whole. statistic: `statistic(scan, **options)`, called with those options of the method that its signature
+    names; once for each tensor (scope "tensor") or once for the whole model (scope "model"). models: least and most models besides the
+    base. check: gets the function's keyword arguments, each fit on its own, and raises OptionError where they do not go together.
     linear: the options in which the result is linear (`MergeMethod.linear_in`), so that a search need not merge again.
     """
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .combine import offsets, weighted_sum
+from .combine import blend, offsets
 from .method import Scan, merge_method, task_vectors
 from .sphere import cosine, cosines, gram, row_products
 
@@ -42,5 +42,4 @@ def model_stock(base: Tensor, models: Sequence[Tensor], *, measured: float | Non
     else:
         mean = torch.tensor(max(0.0, measured), dtype=torch.float64)
     share = (mean / (1 + (count - 1) * mean)).to(vectors[0])  # t / N
-    merged = weighted_sum(vectors, [1.0] * count)
-    return merged.mul_(share).add_(base.to(merged.dtype))
+    return blend(vectors, [1.0] * count).mul_(share).add_(base.to(vectors[0].dtype))

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..statistics import order_statistics, sums
+from .combine import blend
 from .method import Int8Mask, Scan, merge_method, task_vectors
 
 TopK = Annotated[float, Field(ge=0, le=1, description="share of the elements that differ between the models that is kept, the most varying")]
@@ -56,7 +57,7 @@ def sce(base: Tensor, models: Sequence[Tensor], *, measured: Selection, select_t
     merged = torch.zeros_like(vectors[0])
     if measured.variance is not None and measured.weights is not None:
         vectors = _selected(vectors, measured.variance)
-        total = _sum(vectors)
+        total = blend(vectors, [1.0] * len(vectors))
         sign = torch.ones_like(total).copysign_(total + 0.0)
         counted = torch.zeros_like(total)
         for vector, weight in zip(vectors, measured.weights, strict=True):
@@ -79,15 +80,9 @@ def _selected(vectors: list[Tensor], least: float) -> list[Tensor]:
 def _variance(vectors: Sequence[Tensor]) -> Tensor:
     """Of each element, between the models: in float64, then rounded to float32, so that it is the same for any order of the models."""
     wide = [vector.double() for vector in vectors]
-    mean = _sum(wide).div_(len(wide))
-    return _sum([(vector - mean).square_() for vector in wide]).div_(len(wide)).float()
-
-
-def _sum(vectors: Sequence[Tensor]) -> Tensor:
-    total = vectors[0].clone()
-    for vector in vectors[1:]:
-        total += vector
-    return total
+    once = [1.0] * len(wide)
+    mean = blend(wide, once).div_(len(wide))  # of equal ones exactly they
+    return blend([(vector - mean).square_() for vector in wide], once).div_(len(wide)).float()
 
 
 def _vectors(base: Tensor | None, models: Sequence[Tensor]) -> list[Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .combine import weighted_sum
+from .combine import blend
 
 
 def parts(matrix: Tensor, most: int | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,7 +32,7 @@ def orthogonal(columns: Tensor) -> Tensor:
 
 
 def mean(vectors: Sequence[Tensor]) -> Tensor:
-    return weighted_sum((vector.clone() for vector in vectors), [1.0] * len(vectors)).div_(len(vectors))
+    return blend(vectors, [1.0] * len(vectors)).div_(len(vectors))
 
 
 def by_matrix(

@@ -79,7 +79,7 @@ def thresholds(scan: Scan, counts: Sequence[int | None]) -> tuple[Trim | None, .
 
     ranks = [[scan.size - count] for count in counts if count is not None]
     found = iter(order_statistics(scan, magnitudes, ranks) if ranks else ())
-    return tuple(None if count is None else Trim(Cut(next(found)[0], scan.size, count)) for count in counts)
+    return tuple(None if count is None else Trim(Cut(next(found)[0], scan.size, 0)) for count in counts)
 
 
 def trimmed(vector: Tensor, trim: Trim | None, first: int) -> Tensor:

@@ -16,7 +16,7 @@ from merge_toys import merged as in_memory
 from merge_toys import near, random
 from torch import Tensor
 
-from mergekit_plus.checkpoint import Checkpoint, SaveOptions, save
+from mergekit_plus.checkpoint import Checkpoint, SaveOptions, save, steps_of
 from mergekit_plus.checkpoint import checkpoint as plans
 from mergekit_plus.errors import CheckpointError, OptionError
 from mergekit_plus.merge import METHODS
@@ -224,6 +224,37 @@ def test_slerp_of_two_models_starts_at_the_first() -> None:
     a, b = of("a", w=[1.0, 0.0]), of("b", w=[0.0, 1.0])
     assert merge([a, b], "slerp", options={"t": 0}).read("w").tolist() == [1.0, 0.0]
     assert torch.equal(merge([a, b], "slerp", options={"t": 0.2}).read("w"), merge([b], "slerp", a, {"t": 0.2}).read("w"))
+
+
+def test_a_method_may_take_a_base_or_do_without() -> None:
+    base, a, b = of("base", w=[1.0, 1.0]), of("a", w=[3.0, 1.0]), of("b", w=[1.0, 3.0])
+    alone, from_base = merge([a, b], "nuslerp"), merge([a, b], "nuslerp", base)
+    torch.testing.assert_close(from_base.read("w"), torch.tensor([1 + 2**0.5, 1 + 2**0.5]))  # between (2, 0) and (0, 2)
+    assert not torch.equal(alone.read("w"), from_base.read("w"))
+    assert problems("nuslerp", {}, 3, True) == ["nuslerp merges 2 models besides the base, not 3"]
+    assert problems("nuslerp", {}, 3, False) == ["nuslerp merges 2 models, not 3"]
+    assert problems("model_stock", {}, 1, True) == ["model_stock merges 2 or more models besides the base, not 1"]
+    assert problems("passthrough", {}, 2, False) == ["passthrough merges 1 model, not 2"]
+
+
+def test_rows_and_tensors_are_whole_where_a_method_asks_for_it() -> None:
+    base, model = (Checkpoint.from_tensors({"w": random(6, 4, seed=seed), "v": random(24, seed=seed)}) for seed in (0, 1))
+    steps = {method: steps_of(merge([model], method, base)) for method in ("task_arithmetic", "della", "tsv")}
+    found = {method: {step.writes[0].name: step.multiple for step in plan} for method, plan in steps.items()}
+    assert found == {"task_arithmetic": {"v": 1, "w": 1}, "della": {"v": 0, "w": 1}, "tsv": {"v": 0, "w": 0}}
+
+
+def test_merges_of_whole_tensors_are_read_in_pieces_by_what_comes_after(tmp_path: Path) -> None:
+    from quant import Scheme
+    from quant.plan import quantize
+
+    base, *models = (Checkpoint.from_tensors({"a.weight": random(64, 128, seed=seed), "norm.weight": random(64, seed=seed)}) for seed in range(3))
+    for method in ("tsv", "nuslerp"):
+        merged = merge(models, method, base)
+        save(merged, tmp_path / f"{method}.safetensors")
+        staged = quantize(Checkpoint.open(tmp_path / f"{method}.safetensors"), Scheme(4, 32))
+        streamed = quantize(merged, Scheme(4, 32))
+        assert all(torch.equal(streamed.read(name), staged.read(name)) for name in staged.specs)
 
 
 # ---- NaN ----
