@@ -96,6 +96,10 @@ def merge(
 
         step["search"] = {"options": parse_axes(search), "texts": _named(text), "objective": objective, "budget": budget,
                           "windows": windows, "heldout": _named(heldout)}  # fmt: skip
+    elif text or heldout:
+        from mergekit_plus.errors import OptionError
+
+        raise OptionError("--text and --heldout are for a search; say what is searched, as in --search lambda, or measure the merge with `compress eval`")
     if base is not None:
         step["base"] = next((name for name, ref in names.items() if ref == base), "base")
         inputs.setdefault(step["base"], base)
@@ -310,13 +314,13 @@ def compare(
     from mergekit_plus.compare import compare as measure_all
     from mergekit_plus.compare import draw
     from mergekit_plus.progress import on
-    from mergekit_plus.show import table
+    from mergekit_plus.show import comparison_lines
 
     checks = Checks(texts=_named(text), window=window, windows=windows)
     rows = measure_all(_distinct(models), checks, base, _named(expert), plot, on())
     if plot is not None:
         draw(rows, list(checks.texts), plot)
-    _print({"rows": rows}, table(rows), as_json)
+    _print({"rows": rows}, comparison_lines(rows), as_json)
 
 
 @app.command()
@@ -414,7 +418,7 @@ def _distinct(refs: list[str]) -> dict[str, str]:
     """A short name for each reference, in order: the last part of its path, numbered where two would be the same."""
     names: dict[str, str] = {}
     for ref in refs:
-        stem = Path(ref).name.removesuffix(".safetensors").removesuffix(".txt") or ref
+        stem = Path(ref).name.removesuffix(".safetensors").removesuffix(".txt").removesuffix(".yaml") or ref
         name, number = stem, 2
         while name in names:
             name, number = f"{stem}-{number}", number + 1

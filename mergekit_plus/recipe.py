@@ -282,7 +282,16 @@ def resolved(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manifes
         content["max_shard_size"] = str(shard_size)
     if "checks" in content and recipe.checks.texts:
         content["checks"]["texts"] = {name: _relative(str(recipe.folder / text), out) for name, text in recipe.checks.texts.items()}
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120).encode()
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120).encode()
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a table of nothing but numbers on one line: the trace of a search has many."""
+
+    def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
+        flat = [number for value in mapping.values() for number in (value if isinstance(value, list) else [value])]
+        inline = bool(flat) and all(number is None or isinstance(number, int | float) for number in flat)
+        return super().represent_mapping(tag, mapping, inline or flow_style)
 
 
 def _relative(ref: str, out: Path) -> str:

@@ -73,6 +73,11 @@ def plan_lines(facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def comparison_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """`compress compare`: what is a logarithm, or a share, with four digits."""
+    return table([{head: _digits(value) if head.startswith(("mean log", "norm ")) else value for head, value in row.items()} for row in rows])
+
+
 def search_lines(record: Mapping[str, Any]) -> list[str]:
     """What a search tried, a line for each model that it measured, and what it found."""
     trace = record["evaluations"]

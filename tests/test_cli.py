@@ -184,3 +184,19 @@ def test_a_failed_check_exits_with_1_and_keeps_the_output(tmp_path: Path) -> Non
     assert (tmp_path / "o" / "model.safetensors").is_file()
     recipe.write_text("inputs: {m: nowhere}\nstepz: []\nchecks: {windw: 1}\n")
     refused(compress("run", recipe, cwd=tmp_path), "unknown key 'stepz'", "Did you mean 'steps'?", "unknown key 'windw'")
+
+
+def test_options_are_searched_and_the_result_stands_beside_others(tmp_path: Path) -> None:
+    texts = [part for name in ("code", "docs") for part in ("--text", f"{name}={MODELS / 'text' / f'{name}.val.txt'}")]
+    models = (MODELS / "code", MODELS / "docs", "-m", "task_arithmetic", "-b", MODELS / "base")
+    run = compress("merge", *models, "--search", "lambda=0..1", *texts, "--budget", "3", "--windows", "1", "-o", "merged", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[0].split() == ["search", "lambda", "mean", "code", "docs"]
+    assert "found lambda 0." in run.stdout
+    refused(compress("merge", *models, *texts, cwd=tmp_path), "say what is searched, as in --search lambda")
+    refused(compress("merge", *models, "--search", "lamda", *texts, cwd=tmp_path), "has no option 'lamda'. Did you mean 'lambda'?")
+
+    beside = compress("compare", "merged/recipe.yaml", MODELS / "base", *texts, "--windows", "2", "--plot", "a.svg", cwd=tmp_path)
+    assert beside.returncode == 0, beside.stderr
+    assert [line.split()[0] for line in beside.stdout.splitlines()] == ["model", "recipe", "base"]
+    assert (tmp_path / "a.svg").is_file()

@@ -10,6 +10,7 @@ from .space import Axis
 Point = tuple[float, ...]
 RADIUS = 0.1  # of COBYQA's first steps, as a share of each axis
 LARGE = 1e30  # stands for an infinite value where a parabola is laid through it
+NEAR = 0.1  # share of an axis within which its end is as good as its start
 CLOSE = 1e-3  # share of an axis below which a step is not worth a model
 
 
@@ -21,7 +22,7 @@ def minimise(value: Callable[[Point], float], axes: Sequence[Axis], budget: int)
     """Every point that was evaluated, in order, with its value; at most `budget`, the start first. Deterministic.
 
     One axis: Brent's bounded minimiser. Several: half of the budget goes along the scale (`Axis.scale`, of all models together) with the other
-    options at their start and at either end of each, because how much is kept and by how much it is scaled depend on each other, in more
+    options at their start and at each end that is far from it, because how much is kept and by how much it is scaled depend on each other, in more
     than one valley; then COBYQA (Ragonneau and Zhang 2023), a trust-region method that keeps to bounds, from the best of these over all
     axes. Both are scipy's. It ends early where steps become smaller than a thousandth of an axis.
     """
@@ -39,7 +40,8 @@ def minimise(value: Callable[[Point], float], axes: Sequence[Axis], budget: int)
     at(start, budget)
     scale = next((axis.option for axis in axes if axis.scale), None)
     if scale is not None and len(axes) > 1:
-        ends = [(axis.option, end) for axis in axes if axis.option != scale and axis.model in (None, 0) for end in (1.0, 0.0)]
+        others = {axis.option: place for axis, place in zip(axes, start, strict=True) if axis.option != scale}
+        ends = [(option, end) for option, place in others.items() for end in (1.0, 0.0) if abs(end - place) > NEAR]
         settings = [start] + [[end if axis.option == option else place for axis, place in zip(axes, start, strict=True)] for option, end in ends]
         for index, setting in enumerate(settings):
             limit = len(seen) + (budget // 2 - len(seen)) // (len(settings) - index)

@@ -226,5 +226,5 @@ def test_a_search_that_cannot_be_is_refused_with_everything_else_that_is_wrong()
     with pytest.raises(RecipeError, match=r"inter='max'.*; search: it needs `texts`.*; search: pcb has no option 'lamda'\. Did you mean 'lambda'\?"):
         check({"inputs": {name: str(MODELS / name) for name in ("base", *NAMES)}, "steps": [{"merge": merge}]}, Path(), "recipe")
     merge = {"method": "pcb", "models": NAMES, "base": "base", "search": {"option": {}, "texts": {}}}
-    with pytest.raises(RecipeError, match=r"merge: search: unknown key 'option'\. Did you mean 'options'\?|search\.options: Field required"):
+    with pytest.raises(RecipeError, match=r"step 1, merge: search: unknown key 'option'\. Did you mean 'options'\?"):
         check({"inputs": {name: str(MODELS / name) for name in ("base", *NAMES)}, "steps": [{"merge": merge}]}, Path(), "recipe")
