@@ -110,6 +110,18 @@ def test_a_plan_of_merged_adapters_reads_nothing(toys: Path) -> None:
     assert (facts["files"], facts["tensors"]) == (1, {"computed": 12, "copied": 0})
 
 
+def test_an_adapter_may_have_options_of_its_own(toys: Path) -> None:
+    for method in ("linear", "svd", "task_arithmetic"):
+        step = {"merge_adapters": {"method": method, "models": {"one": {"weight": 3}, "two": {}}, "rank": 6, "normalize": False}}
+        recipe = check({"inputs": {"one": "one", "two": "two"}, "steps": [step]}, toys, "r")
+        run(recipe, Execution(out=toys / method))
+    results = [Checkpoint.open(f"{toys / 'base'}+{toys / method}") for method in ("linear", "svd", "task_arithmetic")]
+    weights = [result.read("model.layers.0.self_attn.q_proj.weight") for result in results]
+    assert torch.allclose(weights[0], weights[1], atol=1e-6)
+    assert torch.allclose(weights[0], weights[2], atol=1e-6)
+    assert json.loads((toys / "svd" / "adapter_config.json").read_text())["r"] == 6
+
+
 def test_every_problem_of_a_step_is_told(toys: Path) -> None:
     steps = [
         {"merge_adapters": {"method": "tise", "models": ["one", "tow"], "base": "one", "rank": 0, "dtype": "float12"}},
