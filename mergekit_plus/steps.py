@@ -118,6 +118,11 @@ class MergeAdaptersStep(MergeStep):
 
     rank: int | None = None
 
+    def options(self) -> dict[str, Any]:
+        from .merge.adapters import SVD
+
+        return MergeStep.options(self.model_copy(update={"method": "linear"}) if self.method == SVD else self)
+
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
         from .merge.adapters import adapter_problems
 
