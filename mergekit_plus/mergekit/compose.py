@@ -128,10 +128,12 @@ def _at(places: Mapping[str, float], name: str) -> float:
 
 def _all_layers(body: Body, base: Reference | None, parts: Mapping[Reference, Part]) -> Slice:
     """`models:` of a module as one slice of all their layers."""
-    sources = [
-        Source(model=model, layer_range=(0, len(parts[model].layers)), parameters=own) for model, own in listed_models(body, base)
-    ]  # fmt: skip
-    return Slice(sources=sources)
+    listed = listed_models(body, base)
+    counts = {str(model): len(parts[model].layers) for model, _ in listed}
+    if len(set(counts.values())) > 1:
+        raise CheckpointError(f"modules: {', '.join(f'{model} has {count} layers' for model, count in counts.items())}; say with slices which to take")
+    sources = [Source.model_construct(model=model, layer_range=(0, counts[str(model)]), parameters=own) for model, own in listed]
+    return Slice.model_construct(sources=sources)
 
 
 def _part(parts: Mapping[str, Part], module: str, model: object) -> Part:
