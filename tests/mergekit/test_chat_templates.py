@@ -13,7 +13,7 @@ from mergekit_plus.checkpoint import Checkpoint, save
 from mergekit_plus.errors import CheckpointError
 from mergekit_plus.mergekit.templates import TEMPLATES
 
-TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "?"}]
+TALK = [{"role": role, "content": content} for role, content in (("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "?"))]
 SPOKEN = {
     "alpaca": "Be brief.\n\n### Instruction:\nHi\n\n### Response:\nHello\n\n### Instruction:\n?\n\n### Response:\n",
     "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
