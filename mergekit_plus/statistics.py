@@ -59,7 +59,7 @@ def order_statistics(
 ) -> list[list[float]]:
     """The elements at these 0-based ascending ranks of every row over the whole scan, exactly.
 
-    values: an elementwise function from a piece to rows of float32 or float64, without NaN; `ranks[i]` are wanted of row i.
+    values: a function from a piece to rows of float32 or float64, without NaN; `ranks[i]` are wanted of row i.
     size: length of a row, where `values` leaves elements out. gather, cap: elements held at most; they bound the memory and
     the number of passes, never the result. -0.0 counts as 0.0.
     """
@@ -151,8 +151,7 @@ def _search(scan: Scan, values: Values, wanted: Sequence[tuple[int, int]], size:
     stride = max(1, scan.size // 16 // min(SAMPLE, cap)) | 1  # odd, so that it walks through the columns of a matrix
 
     def thin(base: Tensor | None, models: Sequence[Tensor]) -> list[Row]:
-        cut = slice(stride // 2, None, stride)
-        return _rows(values(None if base is None else base.reshape(-1)[cut], [model.reshape(-1)[cut] for model in models]))
+        return [row[stride // 2 :: stride].copy() for row in _rows(values(base, models))]
 
     samples = [np.sort(np.concatenate(pieces)) for pieces in zip(*scan.map(thin, sample=True), strict=True)]
     for target in targets:

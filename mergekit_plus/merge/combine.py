@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
+from .method import scaled, task_vectors, working_dtype
 
 
 def refuse_zero_sum(options: Mapping[str, Any]) -> None:
@@ -24,6 +25,19 @@ def shares(weights: Sequence[float], normalize: bool) -> list[float]:
     """The weights, divided by their sum where `normalize`."""
     total = math.fsum(weights) if normalize else 1.0
     return [weight / total for weight in weights]
+
+
+def offsets(base: Tensor | None, models: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The task vectors, new; the models themselves, borrowed, where there is no base."""
+    return models if base is None else list(task_vectors(base, models))
+
+
+def blend(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """`sum of w_i t_i` in the working dtype, as a new tensor; the tensors stay as they are."""
+    merged = scaled(tensors[0], weights[0], working_dtype(*tensors))
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        merged.add_(tensor, alpha=weight)
+    return merged
 
 
 def weighted_sum(vectors: Iterable[Tensor], weights: Sequence[float]) -> Tensor:

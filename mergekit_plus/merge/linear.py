@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .combine import refuse_zero_sum, shares
-from .method import Normalize, PerModel, Weight, merge_method, scaled, working_dtype
+from .combine import blend, refuse_zero_sum, shares
+from .method import Normalize, PerModel, Weight, merge_method
 
 
 @merge_method("linear", check=refuse_zero_sum)
@@ -16,9 +16,4 @@ def linear(models: Sequence[Tensor], *, weight: PerModel[Weight] = (1.0,), norma
 
     Source: model soups, arXiv 2203.05482. Equal models give that model.
     """
-    dtype = working_dtype(*models)
-    weights = shares(weight, normalize)
-    merged = scaled(models[0], weights[0], dtype)
-    for model, share in zip(models[1:], weights[1:], strict=True):
-        merged.add_(model, alpha=share)
-    return merged
+    return blend(models, shares(weight, normalize))

@@ -4,14 +4,16 @@
     def task_arithmetic(base, models, *, weight: PerModel[Weight] = (1.0,), lambda_: Lambda = 1.0) -> Tensor: ...
 
 The function gets the same rows of one tensor from every input, in the inputs' own dtypes, and returns the merged rows in
-float32 (float64 where an input is float64); the caller rounds once. It must be elementwise: row i of the result depends on row i
-of the inputs and on nothing else, so that any tensor can be fed in pieces. What a method must know of more than one element
-(a norm, a threshold) is a *statistic*: a second pure function over a `Scan`, whose result arrives as `measured`.
+float32 (float64 where an input is float64); the caller rounds once. How a tensor may be cut is the method's `unit`: an "element"
+of the result depends on that element of the inputs and on nothing else, and any rows may be fed alone; a "row" method works along
+the last dimension and gets whole rows, a tensor of one dimension being one row; a "tensor" method (a singular value
+decomposition) gets whole tensors. What a method must know beyond its unit (a norm, a threshold) is a *statistic*: a second pure
+function over a `Scan`, whose result arrives as `measured`.
 
-Facts that a plan needs before it reads anything are read off the signature: a parameter `base` means that the method needs a
-base model; `measured`, `noise` and `first` (the flat index of the piece's first element) are filled in by the plan; every other
-keyword-only parameter is an option. Options that fit one by one but not together are refused by the method's `check`, at plan
-time too.
+Facts that a plan needs before it reads anything are read off the signature: a parameter `base: Tensor` means that the method
+needs a base model, `base: Tensor | None` that it takes one; `measured`, `noise` and `first` (the flat index of the piece's first
+element) are filled in by the plan; every other keyword-only parameter is an option. Options that fit one by one but not together
+are refused by the method's `check`, at plan time too.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..checkpoint import TensorSpec
+from ..checkpoint.checkpoint import row_multiple
 from ..options import Options, PerModel
 from ..registry import Registry
 from ..statistics import Scan
@@ -40,6 +44,7 @@ __all__ = [
     "PerModel",
     "Rescale",
     "Scan",
+    "Unit",
     "Weight",
     "merge_method",
     "scaled",
@@ -48,6 +53,7 @@ __all__ = [
 ]
 
 INSIDE = ("measured", "noise", "first")
+Unit = Literal["element", "row", "tensor"]
 
 Weight = Annotated[float, Field(description="how much of this model goes in", allow_inf_nan=False)]
 Density = Annotated[float, Field(gt=0, le=1, description="share of the task vector that is kept")]
@@ -67,6 +73,7 @@ class MergeMethod:
     scope: Literal["tensor", "model"]
     models: tuple[int, int | None]
     options: Options = field(compare=False)
+    unit: Unit = "element"
     check: Callable[[Mapping[str, Any]], None] | None = None  # refuses options that do not go together; before any read
 
     @cached_property
@@ -93,12 +100,19 @@ class MergeMethod:
         return (inspect.getdoc(self.function) or "").split("\n\n")[0].replace("\n", " ")
 
 
+    def multiple(self, spec: TensorSpec) -> int:
+        """How a tensor may be cut for this method: the `multiple` of its step."""
+        whole = self.unit == "tensor" or (self.unit == "row" and len(spec.shape) < 2)
+        return 0 if whole else row_multiple(spec)
+
+
 METHODS: Registry[MergeMethod] = Registry("merge method")
 
 
 def merge_method(
     name: str,
     *,
+    unit: Unit = "element",
     statistic: Callable[..., Any] | None = None,
     scope: Literal["tensor", "model"] = "tensor",
     models: tuple[int, int | None] = (1, None),
@@ -106,14 +120,14 @@ def merge_method(
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a merge method.
 
-    statistic: `statistic(scan, **options)`, called with those options of the method that its signature names; once for each
+    unit: what it must be fed whole. statistic: `statistic(scan, **options)`, called with those options of the method that its signature names; once for each
     tensor (scope "tensor") or once for the whole model (scope "model"). models: least and most models besides the base.
     check: gets the function's keyword arguments, each fit on its own, and raises OptionError where they do not go together.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         options = Options(name, function, inside=INSIDE)
-        METHODS.register(name, MergeMethod(name, function, statistic, scope, models, options, check))
+        METHODS.register(name, MergeMethod(name, function, statistic, scope, models, options, unit, check))
         return function
 
     return register

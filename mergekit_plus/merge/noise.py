@@ -35,6 +35,10 @@ class Noise:
         bits: NDArray[np.uint32] = words.astype("<u8", copy=False).view("<u4")[skip : skip + count]
         return bits
 
+    def uniform(self, model: int, like: Tensor) -> Tensor:
+        """A number of [0, 1) for each element in float64, independently, in the shape and on the device of `like`."""
+        return torch.from_numpy(self.bits(model, like.numel()) / 2.0**32).reshape(like.shape).to(like.device)
+
     def keep(self, model: int, density: float, like: Tensor) -> Tensor:
         """True with probability `density` for each element, independently, in the shape and on the device of `like`."""
         if density >= 1:

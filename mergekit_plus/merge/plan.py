@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, Measured, Plan, Scan, Step, TensorSpec
-from ..checkpoint.checkpoint import Run, copy_step, row_multiple
+from ..checkpoint.checkpoint import Run, copy_step
 from ..checkpoint.dtypes import TAGS, TORCH_DTYPES, config_dtype
 from ..checkpoint.finite import is_finite, nonfinite
 from ..checkpoint.spec import natural_order
@@ -64,11 +64,11 @@ def merge(
         base, models = models[0], models[1:]
     if reason := _misfit(chosen, len(models), base is not None):
         raise OptionError(reason)
-    inputs = ((base,) if chosen.needs_base and base is not None else ()) + tuple(models)
+    inputs = ((base,) if chosen.takes_base and base is not None else ()) + tuple(models)
     donor = base or models[0]
     account_of = account(inputs, donor, how.exclude)
 
-    bound_of = _binder(chosen, options or {}, len(models), how)
+    bound_of = _binder(chosen, options or {}, len(models), how, len(inputs) > len(models))
     shared: Measured | None = None
     labels = [part.label for part in inputs]
     steps = []
@@ -82,7 +82,7 @@ def merge(
         if chosen.statistic and chosen.scope == "model" and shared is None:
             shared = Measured(bound.measure, f"{method}: measuring", whole_model=True)
         measured = shared or (Measured(bound.measure) if chosen.statistic else None)
-        step = Step(reads, (spec,), bound.run(spec, labels), row_multiple(spec), measured)
+        step = Step(reads, (spec,), bound.run(spec, labels), chosen.multiple(spec), measured)
         if measured is not None:
             measured.steps.append(step)
         steps.append(step)
@@ -159,8 +159,8 @@ def account(inputs: Sequence[Checkpoint], donor: Checkpoint, exclude: Sequence[s
 class _Bound:
     """A method with its options, ready to be applied to any tensor."""
 
-    def __init__(self, method: MergeMethod, arguments: dict[str, Any], how: MergeOptions) -> None:
-        self.method, self.arguments, self.how = method, arguments, how
+    def __init__(self, method: MergeMethod, arguments: dict[str, Any], how: MergeOptions, with_base: bool) -> None:
+        self.method, self.arguments, self.how, self.with_base = method, arguments, how, with_base
         names = set(inspect.signature(method.statistic).parameters) if method.statistic else set()
         self.statistic_arguments = {name: value for name, value in arguments.items() if name in names}
 
@@ -187,7 +187,7 @@ class _Bound:
             known = {"measured": measured, "noise": Noise(self.how.seed, spec.name, first) if "noise" in inside else None, "first": first}
             given = {name: known[name] for name in inside}
             with torch.no_grad():
-                result = self.method.function(*((base,) if self.method.needs_base else ()), models, **given, **self.arguments)
+                result = self.method.function(*((base,) if self.method.takes_base else ()), models, **given, **self.arguments)
             return (result.to(dtype).to("cpu"),)
 
         return apply
@@ -197,10 +197,10 @@ class _Bound:
             tensors = [tensor.to(TORCH_DTYPES[self.how.input_dtype]) for tensor in tensors]
         if self.how.device != "cpu":
             tensors = [tensor.to(self.how.device) for tensor in tensors]
-        return (tensors[0], tensors[1:]) if self.method.needs_base else (None, tensors)
+        return (tensors[0], tensors[1:]) if self.with_base else (None, tensors)
 
 
-def _binder(method: MergeMethod, options: Mapping[str, object] | OptionsOf, models: int, how: MergeOptions) -> Callable[[str], _Bound]:
+def _binder(method: MergeMethod, options: Mapping[str, object] | OptionsOf, models: int, how: MergeOptions, with_base: bool) -> Callable[[str], _Bound]:
     """The method bound to the options of a tensor, by its name; what is the same is checked and bound once.
 
     Errors, now or when called: OptionError for impossible options, and for ones that vary though the whole model is measured by them.
@@ -210,7 +210,7 @@ def _binder(method: MergeMethod, options: Mapping[str, object] | OptionsOf, mode
         arguments = method.options.check(given, models)
         if method.check is not None:
             method.check(arguments)
-        return _Bound(method, arguments, how)
+        return _Bound(method, arguments, how, with_base)
 
     if not callable(options):
         single = bind(options)
@@ -300,7 +300,7 @@ def _misfit(method: MergeMethod, models: int, base: bool) -> str | None:
         return f"{method.name} works on task vectors and needs the model they start from: give it with --base"
     if models < least or (most is not None and models > most):
         wanted = f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
-        return f"{method.name} merges {wanted} model{'s' * (wanted != '1')}{' besides the base' if method.needs_base else ''}, not {models}"
+        return f"{method.name} merges {wanted} model{'s' * (wanted != '1')}{' besides the base' if method.takes_base and base else ''}, not {models}"
     return None
 
 

@@ -2,76 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Annotated
 
-import numpy as np
-import torch
+from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import hardshrink
 
-from ..statistics import Cut, largest, sums
 from .combine import sign_consensus
 from .method import Density, Int8Mask, Lambda, Normalize, PerModel, Rescale, Scan, Weight, merge_method, task_vectors
+from .trim import Band, Trim, thresholds, trimmed, trims
+
+GlobalDensity = Annotated[float, Field(gt=0, le=1, description="share of the whole model's task vector that is kept")]
 
 
-@dataclass(frozen=True)
-class Trim:
-    """Which elements of a task vector stay, and what they are multiplied by."""
-
-    cut: Cut
-    factor: float = 1.0
+def of_tensor(scan: Scan, *, density: Sequence[float], rescale: bool = False) -> tuple[Trim | None, ...]:
+    """For each model the cut that keeps `max(1, int(density * size))` elements; None where all stay."""
+    return trims(scan, [Band(max(1, int(share * scan.size))) if share < 1 and scan.size else None for share in density], rescale)
 
 
-def trims(scan: Scan, *, density: Sequence[float], rescale: bool = False) -> tuple[Trim | None, ...]:
-    """For each model the cut that keeps `max(1, int(density * size))` elements; None where all stay. One pass, or few."""
-    which = [index for index, share in enumerate(density) if share < 1] if scan.size else []
-    found: list[Trim | None] = [None] * len(density)
-    if not which:
-        return tuple(found)
-
-    def magnitudes(base: Tensor | None, models: Sequence[Tensor]) -> list[Tensor]:
-        assert base is not None
-        return [vector.abs_() for index, vector in enumerate(task_vectors(base, models)) if density[index] < 1]
-
-    cuts = largest(scan, magnitudes, [max(1, int(density[index] * scan.size)) for index in which])
-    factors = [1.0] * len(which)
-    if rescale:
-
-        def norms(base: Tensor | None, models: Sequence[Tensor]) -> list[float]:
-            rows = magnitudes(base, models)
-            above = [hardshrink(row, cut.threshold) for row, cut in zip(rows, cuts, strict=True)]
-            return [float(row.sum(dtype=torch.float64)) for row in (*rows, *above)]
-
-        totals = sums(scan, norms)
-        for place, (cut, whole, above) in enumerate(zip(cuts, totals, totals[len(which) :], strict=False)):
-            kept = above + cut.tied * cut.threshold
-            factors[place] = whole / kept if kept else 1.0
-    for index, cut, factor in zip(which, cuts, factors, strict=True):
-        found[index] = Trim(cut, factor)
-    return tuple(found)
+def of_model(scan: Scan, *, density: Sequence[float]) -> tuple[Trim | None, ...]:
+    """The same over the whole model, with all that tie with the cut."""
+    return thresholds(scan, [max(1, int(share * scan.size)) if share < 1 and scan.size else None for share in density])
 
 
-def trimmed(vector: Tensor, trim: Trim | None, first: int) -> Tensor:
-    """The piece of a task vector that begins at flat index `first`, with zeros where it is not among the largest."""
-    if trim is None:
-        return vector
-    above = trim.cut.threshold
-    number = np.float64 if vector.dtype == torch.float64 else np.float32
-    from_it_on = float(np.nextafter(number(above), number(-math.inf)))  # hardshrink keeps what is larger than its argument
-    split = trim.cut.last + 1 - first
-    if split >= vector.numel():
-        kept = hardshrink(vector, from_it_on)
-    elif split <= 0:
-        kept = hardshrink(vector, above)
-    else:
-        flat = vector.reshape(-1)
-        kept = torch.cat([hardshrink(flat[:split], from_it_on), hardshrink(flat[split:], above)]).view(vector.shape)
-    return kept if trim.factor == 1 else kept.mul_(trim.factor)
-
-
-@merge_method("ties", statistic=trims)
+@merge_method("ties", statistic=of_tensor)
 def ties(
     base: Tensor,
     models: Sequence[Tensor],
@@ -89,9 +43,37 @@ def ties(
 
     Of each tensor's task vector exactly `max(1, int(density * size))` elements stay: the largest, and of equal ones those with
     the lowest flat index (mergekit takes whichever an unstable sort puts first). The sign of the weighted sum is elected, zero
-    elects +; `normalize` divides by the weights that agree. `rescale` restores the L1 norm of each trimmed vector.
-    `int8_mask` has no effect. Source: arXiv 2306.01708, per tensor as in mergekit. Equal models with density 1 give that model.
+    elects +; `normalize` divides by the weights that agree. `rescale` restores the L1 norm of each trimmed vector (mergekit sums it
+    in the dtype of the inputs, which overflows in float16). `int8_mask` has no effect. Source: arXiv 2306.01708, per tensor as in
+    mergekit 0.1.5; `ties_global` is the paper's. Equal models with density 1 give that model.
     """
+    return _elected(base, models, measured, first, weight, normalize, lambda_)
+
+
+@merge_method("ties_global", statistic=of_model, scope="model")
+def ties_global(
+    base: Tensor,
+    models: Sequence[Tensor],
+    *,
+    measured: Sequence[Trim | None],
+    weight: PerModel[Weight] = (1.0,),
+    density: PerModel[GlobalDensity] = (0.2,),
+    normalize: Normalize = True,
+    lambda_: Lambda = 1.0,
+) -> Tensor:
+    """TIES as in its paper: each task vector is trimmed over the whole model, not tensor by tensor.
+
+    Of each flattened task vector the `int(density * size)` largest elements stay, and all that tie with the least of them, as in the
+    authors' code; then as `ties`. It differs from that code in that an element whose sum is zero elects + instead of the sign of
+    most elements, and that models can be weighted. The default density is the paper's 20 %. Source: arXiv 2306.01708, algorithm 1.
+    Equal models with density 1 give that model.
+    """
+    return _elected(base, models, measured, 0, weight, normalize, lambda_)
+
+
+def _elected(
+    base: Tensor, models: Sequence[Tensor], measured: Sequence[Trim | None], first: int, weight: Sequence[float], normalize: bool, scale: float
+) -> Tensor:
     vectors = (trimmed(vector, trim, first) for vector, trim in zip(task_vectors(base, models), measured, strict=True))
     merged = sign_consensus(vectors, weight, normalize)
-    return merged.mul_(lambda_).add_(base.to(merged.dtype))
+    return merged.mul_(scale).add_(base.to(merged.dtype))

@@ -33,6 +33,7 @@ class MemoryScan:
     base: Model | None = None
     rows: int | None = None
     workers: int = 1
+    unit: str = "element"
     passes: int = 0
     samples: int = 0
 
@@ -45,7 +46,8 @@ class MemoryScan:
         found = []
         for name, tensor in self.models[0].items():
             height = tensor.shape[0] if tensor.dim() else 1
-            step = self.rows or max(1, height)
+            whole = self.unit == "tensor" or (self.unit == "row" and tensor.dim() < 2)
+            step = max(1, height) if whole else self.rows or max(1, height)
             for start in range(0, max(1, height), step):
                 cut = slice(start, start + step) if tensor.dim() else ...
                 first = start * (tensor.numel() // max(1, height))
@@ -81,9 +83,9 @@ def merged(
         return chosen.statistic(scan, **{name: value for name, value in arguments.items() if name in wanted})
 
     def alone(name: str) -> MemoryScan:
-        return MemoryScan([{name: model[name]} for model in models], base and {name: base[name]}, rows, workers)
+        return MemoryScan([{name: model[name]} for model in models], base and {name: base[name]}, rows, workers, chosen.unit)
 
-    whole = MemoryScan(models, base, rows, workers)
+    whole = MemoryScan(models, base, rows, workers, chosen.unit)
     measured: dict[str, Any] = {}
     if chosen.statistic is not None:
         shared = measure(whole) if chosen.scope == "model" else None
@@ -92,7 +94,7 @@ def merged(
     for piece in whole.pieces:
         inside = {"measured": measured.get(piece.name), "noise": Noise(seed, piece.name, piece.first), "first": piece.first}
         given = {name: inside[name] for name in chosen.inside}
-        inputs = (piece.base, piece.models) if chosen.needs_base else (piece.models,)
+        inputs = (piece.base, piece.models) if chosen.takes_base else (piece.models,)
         parts[piece.name].append(chosen.function(*inputs, **given, **arguments))
     return {name: torch.cat(found) if found[0].dim() else found[0] for name, found in parts.items()}
 

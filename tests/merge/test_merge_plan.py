@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from every_method import BUSY as EVERY
 from merge_toys import merged as in_memory
 from merge_toys import near, random
 from torch import Tensor
@@ -22,12 +23,10 @@ from mergekit_plus.merge import METHODS
 from mergekit_plus.merge.plan import MergeOptions, account, merge, problems
 
 BUSY: dict[str, dict[str, Any]] = {
+    **EVERY,
     "linear": {"weight": [0.7, 0.3]},
-    "slerp": {"t": 0.3},
     "task_arithmetic": {"weight": [0.4, 0.5], "lambda": 0.9},
     "ties": {"density": [0.3, 0.6], "weight": 0.7, "rescale": True},
-    "dare_linear": {"density": 0.5},
-    "dare_ties": {"density": 0.5, "normalize": True},
     "pcb": {"ratio": 0.3, "lambda": [0.4, 0.6]},
     "passthrough": {"scale": 0.5},
 }
@@ -57,7 +56,7 @@ def family(dtype: torch.dtype = torch.float32) -> list[dict[str, Tensor]]:
 def merge_of(method: str, base: Checkpoint, models: list[Checkpoint], how: MergeOptions | None = None) -> Checkpoint:
     if METHODS[method].models[1] == 1:
         models = models[:1]
-    return merge(models, method, base if METHODS[method].needs_base else None, BUSY[method], how)
+    return merge(models, method, base if METHODS[method].takes_base else None, BUSY[method], how)
 
 
 # ---- every tensor is merged, copied or refused ----
@@ -238,7 +237,7 @@ def test_a_nan_or_an_infinity_is_named_with_the_model_and_carried_where_that_is_
     tensors[culprit]["model.layers.10.b.weight"][7, 2] = torch.inf if method == "linear" else torch.nan
     base, *models = (Checkpoint.from_tensors(part, label) for part, label in zip(tensors, ("base", "a", "b"), strict=True))
     result = merge_of(method, base, models)
-    if (culprit == 0 and not METHODS[method].needs_base) or culprit > (METHODS[method].models[1] or 2):
+    if (culprit == 0 and not METHODS[method].takes_base) or culprit > (METHODS[method].models[1] or 2):
         save(result, tmp_path / "fine.safetensors")  # it does not take part
         return
     expected = rf"^{('base', 'a', 'b')[culprit]}: model.layers.10.b.weight holds a value that is NaN or infinite; mend the model, or carry"
@@ -260,7 +259,7 @@ def test_a_plan_gives_what_the_method_gives_in_memory(method: str, dtype: torch.
     base, *models = family(dtype)
     models = models[: METHODS[method].models[1]]
     result = merge_of(method, Checkpoint.from_tensors(base), [Checkpoint.from_tensors(model) for model in models])
-    expected = in_memory(method, base if METHODS[method].needs_base else None, models, **BUSY[method])
+    expected = in_memory(method, base if METHODS[method].takes_base else None, models, **BUSY[method])
     for name in SHAPES:
         assert result.read(name).dtype == dtype
         assert torch.equal(result.read(name), expected[name].to(dtype)), name

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from merge_toys import merge_tensors, near, one, random
 from torch import Tensor, tensor, zeros
 
-from mergekit_plus.merge import ties as module
-from mergekit_plus.merge.ties import trims
+from mergekit_plus.merge import trim as module
+from mergekit_plus.merge.ties import of_tensor
 from mergekit_plus.statistics import Cut
 
 TEN = torch.arange(1.0, 11.0)
@@ -87,12 +87,12 @@ def test_lambda_scales_what_is_added_to_the_base() -> None:
 
 def test_density_one_reads_nothing_beforehand() -> None:
     scan = one(TEN, TEN, base=zeros(10))
-    assert trims(scan, density=(1.0, 1.0)) == (None, None)
+    assert of_tensor(scan, density=(1.0, 1.0)) == (None, None)
     assert (scan.passes, scan.samples) == (0, 0)
 
 
 def test_each_model_has_its_own_density() -> None:
-    (all_of_it, some) = trims(one(TEN, -TEN, base=zeros(10)), density=(1.0, 0.2))
+    (all_of_it, some) = of_tensor(one(TEN, -TEN, base=zeros(10)), density=(1.0, 0.2))
     assert all_of_it is None
     assert some is not None
     assert some.cut == Cut(threshold=9.0, last=9, tied=1)
