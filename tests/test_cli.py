@@ -184,3 +184,13 @@ def test_a_failed_check_exits_with_1_and_keeps_the_output(tmp_path: Path) -> Non
     assert (tmp_path / "o" / "model.safetensors").is_file()
     recipe.write_text("inputs: {m: nowhere}\nstepz: []\nchecks: {windw: 1}\n")
     refused(compress("run", recipe, cwd=tmp_path), "unknown key 'stepz'", "Did you mean 'steps'?", "unknown key 'windw'")
+
+
+def test_a_mergekit_file_with_a_stray_key_is_refused_or_warned_of(pair: Path) -> None:
+    text = "merge_method: linear\nmodels: [{model: a.safetensors, weight: 3}, {model: b.safetensors}]\n"
+    (pair / "file.yml").write_text(text)
+    refused(compress("run", "file.yml", "-o", "out.safetensors", cwd=pair), "models.0.weight is an option of linear: write it under `parameters`")
+    run = compress("run", "file.yml", "-o", "out.safetensors", "--mergekit-lenient", cwd=pair)
+    assert run.returncode == 0, run.stderr
+    assert "compress: warning: file.yml: models.0.weight is an option of linear" in run.stderr
+    assert load_file(pair / "out.safetensors")["w"].tolist() == [[2.0, 2.0], [2.0, 2.0]]
