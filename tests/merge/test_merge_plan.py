@@ -329,9 +329,9 @@ def test_the_same_options_are_checked_once_and_wrong_ones_are_refused_with_the_t
 
 def test_an_option_that_measures_the_whole_model_may_not_vary_but_the_others_may() -> None:
     base, a, b = (of(label, x=random(4, 4, seed=seed), y=random(4, 4, seed=seed + 9)) for seed, label in enumerate(("base", "a", "b")))
-    with pytest.raises(OptionError, match="y: pcb measures the whole model by ratio, which may not vary from tensor to tensor"):
-        merge([a, b], "pcb", base, lambda name: {"ratio": 0.3 if name == "x" else 0.4})
-    halved = merge([a, b], "pcb", base, lambda name: {"lambda": 0.5 if name == "x" else 1})
-    whole = merge([a, b], "pcb", base, {"lambda": 1})
+    with pytest.raises(OptionError, match="y: ties_global measures the whole model by density, which may not vary from tensor to tensor"):
+        merge([a, b], "ties_global", base, lambda name: {"density": 0.3 if name == "x" else 0.4})
+    halved = merge([a, b], "ties_global", base, lambda name: {"density": 0.5, "lambda": 0.5 if name == "x" else 1})
+    whole = merge([a, b], "ties_global", base, {"density": 0.5, "lambda": 1})
     torch.testing.assert_close(halved.read("x"), (base.read("x") + whole.read("x")) / 2)
     assert torch.equal(halved.read("y"), whole.read("y"))
