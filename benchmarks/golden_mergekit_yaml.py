@@ -142,6 +142,11 @@ modules:
       - sources: [{model: a, layer_range: [0, 4]}, {model: b, layer_range: [0, 4], parameters: {weight: 3}}]
     parameters: {weight: 2}
 """,
+    "a base that is not listed, for a method that may have one": """
+merge_method: nuslerp
+base_model: base
+models: [{model: a, parameters: {weight: [0.2, 0.6]}}, {model: b, parameters: {weight: 0.5}}]
+""",
     "the base model is merged too where no method takes it as one": """
 merge_method: linear
 base_model: base

@@ -200,3 +200,13 @@ def test_options_are_searched_and_the_result_stands_beside_others(tmp_path: Path
     assert beside.returncode == 0, beside.stderr
     assert [line.split()[0] for line in beside.stdout.splitlines()] == ["model", "recipe", "base"]
     assert (tmp_path / "a.svg").is_file()
+
+
+def test_a_mergekit_file_with_a_stray_key_is_refused_or_warned_of(pair: Path) -> None:
+    text = "merge_method: linear\nmodels: [{model: a.safetensors, weight: 3}, {model: b.safetensors}]\n"
+    (pair / "file.yml").write_text(text)
+    refused(compress("run", "file.yml", "-o", "out.safetensors", cwd=pair), "models.0.weight is an option of linear: write it under `parameters`")
+    run = compress("run", "file.yml", "-o", "out.safetensors", "--mergekit-lenient", cwd=pair)
+    assert run.returncode == 0, run.stderr
+    assert "compress: warning: file.yml: models.0.weight is an option of linear" in run.stderr
+    assert load_file(pair / "out.safetensors")["w"].tolist() == [[2.0, 2.0], [2.0, 2.0]]

@@ -110,9 +110,9 @@ def test_a_recipe_refuses_an_input_that_is_not_the_one_it_was_made_with(tmp_path
             {"merge_method": "ties", "models": [{"model": "a", "parameters": {"desnity": 1}}], "base_model": "b"},
             ["no option 'desnity'. Did you mean 'density'?"],
         ),
-        ({"merge_method": "ties", "models": [{"model": "a"}], "base_model": "b", "normalize": True}, ["unknown key 'normalize'"]),
-        ({"merge_method": "linear", "models": [{"model": "a", "parameters": {"weight": [0, 1]}}]}, ["gradients and filters cannot be read yet"]),
-        ({"merge_method": "slerp", "slices": [], "base_model": "a"}, ["slices of mergekit's schema cannot be read yet"]),
+        ({"merge_method": "ties", "models": [{"model": "a"}], "base_model": "b", "normalize": True}, ["normalize is an option of ties"]),
+        ({"merge_method": "linear", "models": [{"model": "a", "parameters": {"weight": [0, "x"]}}]}, ["weight='x': Input should be a valid number"]),
+        ({"merge_method": "slerp", "slices": [], "base_model": "a"}, ["give exactly one of models, slices and modules"]),
     ],
 )
 def test_all_problems_of_a_recipe_are_reported_at_once(tmp_path: Path, recipe: dict[str, Any], problems: list[str]) -> None:

@@ -72,7 +72,7 @@ def _merged(
     place: Callable[[str], float],
     donor: Checkpoint | None = None,
 ) -> Checkpoint:
-    """One merge; the first input that is the base model is the base, where the method has one."""
+    """One merge; the first input that is the base model is the base, where the method has one. donor: whose small files the result has, else the first's."""
     views = [models[part.model] if part.names is None else renamed(models[part.model], part.names) for part in inputs]
     origin = origin_of(method, [part.model for part in inputs], base)
     others = [number for number in range(len(inputs)) if number != origin]
@@ -85,9 +85,8 @@ def _whole(document: Document, models: Opened, donor: Checkpoint, how: MergeOpti
     inputs = [Input(model, own) for model, own in listed_models(document, document.base_model)]
     gradients = any(has_gradient(parameters) for parameters in (document.parameters, *(part.parameters for part in inputs)))
     place = partial(_at, layer_places(models[inputs[0].model].specs) if gradients else {})
-    if METHODS[document.merge_method].takes_base:
-        return _merged(document.merge_method, inputs, document.base_model, [document.parameters], models, how, place)
-    return _merged(document.merge_method, inputs, None, [document.parameters], models, how, place, donor)
+    beside = None if METHODS[document.merge_method].takes_base else donor
+    return _merged(document.merge_method, inputs, document.base_model, [document.parameters], models, how, place, beside)
 
 
 def _sliced(document: Document, models: Opened, donor: Checkpoint, how: MergeOptions) -> Checkpoint:
@@ -116,9 +115,13 @@ def _sliced(document: Document, models: Opened, donor: Checkpoint, how: MergeOpt
     result = with_merged_config(result, list(models.values()), split=True)
     for path, entries in tables:
         result = with_table(result, path, entries)
-    known = [misfit for model in models.values() for misfit in layer_misfits(model)]  # old checkpoints hold buffers that the architecture has no more
-    if problems := [problem for misfit, problem in layer_misfits(result).items() if misfit not in known]:
-        raise CheckpointError(f"the slices do not make a model: {problems[0]}{f', and {len(problems) - 1} more such' if problems[1:] else ''}")
+    if misfits := layer_misfits(result):
+        for model in models.values():  # old checkpoints hold buffers that the architecture has no more
+            known = layer_misfits(model)
+            misfits = {misfit: problem for misfit, problem in misfits.items() if misfit not in known}
+    if misfits:
+        first, *more = misfits.values()
+        raise CheckpointError(f"the slices do not make a model: {first}{f', and {len(more)} more such' if more else ''}")
     return result
 
 
@@ -128,10 +131,12 @@ def _at(places: Mapping[str, float], name: str) -> float:
 
 def _all_layers(body: Body, base: Reference | None, parts: Mapping[Reference, Part]) -> Slice:
     """`models:` of a module as one slice of all their layers."""
-    sources = [
-        Source(model=model, layer_range=(0, len(parts[model].layers)), parameters=own) for model, own in listed_models(body, base)
-    ]  # fmt: skip
-    return Slice(sources=sources)
+    listed = listed_models(body, base)
+    counts = {str(model): len(parts[model].layers) for model, _ in listed}
+    if len(set(counts.values())) > 1:
+        raise CheckpointError(f"modules: {', '.join(f'{model} has {count} layers' for model, count in counts.items())}; say with slices which to take")
+    sources = [Source.model_construct(model=model, layer_range=(0, counts[str(model)]), parameters=own) for model, own in listed]
+    return Slice.model_construct(sources=sources)
 
 
 def _part(parts: Mapping[str, Part], module: str, model: object) -> Part:

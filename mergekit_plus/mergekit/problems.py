@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..errors import nearest
+from ..errors import OptionError, nearest
 from ..merge import METHODS
 from ..merge.plan import count_problem
 from ..merge.plan import problems as merge_problems
@@ -91,7 +91,7 @@ def _drop(content: Any, place: Place) -> None:
     """Take out the key at this place; a setting that was written short has no list around it."""
     for part in place[:-1]:
         content = content if part == 0 and isinstance(content, dict) else content[part]
-    content.pop(place[-1], None)
+    del content[place[-1]]
 
 
 def _tables(document: Document) -> Iterator[tuple[Place, Parameters, bool]]:
@@ -168,12 +168,20 @@ def structure_problems(document: Document, whole: bool) -> list[str]:
         elif reason := count_problem(method.name, len(others), origin is not None):
             found.append(f"{place}: {reason}")
         elif whole and not any(map(varying, [*others, *scopes])):
-            options = options_of(method.name, others, scopes, [{}] * len(others), lambda name: 0.0)
-            assert isinstance(options, Mapping)
-            found += [f"{place}: {problem}" for problem in merge_problems(method.name, options, len(others), origin is not None)]
+            found += [f"{place}: {problem}" for problem in _problems_together(method.name, others, scopes, origin is not None)]
     if method.scope == "model" and len(merges) > 1:
         found.append(f"{method.name} measures whole models, and slices and modules would be measured each alone; list whole models under `models`")
     return found
+
+
+def _problems_together(method: str, own: Sequence[Parameters], scopes: Sequence[Parameters], base: bool) -> list[str]:
+    """What is wrong with options that are the same for all tensors."""
+    try:
+        options = options_of(method, own, scopes, [{}] * len(own), lambda name: 0.0)
+    except OptionError as error:
+        return [str(error)]
+    assert isinstance(options, Mapping)
+    return merge_problems(method, options, len(own), base)
 
 
 def _base_without_options(document: Document, scopes: Sequence[Parameters]) -> str | None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mergekit_plus.checkpoint.checkpoint as core
-from mergekit_plus.checkpoint import Checkpoint, Plan, Scan, Step, TensorSpec, copy_step
+from mergekit_plus.checkpoint import Checkpoint, Plan, Scan, Step, TensorSpec, copy_step, renamed
 from mergekit_plus.checkpoint.checkpoint import execute, gather, proportional
 from mergekit_plus.checkpoint.dtypes import TORCH_DTYPES
 from mergekit_plus.errors import CheckpointError
@@ -291,6 +291,14 @@ def test_two_steps_of_a_plan_may_not_write_one_tensor() -> None:
     source = Checkpoint.from_tensors({"a": torch.ones(1), "b": torch.ones(1)})
     with pytest.raises(CheckpointError, match="two steps of one plan write the tensor 'a'"):
         Plan([copy_step(source, "a"), copy_step(source, "b", "a")])
+
+
+def test_a_view_has_some_tensors_under_new_names_and_the_same_small_files() -> None:
+    source = Checkpoint("model", Checkpoint.from_tensors({"a": torch.ones(2), "b": torch.zeros(3, 2), "c": torch.ones(1)}).source, {"config.json": b"{}"})
+    view = renamed(source, {"x": "b", "y": "b", "a": "c"})
+    assert {name: view.read(name).shape for name in view.specs} == {"x": (3, 2), "y": (3, 2), "a": (1,)}
+    assert view.read("x", slice(1, 2)).shape == (1, 2)
+    assert (view.label, view.files) == ("model", source.files)
 
 
 def test_a_plan_computes_nothing_before_it_is_read() -> None:

@@ -28,6 +28,7 @@ BUSY: dict[str, dict[str, Any]] = {
     "task_arithmetic": {"weight": [0.4, 0.5], "lambda": 0.9},
     "ties": {"density": [0.3, 0.6], "weight": 0.7, "rescale": True},
     "pcb": {"ratio": 0.3, "lambda": [0.4, 0.6]},
+    "passthrough": {"scale": 0.5},
 }
 SHAPES = {"model.layers.0.a.weight": (37, 19), "model.layers.1.a.weight": (37, 19), "model.layers.10.b.weight": (64, 5), "norm.weight": (19,), "scale": ()}
 
@@ -327,3 +328,41 @@ def test_a_seed_changes_what_dare_drops_and_the_name_of_a_tensor_too() -> None:
     assert torch.equal(one.read("w"), again.read("w"))
     assert not torch.equal(one.read("w"), other.read("w"))
     assert not torch.equal(one.read("w"), one.read("v"))
+
+
+# ---- options that vary ----
+
+
+def test_options_may_be_a_function_of_the_tensor_s_name() -> None:
+    a, b = of("a", x=[0.0], y=[0.0], z=[0.0]), of("b", x=[8.0], y=[8.0], z=[8.0])
+    asked: list[str] = []
+
+    def options(name: str) -> dict[str, object]:
+        asked.append(name)
+        return {"weight": [1, 3] if name == "x" else [3, 1]}
+
+    result = merge([a, b], "linear", options=options)
+    assert [result.read(name).item() for name in "xyz"] == [6, 2, 2]
+    assert asked == ["x", "y", "z"]
+
+
+def test_the_same_options_are_checked_once_and_wrong_ones_are_refused_with_the_tensor_s_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {f"w{number}": [0.0] for number in range(50)}
+    checked: list[object] = []
+    check = METHODS["ties"].options.check
+    monkeypatch.setattr(METHODS["ties"].options, "check", lambda given, models: checked.append(given) or check(given, models))
+    models = of("base", **names), of("a", **names)
+    merge([models[1]], "ties", models[0], lambda name: {"density": 0.5 if int(name[1:]) % 2 else 0.25})
+    assert checked == [{"density": 0.25}, {"density": 0.5}]
+    with pytest.raises(OptionError, match="w1: ties: density=2: Input should be less than or equal to 1"):
+        merge([models[1]], "ties", models[0], lambda name: {"density": 2 if name == "w1" else 1})
+
+
+def test_an_option_that_measures_the_whole_model_may_not_vary_but_the_others_may() -> None:
+    base, a, b = (of(label, x=random(4, 4, seed=seed), y=random(4, 4, seed=seed + 9)) for seed, label in enumerate(("base", "a", "b")))
+    with pytest.raises(OptionError, match="y: ties_global measures the whole model by density, which may not vary from tensor to tensor"):
+        merge([a, b], "ties_global", base, lambda name: {"density": 0.3 if name == "x" else 0.4})
+    halved = merge([a, b], "ties_global", base, lambda name: {"density": 0.5, "lambda": 0.5 if name == "x" else 1})
+    whole = merge([a, b], "ties_global", base, {"density": 0.5, "lambda": 1})
+    torch.testing.assert_close(halved.read("x"), (base.read("x") + whole.read("x")) / 2)
+    assert torch.equal(halved.read("y"), whole.read("y"))
