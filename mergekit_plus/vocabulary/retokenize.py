@@ -15,7 +15,7 @@ from .files import tokenizer_files, with_vocabulary
 from .rows import Source, Table, of_model, own_rows, rerow, rule_row, table
 from .spec import TokenizerSpec
 from .tables import vocabulary_tables
-from .tokenizer import Tokenizer, read_tokenizer
+from .tokenizer import Tokenizer, is_tokenizer_file, read_tokenizer
 from .union import unite, with_tokens
 
 
@@ -69,7 +69,11 @@ def _tokenizers(models: Mapping[str, Checkpoint], first: str) -> dict[str, Token
 
     Errors: CheckpointError for a model without a tokenizer.
     """
-    found = {name: read_tokenizer(model) for name, model in models.items()}
+    files = {name: {file: model.file(file) for file in model.files if is_tokenizer_file(file) and "chat" not in file} for name, model in models.items()}
+    found: dict[str, Tokenizer | None] = {}
+    for name, model in models.items():
+        twin = next((other for other in found if files[other] == files[name]), None)  # fine-tunes of one base: parsed once
+        found[name] = found[twin] if twin else read_tokenizer(model)
     size = vocabulary_size(models[first])
     lacking = [name for name, tokenizer in found.items() if tokenizer is None and (found[first] is None or vocabulary_size(models[name]) != size)]
     if lacking:

@@ -234,6 +234,19 @@ def test_added_tokens_that_only_the_config_knows_are_tokens(tmp_path: Path) -> N
     assert json.loads(view.file("tokenizer_config.json"))["added_tokens_decoder"]["29"]["content"] == "<|im_end|>"
 
 
+def test_a_folder_of_older_files_is_converted(models: dict[str, Checkpoint], tmp_path: Path) -> None:
+    folder = tmp_path / "b"
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(ids(B)))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(merge) for merge in B["model"]["merges"]))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", **special}))
+    models["b"] = Checkpoint.open(folder)
+    view = views_of(models, source="union")["b"]
+    assert first_numbers(view, "the", "ing", "<|im_end|>") == [ids(B)[token] for token in ("the", "ing", "<|im_end|>")]
+    assert {"vocab.json", "merges.txt"} <= views_of(models, source="b")["a"].files.keys()
+
+
 @pytest.mark.parametrize("source", ["union", "b"])
 def test_transformers_loads_the_result(models: dict[str, Checkpoint], tmp_path: Path, source: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
