@@ -116,6 +116,10 @@ def load(path: Path) -> Recipe:
         from .mergekit import translate
 
         return translate(parsed, str(path))
+    if "experts" in parsed:
+        from .mergekit_moe import translate as translate_moe
+
+        return translate_moe(parsed, str(path))
     return check(parsed, path.parent, str(path))
 
 

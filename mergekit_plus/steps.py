@@ -14,6 +14,7 @@ from .checkpoint.dtypes import parse_float_dtype
 from .errors import OptionError, RecipeError, nearest
 from .merge import METHODS
 from .merge.plan import MergeOptions, merge, problems
+from .moe.config import MoeConfig
 from .vocabulary import TokenizerSpec, retokenize
 
 
@@ -152,10 +153,26 @@ class DequantizeStep(Strict):
         return dequantize(inputs[self.of] if self.of else only_input(inputs, previous, "dequantize"))
 
 
-OPERATIONS: dict[str, type[MergeStep] | type[QuantizeStep] | type[DequantizeStep]] = {
-    "merge": MergeStep, "quantize": QuantizeStep, "dequantize": DequantizeStep,
+class MoeStep(MoeConfig):
+    """`moe:` — a mixture of experts from dense models."""
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        for name in self.models:
+            if name not in inputs:
+                yield f"moe: '{name}' is not an input.{nearest(name, inputs)}"
+        for conflict in self.conflicts():
+            yield f"moe: {conflict}"
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from .moe.plan import moe
+
+        return moe(inputs, self)
+
+
+OPERATIONS: dict[str, type[MergeStep] | type[MoeStep] | type[QuantizeStep] | type[DequantizeStep]] = {
+    "merge": MergeStep, "moe": MoeStep, "quantize": QuantizeStep, "dequantize": DequantizeStep,
 }  # fmt: skip
-StepOptions = MergeStep | QuantizeStep | DequantizeStep
+StepOptions = MergeStep | MoeStep | QuantizeStep | DequantizeStep
 
 
 def parse_step(step: object) -> dict[str, StepOptions]:
@@ -187,11 +204,12 @@ def order_problems(steps: Sequence[Mapping[str, StepOptions]], inputs: Mapping[s
     found: list[str] = []
     for number, step in enumerate(steps, 1):
         for name, options in step.items():
-            source = None if isinstance(options, MergeStep) else options.of
-            if number > 1 and (source is not None or isinstance(options, MergeStep)):
+            reads_inputs = isinstance(options, MergeStep | MoeStep)
+            source = None if isinstance(options, MergeStep | MoeStep) else options.of
+            if number > 1 and (source is not None or reads_inputs):
                 lost = f"what step {number - 1} makes would be lost"
                 found.append(f"step {number}, {name}: it reads inputs, not the step before it, so that {lost}; make it the first, or a recipe of its own")
-            elif number == 1 and source is None and len(inputs) > 1 and not isinstance(options, MergeStep):
+            elif number == 1 and source is None and len(inputs) > 1 and not reads_inputs:
                 found.append(f"step 1, {name}: say which input it works on, with `of:`; there are {', '.join(inputs)}")
     return found
 
