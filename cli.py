@@ -175,6 +175,25 @@ def extract(
 
 
 @app.command()
+def moe(
+    config: Annotated[Path, typer.Argument(help="base_model and experts with their prompts, in the schema of mergekit-moe")],
+    out: Out = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    memory: Memory = None,
+    workers: Workers = None,
+    max_shard_size: ShardSize = "5GB",
+    allow_nonfinite: NonFinite = False,
+    as_json: Json = False,
+) -> None:
+    """Make a mixture of experts of dense models: Mixtral, or Qwen2-MoE with a shared expert."""
+    from mergekit_plus.recipe import load
+
+    how = _execution(out, overwrite, memory, workers, max_shard_size, allow_nonfinite)
+    _carry_out(load(config), how, dry_run, as_json)
+
+
+@app.command()
 def quantize(
     model: Model = ".",
     bits: Annotated[int, typer.Option("--bits", help="2, 3, 4, 5, 6 or 8 bits a weight")] = 4,

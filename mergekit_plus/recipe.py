@@ -127,6 +127,10 @@ def load(path: Path, lenient: bool = False) -> Recipe:
         return _of_mergekit(documents, str(path), lenient)
     if len(documents) != 1 or not isinstance(documents[0], dict):
         raise RecipeError(f"{path} is not a recipe: it must be a table with inputs and steps")
+    if "experts" in documents[0]:
+        from .mergekit.moe import moe_recipe
+
+        return check(moe_recipe(documents[0], str(path)), Path(), str(path))  # paths relative to where one stands, as with mergekit-moe
     return check(documents[0], path.parent, str(path))
 
 

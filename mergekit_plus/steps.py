@@ -14,6 +14,7 @@ from .checkpoint.dtypes import parse_float_dtype
 from .errors import OptionError, RecipeError, nearest
 from .merge import METHODS
 from .merge.plan import MergeOptions, merge, problems
+from .moe.config import MoeConfig
 from .search.space import SearchOptions
 from .vocabulary import TokenizerSpec, retokenize
 
@@ -236,12 +237,28 @@ class MergekitStep(RootModel[Any]):
         return compose(read(self.root).documents, inputs, MergeOptions(device=how.device, allow_nonfinite=how.save.allow_nonfinite))
 
 
-StepOptions = MergeStep | MergekitStep | MergeAdaptersStep | ExtractAdapterStep | QuantizeStep | DequantizeStep
+class MoeStep(MoeConfig):
+    """`moe:` — a mixture of experts from dense models."""
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        for name in self.models:
+            if name not in inputs:
+                yield f"moe: '{name}' is not an input.{nearest(name, inputs)}"
+        for conflict in self.conflicts():
+            yield f"moe: {conflict}"
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from .moe.plan import moe
+
+        return moe(inputs, self)
+
+
+StepOptions = MergeStep | MergekitStep | MoeStep | MergeAdaptersStep | ExtractAdapterStep | QuantizeStep | DequantizeStep
 OPERATIONS: dict[str, type[StepOptions]] = {
-    "merge": MergeStep, "mergekit": MergekitStep, "merge_adapters": MergeAdaptersStep, "extract_adapter": ExtractAdapterStep,
+    "merge": MergeStep, "mergekit": MergekitStep, "moe": MoeStep, "merge_adapters": MergeAdaptersStep, "extract_adapter": ExtractAdapterStep,
     "quantize": QuantizeStep, "dequantize": DequantizeStep,
 }  # fmt: skip
-FIRST = (MergeStep, MergekitStep, ExtractAdapterStep)  # they read inputs, not what a step before them made
+FIRST = (MergeStep, MergekitStep, MoeStep, ExtractAdapterStep)  # they read inputs, not what a step before them made
 
 
 def parse_step(step: object) -> dict[str, StepOptions]:

@@ -16,7 +16,7 @@ from ..merge.plan import MergeOptions, merge, with_merged_config
 from .parameters import has_gradient, options_of
 from .schema import Body, Document, Parameters, Reference, Slice, Source, listed_models, origin_of
 from .slices import Stack, with_table
-from .vocabulary import with_template, with_tokenizer
+from .vocabulary import with_vocabulary
 
 Opened = Mapping[Reference, Checkpoint]
 
@@ -46,12 +46,11 @@ def compose(documents: Sequence[Document], opened: Mapping[str, Checkpoint], how
 
 
 def _compose_one(document: Document, made: Mapping[str, Checkpoint], how: MergeOptions) -> Checkpoint:
-    opened = {reference: _of_architecture(made[reference.ref], reference.architecture) for reference in document.references()}
-    models = with_tokenizer(document, opened)
+    opened = with_vocabulary(document, made)
+    models = {reference: _of_architecture(opened[reference.ref], reference.architecture) for reference in document.references()}
     donor = next(iter(models.values()))  # the base model, or the first that is named
     how = replace(how, dtype=_tag(document.out_dtype), input_dtype=_tag(document.dtype))
-    result = _whole(document, models, donor, how) if document.models else _sliced(document, models, donor, how)
-    return with_template(result, document, models)
+    return _whole(document, models, donor, how) if document.models else _sliced(document, models, donor, how)
 
 
 def _tag(dtype: str | None) -> str | None:

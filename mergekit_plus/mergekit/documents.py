@@ -24,7 +24,8 @@ class Read:
     def models(self) -> list[str]:
         """The models that are opened for them, in order."""
         made = {document.name for document in self.documents}
-        return list(dict.fromkeys(model.ref for document in self.documents for model in document.references() if model.ref not in made))
+        named = (model.ref for document in self.documents for model in (*document.references(), *document.donors()))
+        return list(dict.fromkeys(ref for ref in named if ref not in made))
 
 
 def read(given: object, lenient: bool = False) -> Read:
@@ -48,7 +49,7 @@ def _order(documents: Sequence[Document]) -> tuple[list[int], list[str]]:
     twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice or names.count(None) > 1:
         return [], [f"two documents are called {', '.join(twice)}" if twice else "two documents have no name; only the last one needs none"]
-    needs = [{names.index(model.ref) for model in document.references() if model.ref in names} for document in documents]
+    needs = [{names.index(model.ref) for model in (*document.references(), *document.donors()) if model.ref in names} for document in documents]
     try:
         order = list(TopologicalSorter(dict(enumerate(needs))).static_order())
     except CycleError as error:

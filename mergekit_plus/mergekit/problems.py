@@ -16,7 +16,7 @@ from ..merge.plan import problems as merge_problems
 from ..steps import schema_problems
 from .parameters import options_of, varying
 from .schema import Document, Parameters, Reference, listed_models, origin_of
-from .vocabulary import template_problem, tokenizer_problem
+from .vocabulary import vocabulary_problems
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 Place = tuple[int | str, ...]  # keys and numbers, from the document inward
@@ -141,7 +141,7 @@ def value_problems(document: Document) -> list[str]:
 def structure_problems(document: Document, whole: bool) -> list[str]:
     """A sentence for each merge that its method cannot do; `whole`: options are looked at together too, where they are the same for all tensors."""
     method, base = METHODS[document.merge_method], document.base_model
-    found = [problem for problem in (tokenizer_problem(document), template_problem(document)) if problem]
+    found = vocabulary_problems(document)
     merges: list[tuple[str, list[tuple[Reference, Parameters]], Reference | None, list[Parameters]]] = []
     for name, body in document.bodies.items():
         at = f"modules.{name}." if name else ""

@@ -199,6 +199,16 @@ class Document(Body):
                 found += [part.base_model, *(source.model for source in part.sources)]
         return list(dict.fromkeys(model for model in found if model is not None))
 
+    def donors(self) -> list[Reference]:
+        """Further models that its tokenizer takes something from."""
+        found: list[Reference | str | None] = [self.tokenizer_source]
+        if self.tokenizer is not None:
+            found += [self.tokenizer.source]
+            for rule in self.tokenizer.tokens.values():
+                found += [rule.source.model if isinstance(rule.source, ModelToken) else rule.source]
+        named = (Reference(source) if isinstance(source, str) else source for source in found if source not in (None, "union", "base"))
+        return [reference for reference in dict.fromkeys(named) if reference is not None]
+
 
 def listed_models(body: Body, base: Reference | None) -> list[tuple[Reference, Parameters]]:
     """The models of `models:`, the base model last where it is not among them, for mergekit merges it with the others; none for slices."""

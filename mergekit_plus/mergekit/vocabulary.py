@@ -1,83 +1,55 @@
-"""The tokenizer and the chat template of a document's model: as yet the base model's tokenizer, under any template."""
+"""The tokenizer and the chat template that a document wants, in the words of `mergekit_plus.vocabulary`."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+
+from pydantic import ValidationError
 
 from ..checkpoint import Checkpoint
-from ..errors import CheckpointError
-from .schema import Document, Reference, Tokenizer
-from .templates import TEMPLATES
-
-_CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+from ..vocabulary import ModelToken, TokenizerSpec, TokenRule, ZeroRow, retokenize
+from ..vocabulary.chat import chat_problem
+from .schema import Document, Reference, Token
 
 
-def tokenizer_of(document: Document) -> Tokenizer | None:
-    """What a document says of the tokenizer, in the one way or the other; None where it says nothing."""
-    return document.tokenizer or (Tokenizer(source=document.tokenizer_source) if document.tokenizer_source else None)
+def with_vocabulary(document: Document, models: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
+    """The models that a document merges, under the vocabulary and the chat template that it wants; `models` may hold others too.
 
-
-def tokenizer_problem(document: Document) -> str | None:
-    """Why the tokenizer that a document wants cannot be had."""
-    wanted = tokenizer_of(document)
-    if wanted is None:
-        return None
-    key = "tokenizer" if document.tokenizer else "tokenizer_source"
-    if wanted.tokens or wanted.pad_to_multiple_of:
-        return f"{key}: tokens and pad_to_multiple_of cannot be honoured yet; the base model's tokenizer is copied (`base`)"
-    if str(wanted.source) not in ("base", str(document.references()[0])):
-        return f"{key}: {wanted.source} cannot be built yet; the base model's tokenizer is copied (`base`)"
-    return None
-
-
-def with_tokenizer(document: Document, models: Mapping[Reference, Checkpoint]) -> Mapping[Reference, Checkpoint]:
-    """The models under the vocabulary that the document wants; as yet the base model's, which theirs must be.
-
-    Errors: CheckpointError where they differ.
+    Errors: OptionError and CheckpointError as `retokenize`.
     """
-    if problem := tokenizer_problem(document):
-        raise CheckpointError(problem)
-    return models
+    merged = {reference.ref: models[reference.ref] for reference in document.references()}
+    spec = tokenizer_spec(document)
+    base = document.base_model.ref if document.base_model else None
+    return dict(merged) if spec is None else retokenize(merged, base, spec, models)
 
 
-def template_problem(document: Document) -> str | None:
-    """Why a chat template cannot be one: it is neither a known name nor Jinja."""
-    wanted = document.chat_template
-    if wanted is None or wanted == "auto" or wanted in TEMPLATES or "{" in wanted:
-        return None
-    return f"chat_template: '{wanted}' is neither the name of one nor Jinja text; names are auto, {', '.join(TEMPLATES)}"
+def tokenizer_spec(document: Document) -> TokenizerSpec | None:
+    """What a document says of tokenizer and chat template; None where it says nothing.
 
-
-def with_template(result: Checkpoint, document: Document, models: Mapping[Reference, Checkpoint]) -> Checkpoint:
-    """The model with the chat template that the document wants, in the file in which transformers looks first; `auto`: the one of most inputs.
-
-    Errors: CheckpointError where there is no tokenizer to use it.
+    Errors: ValidationError for rules that contradict themselves.
     """
-    wanted = document.chat_template
-    if wanted == "auto":
-        counted = Counter(template for model in models.values() if (template := template_of(model)))
-        wanted = counted.most_common(1)[0][0] if counted else None
-    if wanted is None:
-        return result
-    if _CONFIG not in result.files:
-        raise CheckpointError(f"chat_template: {next(iter(models.values())).label} has no {_CONFIG}, so no tokenizer would use it")
-    kept = {name: content for name, content in result.files.items() if name != "chat_template.json"}
-    config = {key: value for key, value in json.loads(result.file(_CONFIG)).items() if key != "chat_template"}
-    files = {_CONFIG: json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n", _TEMPLATE: TEMPLATES.get(wanted, wanted).encode()}
-    return replace(result, files={**kept, **files})
+    wanted, template = document.tokenizer, document.chat_template
+    if wanted is not None:
+        tokens = {token: TokenRule(source=_source(rule), force=rule.force) for token, rule in wanted.tokens.items()}
+        return TokenizerSpec(source=str(wanted.source), tokens=tokens, pad_to_multiple_of=wanted.pad_to_multiple_of, chat_template=template)
+    source = document.tokenizer_source
+    return TokenizerSpec(source=None if source is None else str(source), chat_template=template) if source or template else None
 
 
-def template_of(model: Checkpoint) -> str | None:
-    """A model's own chat template, from wherever its tokenizer keeps it."""
-    if _TEMPLATE in model.files:
-        return model.file(_TEMPLATE).decode().strip()
-    for name in (_CONFIG, "chat_template.json"):
-        found = json.loads(model.file(name)).get("chat_template") if name in model.files else None
-        if isinstance(found, list):
-            found = next((entry["template"] for entry in found if entry.get("name") == "default"), None)
-        if isinstance(found, str):
-            return found.strip()
-    return None
+def _source(rule: Token) -> str | ZeroRow | ModelToken | None:
+    if rule.source is None or isinstance(rule.source, Reference):
+        return None if rule.source is None else rule.source.ref
+    if rule.source.model is None:
+        return ZeroRow(kind="zero")
+    return ModelToken(kind="model_token", model=rule.source.model.ref, token=rule.source.token, token_id=rule.source.token_id)
+
+
+def vocabulary_problems(document: Document) -> list[str]:
+    """Why the tokenizer or the chat template that a document wants cannot be."""
+    try:
+        tokenizer_spec(document)
+    except ValidationError as error:
+        return [f"tokenizer: {problem['msg'].removeprefix('Value error, ')}" for problem in error.errors()]
+    names = [reference.ref for reference in document.references()]
+    problem = chat_problem(document.chat_template, names) if document.chat_template else None
+    return [problem] if problem else []

@@ -37,6 +37,10 @@ TEMPLATES = {
 {% else %}{{ raise_exception('this format knows the roles system, user and assistant') }}\
 {% endif %}{% endfor %}\
 {% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}""",
+    "exaone": """\
+{% if messages[0].role != 'system' %}{{ '[|system|][|endofturn|]\\n' }}{% endif %}{% for message in messages %}\
+{{ '[|' + message.role + '|]' + message.content + ('\\n' if message.role == 'user' else '[|endofturn|]\\n') }}{% endfor %}\
+{% if add_generation_prompt %}{{ '[|assistant|]' }}{% endif %}""",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -25,7 +26,7 @@ def tokenizer_files(owner: Checkpoint, tokenizer: Tokenizer, changed: bool) -> d
     if "added_tokens_decoder" in config:
         config["added_tokens_decoder"] = {str(entry["id"]): {key: entry[key] for key in ("content", *FLAGS)} for entry in tokenizer.added}
         files[CONFIG] = encode_json(config)
-    return {**files, JSON: encode_json(tokenizer.content)}
+    return {**files, JSON: json.dumps(tokenizer.content, ensure_ascii=False, separators=(",", ":")).encode()}  # indenting 150,000 tokens takes seconds
 
 
 def with_vocabulary(

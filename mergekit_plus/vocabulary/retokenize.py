@@ -15,7 +15,7 @@ from .files import tokenizer_files, with_vocabulary
 from .rows import Source, Table, of_model, own_rows, rerow, rule_row, table
 from .spec import TokenizerSpec
 from .tables import vocabulary_tables
-from .tokenizer import Tokenizer, read_tokenizer
+from .tokenizer import CONFIG, Tokenizer, is_tokenizer_file, read_tokenizer
 from .union import unite, with_tokens
 
 
@@ -35,6 +35,9 @@ def retokenize(
         raise OptionError("; ".join(f"tokenizer: {problem}" for problem in found))
     views = _revocabularied(models, base, spec, known) if spec.source is not None else dict(models)
     if spec.chat_template is not None and (template := choose_template(spec.chat_template, known, list(models))):
+        donor = views[base or next(iter(models))]  # the result has its files
+        if CONFIG not in donor.files:
+            raise CheckpointError(f"chat_template: {donor.label} has no {CONFIG}, so no tokenizer would use it")
         views = {name: with_template(view, template) for name, view in views.items()}
     return views
 
@@ -69,7 +72,11 @@ def _tokenizers(models: Mapping[str, Checkpoint], first: str) -> dict[str, Token
 
     Errors: CheckpointError for a model without a tokenizer.
     """
-    found = {name: read_tokenizer(model) for name, model in models.items()}
+    files = {name: {file: model.file(file) for file in model.files if is_tokenizer_file(file) and "chat" not in file} for name, model in models.items()}
+    found: dict[str, Tokenizer | None] = {}
+    for name, model in models.items():
+        twin = next((other for other in found if files[other] == files[name]), None)  # fine-tunes of one base: parsed once
+        found[name] = found[twin] if twin else read_tokenizer(model)
     size = vocabulary_size(models[first])
     lacking = [name for name, tokenizer in found.items() if tokenizer is None and (found[first] is None or vocabulary_size(models[name]) != size)]
     if lacking:

@@ -48,12 +48,11 @@ def own_rows(source: Source, tokens: Mapping[str, int], size: int) -> Tensor:
     An id that is no token, here and there, is padding; it keeps the model's padding.
     """
     rows = torch.full((size,), -1, dtype=torch.int64)
-    ids = torch.tensor(list(tokens.values()), dtype=torch.int64)
-    rows[ids] = torch.tensor([source.tokens.get(token, -1) for token in tokens], dtype=torch.int64)
+    here, there = (torch.tensor(list(table.values()), dtype=torch.int64) for table in (tokens, source.tokens))
+    rows[here] = torch.tensor([source.tokens.get(token, -1) for token in tokens], dtype=torch.int64)
     rows[rows >= source.rows] = -1
-    padding = torch.ones(max(size, source.rows, *(number + 1 for number in source.tokens.values())), dtype=torch.bool)
-    padding[ids] = False
-    padding[torch.tensor(list(source.tokens.values()), dtype=torch.int64)] = False
+    padding = torch.ones(max(size, source.rows, int(there.max()) + 1), dtype=torch.bool)
+    padding[here] = padding[there] = False
     places = torch.nonzero(padding[: min(size, source.rows)]).flatten()
     rows[places] = places
     return rows

@@ -109,13 +109,13 @@ def _added(checkpoint: Checkpoint, content: Mapping[str, Any]) -> list[dict[str,
     known = entries.keys() | (vocab.keys() if isinstance(vocab, dict) else {piece for piece, _ in vocab})
     beside = {entry["content"]: (int(number), entry) for number, entry in json_file(checkpoint, CONFIG).get("added_tokens_decoder", {}).items()}
     beside |= {token: (number, {}) for token, number in json_file(checkpoint, "added_tokens.json").items() if token not in beside}
-    entries |= {token: added_token(token, number, **flags) for token, (number, flags) in beside.items() if token not in known}
+    entries |= {token: added_token(token, number, flags) for token, (number, flags) in beside.items() if token not in known}
     return sorted(entries.values(), key=lambda entry: int(entry["id"]))
 
 
-def added_token(content: str, number: int, **flags: Any) -> dict[str, Any]:
-    """An entry of `added_tokens`: text that is a token wherever it stands."""
-    return {"id": number, "content": content, **{flag: bool(flags.get(flag, False)) for flag in FLAGS}}
+def added_token(content: str, number: int, flags: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """An entry of `added_tokens`: text that is a token wherever it stands, unless the flags say otherwise."""
+    return {"id": number, "content": content, **{flag: bool((flags or {}).get(flag, False)) for flag in FLAGS}}
 
 
 def _converted(checkpoint: Checkpoint) -> dict[str, Any]:

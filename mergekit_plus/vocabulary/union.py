@@ -115,7 +115,7 @@ def _merges(base: Tokenizer, new: Sequence[tuple[Tokenizer, list[str]]]) -> dict
             if merge[0] + merge[1][prefix:] in wanted and merge not in known:
                 merges.append(merge)
                 known.add(merge)
-    return {"merges": [list(merge) for merge in merges]}
+    return {"merges": merges}
 
 
 def _pair(merge: Any) -> tuple[str, str]:

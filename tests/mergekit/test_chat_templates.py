@@ -11,7 +11,7 @@ from mergekit_toys import llama, result_of
 
 from mergekit_plus.checkpoint import Checkpoint, save
 from mergekit_plus.errors import CheckpointError
-from mergekit_plus.mergekit.templates import TEMPLATES
+from mergekit_plus.vocabulary.chat import TEMPLATES
 
 TALK = [{"role": role, "content": content} for role, content in (("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "?"))]
 SPOKEN = {
