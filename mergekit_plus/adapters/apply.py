@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from math import prod
@@ -108,17 +108,18 @@ class _Names:
         name = self.stored(parameter)
         return not self.base.config or (name is not None and self.meanings.tensors[name].transposed)
 
-    def _tied(self, changed: Sequence[str] | dict[str, list[Change]]) -> list[tuple[str, ...]]:
+    def _tied(self, changed: Collection[str]) -> list[tuple[str, ...]]:
         """The groups of tied tensors that a change reaches. What stands in a block is never tied."""
         outside = any(not re.search(r"\.\d+\.", name) for name in changed)
         if not outside or not self.base.config or self.base.config.get("tie_word_embeddings") is False:
             return []
         return [group for group in self.meanings.tied if any(name in changed for name in group)]
 
-    def is_untied(self, changed: dict[str, list[Change]]) -> bool:
+    def is_untied(self, changed: Collection[str]) -> bool:
+        """Whether these changes untie what the base ties."""
         return bool(self._tied(changed))
 
-    def untied(self, changed: dict[str, list[Change]]) -> dict[str, str]:
+    def untied(self, changed: Collection[str]) -> dict[str, str]:
         """The tensors that must now be written, though the base does not store them, and where the base has their values.
 
         Errors: CheckpointError for what cannot be untied: an encoder's and a decoder's embeddings.
@@ -133,7 +134,7 @@ class _Names:
         return found
 
 
-def _changes(adapter: Adapter, names: _Names, before: dict[str, list[Change]], problems: list[str]) -> Iterator[tuple[str, Change, bool]]:
+def _changes(adapter: Adapter, names: _Names, before: Collection[str], problems: list[str]) -> Iterator[tuple[str, Change, bool]]:
     """Each tensor of the base that an adapter changes, how, and whether the new value is the base's own; what does not fit goes to `problems`."""
     specs = names.base.specs
     for parameter, tensor in adapter.whole.items():
