@@ -18,6 +18,7 @@ from ..checkpoint.finite import is_finite, nonfinite
 from ..checkpoint.spec import natural_order
 from ..errors import CheckpointError, OptionError, nearest
 from ..model import quantized_reason, tied_alias, vocabulary_size
+from ..vocabulary.alignment import misalignment
 from . import METHODS, MergeMethod
 from .noise import Noise
 
@@ -62,6 +63,8 @@ def merge(
     inputs = ((base,) if chosen.needs_base and base is not None else ()) + tuple(models)
     donor = base or models[0]
     account_of = account(inputs, donor, how.exclude)
+    if any(donor.specs[name].rows == vocabulary_size(donor) for name in account_of.merged if name in donor.specs) and (reason := misalignment(inputs)):
+        raise CheckpointError(f"the models do not fit together: {reason}. Align them with --tokenizer union, base or a model (`tokenizer:` in a recipe)")
 
     bound = _Bound(chosen, arguments, how)
     shared = Measured(bound.measure, f"{method}: measuring", whole_model=True) if chosen.statistic and chosen.scope == "model" else None
