@@ -18,6 +18,7 @@ from ..checkpoint.finite import is_finite, nonfinite
 from ..checkpoint.spec import natural_order
 from ..errors import CheckpointError, OptionError, nearest
 from ..model import adapter_reason, quantized_reason, tied_alias, vocabulary_size
+from ..vocabulary.alignment import misalignment
 from . import METHODS, MergeMethod
 from .noise import Noise
 
@@ -67,6 +68,8 @@ def merge(
     inputs = ((base,) if chosen.takes_base and base is not None else ()) + tuple(models)
     donor = base or models[0]
     account_of = account(inputs, donor, how.exclude)
+    if any(donor.specs[name].rows == vocabulary_size(donor) for name in account_of.merged if name in donor.specs) and (reason := misalignment(inputs)):
+        raise CheckpointError(f"the models do not fit together: {reason}. Align them with --tokenizer union, base or a model (`tokenizer:` in a recipe)")
 
     bound_of = _binder(chosen, options or {}, len(models), how, len(inputs) > len(models))
     shared: Measured | None = None

@@ -181,9 +181,7 @@ def _config(base: Checkpoint, config: MoeConfig, dtype: str | None) -> dict[str,
         if "use_sliding_window" not in result:  # Mistral's window holds for all layers; this layout has none of that kind
             window = result.get("sliding_window")
             if window and window < result["max_position_embeddings"]:
-                raise CheckpointError(
-                    f"{base.label} has a sliding window of {window} tokens in all layers, which Qwen2-MoE cannot have; leave shared_experts out"
-                )
+                raise CheckpointError(f"{base.label} has a sliding window of {window} tokens in all layers, which Qwen2-MoE cannot have; use no shared_experts")
             result |= {"use_sliding_window": False, "sliding_window": None}
     names = {key: config_dtype(dtype) for key in ("dtype", "torch_dtype") if dtype and key in result}
     return result | names

@@ -19,6 +19,7 @@ JSON = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 SLOW = ("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken", "*.model")  # other forms of what tokenizer.json says
 FILES = (JSON, CONFIG, "special_tokens_map.json", "chat_template.json", "chat_template.jinja", *SLOW)
+MAX_TOKENS = 1 << 24  # what an id must be below: tables are made as long as the largest id says
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -94,11 +95,11 @@ def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     content = content or _converted(checkpoint)
     try:
         tokenizer = Tokenizer(checkpoint.label, {**content, "added_tokens": _added(checkpoint, content)})
-        whole = all(type(number) is int and number >= 0 for number in tokenizer.tokens.values())
+        whole = all(type(number) is int and 0 <= number < MAX_TOKENS for number in tokenizer.tokens.values())
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{checkpoint.label}: {JSON} is not a tokenizer ({type(error).__name__}: {error})") from None
     if not whole or not tokenizer.tokens:
-        raise CheckpointError(f"{checkpoint.label}: {JSON} is not a tokenizer: its ids must be whole numbers")
+        raise CheckpointError(f"{checkpoint.label}: {JSON} is not a tokenizer: its ids must be whole numbers below {MAX_TOKENS}")
     return tokenizer
 
 

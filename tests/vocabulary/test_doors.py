@@ -10,7 +10,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
-from vocabulary_toys import A, B, C, toy
+from vocabulary_toys import A, B, C, bpe, toy
 
 from cli import app
 from mergekit_plus.errors import CheckpointError, RecipeError
@@ -92,6 +92,26 @@ def test_a_document_of_mergekit(here: Path) -> None:
 def test_mistakes_are_named(here: Path, key: Any, reason: str) -> None:
     with pytest.raises(RecipeError, match=reason.replace("?", r"\?")):
         check({"inputs": {"a": "a", "b": "b"}, "steps": [{"merge": {"models": ["a", "b"], "tokenizer": key}}], "out": "out"}, here, "recipe")
+
+
+def test_tables_of_one_size_with_tokens_in_other_rows_are_refused_too(here: Path) -> None:
+    """Nothing else tells that their rows do not belong together."""
+    toy(here / "turned", bpe(["t h", "th e", "i n"], ["<s>", "</s>"], specials_first=False), 7)
+    step = {"models": ["a", "turned"]}
+    inputs = {"a": "a", "turned": "turned"}
+    recipe = check({"inputs": inputs, "steps": [{"merge": step}], "out": "out"}, here, "recipe")
+    with pytest.raises(CheckpointError, match=r"token 'a' is row 2 of a but row 0 of turned, and 25 more tokens moved too. Align them with --tokenizer union"):
+        run(recipe)
+    run(check({"inputs": inputs, "steps": [{"merge": {**step, "tokenizer": "base"}}], "out": "aligned"}, here, "recipe"))
+    tables = ["model.embed_tokens.weight", "lm_head.weight"]
+    run(check({"inputs": inputs, "steps": [{"merge": {**step, "exclude": tables}}], "out": "without"}, here, "recipe"))
+    assert rows(here / "aligned") == rows(here / "without") == 26
+
+
+def test_reserved_tokens_with_a_name_of_their_own_are_no_reason(here: Path) -> None:
+    toy(here / "named", bpe(["t h", "th e", "i n"], ["<s>", "<|im_end|>"]), 7)
+    run(check({"inputs": {"a": "a", "named": "named"}, "steps": [{"merge": {"models": ["a", "named"]}}], "out": "out"}, here, "recipe"))
+    assert rows(here / "out") == 26
 
 
 def test_vocabularies_that_differ_are_refused_with_the_way_out(here: Path) -> None:

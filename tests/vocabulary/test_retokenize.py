@@ -321,6 +321,7 @@ def test_rows_of_another_width_are_refused(models: dict[str, Checkpoint], tmp_pa
     ("content", "reason"),
     [
         ({"model": {"vocab": {"a": "0"}, "merges": []}}, r"tokenizer.json is not a tokenizer: its ids must be whole numbers"),
+        ({"model": {"vocab": {"a": 10**12}, "merges": []}}, "its ids must be whole numbers below 16777216"),
         ({"model": 3}, r"tokenizer.json is not a tokenizer \("),
         ([1], "tokenizer.json is not a JSON object"),
     ],
