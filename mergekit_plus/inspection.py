@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from .checkpoint import Checkpoint
-from .checkpoint.save import input_files
+from .checkpoint.inputs import input_files
 from .checkpoint.spec import natural_order
 from .evaluate import size
 from .model import describe, quantized_reason

@@ -25,7 +25,8 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
 from .checkpoint import Checkpoint, Manifest, SaveOptions, save, steps_of
 from .checkpoint.checkpoint import is_copy
-from .checkpoint.save import DEFAULT_SHARD_SIZE, check_target, plan_save
+from .checkpoint.inputs import check_target
+from .checkpoint.layout import DEFAULT_SHARD_SIZE, plan_save
 from .checkpoint.shards import parse_size
 from .checks import Checks, measure_and_compare
 from .errors import CheckFailed, CheckpointError, RecipeError, nearest

@@ -17,38 +17,22 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..digests import Digests
-from ..errors import CheckpointError, OptionError, OutputError
-from ..progress import Progress, quiet
-from .checkpoint import SLAB, Checkpoint, FileSource, Measured, ParallelMap, Plan, Rows, Step, execute, of_inner, proportional, steps_of
+from ..errors import CheckpointError, OutputError
+from .checkpoint import Checkpoint, ParallelMap, Plan, Rows, Step, execute, of_inner, proportional
 from .finite import is_finite
-from .folder import INDEX, SINGLE
-from .safetensors import File
-from .shards import Shard, ShardFile, index_json, plan_shards
+from .folder import INDEX
+from .inputs import check_target, digest_of, input_files, open_files
+from .layout import Layout, SaveOptions, Unit, bytes_of, cost, is_file, plan_save
+from .shards import ShardFile, index_json
 
 MANIFEST = "manifest.json"
-HELD = 256 << 20  # bytes of one tensor's inputs that a worker holds, to measure them and compute from them with one reading
-FIXED_COST = 64 << 20  # bytes of temporaries that a worker may need beside what it reads and writes
-DEFAULT_SHARD_SIZE = 5 * 10**9
-
-
-@dataclass(frozen=True)
-class SaveOptions:
-    """How to save; none of these changes a byte of a tensor."""
-
-    overwrite: bool = False
-    max_shard_size: int = DEFAULT_SHARD_SIZE
-    memory: int | None = None  # bytes in flight; half of what is free by default
-    workers: int | None = None  # one for each core by default
-    allow_nonfinite: bool = False
-    progress: Progress = field(default_factory=quiet)
-    digests: Digests | None = None  # those of the inputs, where hashing has begun already
 
 
 @dataclass(frozen=True)
@@ -64,49 +48,7 @@ class Manifest:
         return {"tool": f"mergekit-plus {__version__}", "inputs": self.inputs, "outputs": self.outputs}
 
 
-Unit = tuple[Step, Rows | None]  # a step, and the rows of it that are computed at once
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a save would do, known from headers alone."""
-
-    shards: list[Shard]
-    units: list[Unit]
-    measurements: list[Measured]
-    bytes_read: int
-    bytes_written: int
-    largest_unit: int
-    memory: int
-    workers: int
-
-
 Describe = Callable[[Manifest], Mapping[str, bytes]]  # further small files, once the digests are known
-
-
-def plan_save(checkpoint: Checkpoint, out: Path, options: SaveOptions) -> Layout:
-    """Lay out a save without reading a tensor.
-
-    Errors: OptionError where the memory budget cannot hold the largest unit.
-    """
-    memory = options.memory or _available_memory() // 2
-    workers = options.workers or len(os.sched_getaffinity(0))
-    workers = max(1, min(workers, memory // (2 * FIXED_COST)))  # a worker that gets a few rows at a time is no help
-    shards = plan_shards(checkpoint.specs.values(), options.max_shard_size, single=out.name if _is_file(out) else "")
-    place = {name: (number, shard.offsets[name]) for number, shard in enumerate(shards) for name in shard.offsets}
-    steps = sorted(steps_of(checkpoint), key=lambda step: min(place[spec.name] for spec in step.writes))
-    share = memory // workers
-    units = [(step, rows) for step in steps for rows in _units(step, share)]
-    found = measurements(steps)
-    scanned = [(step, step.slabs()[0]) for measured in found for step in measured.steps]
-    largest, culprit = max(((_cost(step, rows), step) for step, rows in (*units, *scanned)), key=lambda pair: pair[0], default=(0, None))
-    if culprit is not None and largest > memory:
-        raise OptionError(
-            f"--memory {memory / 1e6:.0f} MB is too little: "
-            f"{culprit.writes[0].name} needs {largest / 1e6:.0f} MB at once; give at least that"
-        )
-    read = sum(_bytes_read(step) for step in steps)
-    return Layout(shards, units, found, read, sum(shard.size for shard in shards), largest, memory, workers)
 
 
 def save(checkpoint: Checkpoint, out: Path, options: SaveOptions | None = None, describe: Describe | None = None) -> Manifest:
@@ -119,7 +61,7 @@ def save(checkpoint: Checkpoint, out: Path, options: SaveOptions | None = None, 
     out = out.resolve()  # a link to a folder on another disk: stage, and rename, there
     check_target(out, options.overwrite, checkpoint)
     layout = plan_save(checkpoint, out, options)
-    carried = {} if _is_file(out) else {name: checkpoint.file(name) for name in checkpoint.files}
+    carried = {} if is_file(out) else {name: checkpoint.file(name) for name in checkpoint.files}
     with _staging(out) as staged:
         free = shutil.disk_usage(staged).free
         if layout.bytes_written > free:
@@ -132,124 +74,6 @@ def save(checkpoint: Checkpoint, out: Path, options: SaveOptions | None = None, 
         except OSError as error:
             raise OutputError(f"{out}: {error.strerror or error}; nothing was written") from error
     return manifest
-
-
-def check_target(out: Path, overwrite: bool, checkpoint: Checkpoint) -> None:
-    """Refuse an output that exists (unless it may be replaced and is nothing but a model), or that is an input or holds one.
-
-    Errors: OutputError.
-    """
-    if not out.parent.is_dir():
-        raise OutputError(f"{out}: the folder {out.parent} does not exist")
-    paths = [path for files in input_files(checkpoint).values() for path in files]
-    inputs = {place for path in paths for place in (path.resolve(), path.parent.resolve() / path.name)}  # the Hub's cache links to blobs
-    resolved = out.resolve()
-    if any(resolved in (path, *path.parents) for path in inputs):
-        raise OutputError(f"{out} is one of the inputs, or holds one; write somewhere else with -o")
-    if not out.exists():
-        return
-    if _is_file(out) != out.is_file():
-        raise OutputError(f"{out} is a {'file' if out.is_file() else 'folder'}; an output is a folder, or a file that ends in .safetensors")
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise OutputError(f"{out} exists already; name another output with -o, or replace it with --overwrite")
-    if out.is_dir() and not any((out / name).is_file() for name in (SINGLE, INDEX)):
-        raise OutputError(f"{out} is a folder without a model in it; --overwrite replaces models only")
-    if out.is_dir() and (inner := next((path.name for path in out.iterdir() if path.is_dir()), None)):
-        raise OutputError(f"{out} holds the folder {inner}, which --overwrite would delete; move it away, or name another output with -o")
-
-
-def measurements(steps: Iterable[Step]) -> list[Measured]:
-    """Every measurement over whole models behind these steps, those that others build on first."""
-    found: dict[int, Measured] = {}
-    seen: set[int] = set()
-
-    def visit(step: Step) -> None:
-        if id(step) in seen:
-            return
-        seen.add(id(step))
-        for inner in step.behind:
-            visit(inner)
-        if step.measured is not None and step.measured.whole_model and id(step.measured) not in found:
-            for sibling in step.measured.steps:
-                for inner in sibling.behind:
-                    visit(inner)
-            found[id(step.measured)] = step.measured
-
-    for step in steps:
-        visit(step)
-    return list(found.values())
-
-
-def input_files(checkpoint: Checkpoint) -> dict[str, list[Path]]:
-    """The files behind a checkpoint, under the label of the input that they belong to."""
-    found: dict[str, dict[Path, None]] = {}
-    for part, source in _inputs(checkpoint):
-        files = found.setdefault(part.label, {})
-        files.update({file.path: None for file, _ in source.places.values()})
-        files.update({path: None for path in part.files.values() if isinstance(path, Path)})
-    return {label: sorted(files) for label, files in found.items()}
-
-
-def _inputs(checkpoint: Checkpoint) -> list[tuple[Checkpoint, FileSource]]:
-    """The checkpoints that lie in files, each once, in the order in which they are met."""
-    found: dict[int, tuple[Checkpoint, FileSource]] = {}
-    seen: set[int] = set()
-
-    def visit(part: Checkpoint) -> None:
-        if id(part) in seen:
-            return
-        seen.add(id(part))
-        if isinstance(part.source, FileSource):
-            found[id(part)] = (part, part.source)
-        elif isinstance(part.source, Plan):
-            for step in part.source.steps:
-                for inner, _ in step.reads:
-                    visit(inner)
-
-    visit(checkpoint)
-    return list(found.values())
-
-
-def _open_files(checkpoint: Checkpoint) -> dict[Path, File]:
-    """The files behind a checkpoint: those that its tensors are read from, as they are open now, and the small ones."""
-    files = {file.path: file for _, source in _inputs(checkpoint) for file, _ in source.places.values()}
-    return files | {path: File(path) for paths in input_files(checkpoint).values() for path in paths if path not in files}
-
-
-def _units(step: Step, share: int) -> list[Rows | None]:
-    """How a step is cut into units for the workers; `share` is one worker's part of the memory."""
-    if not step.cut:
-        return [None]
-    if step.measures_tensor and _cost(step, None) <= min(share, HELD):
-        return [None]  # measured and computed from one reading
-    if step.measures_tensor:
-        return [slice(0, step.rows)]  # read twice, a little at a time, by one worker: the others would wait for the measurement
-    row_cost = max(1, (_cost(step, None) - FIXED_COST) // max(1, step.rows))
-    elements = min(SLAB, max(1, (share - FIXED_COST) // row_cost) * step.row_elements)
-    return list(step.slabs(elements))
-
-
-def _cost(step: Step, rows: Rows | None) -> int:
-    """Bytes in memory while a unit is worked on."""
-    if rows is not None and step.measures_tensor:  # a slab to measure, or a stretch to compute
-        return FIXED_COST + _bytes_held(step, step.slabs()[0])
-    return FIXED_COST + _bytes_held(step, rows)
-
-
-def _bytes_held(step: Step, rows: Rows | None) -> int:
-    held = sum(_part(spec.nbytes, step, rows) for spec in (*step.read_specs, *step.writes))
-    return held + sum(_bytes_held(inner, of_inner(step, inner, rows)) for inner in step.behind)
-
-
-def _bytes_read(step: Step) -> int:
-    own = sum(spec.nbytes for (part, _), spec in zip(step.reads, step.read_specs, strict=True) if not isinstance(part.source, Plan))
-    return own + sum(_bytes_read(inner) for inner in step.behind)
-
-
-def _part(nbytes: int, step: Step, rows: Rows | None) -> int:
-    return nbytes if rows is None else nbytes * (rows.stop - rows.start) // max(1, step.rows)
 
 
 class _Budget:
@@ -277,7 +101,7 @@ def _write_all(checkpoint: Checkpoint, layout: Layout, staged: Path, options: Sa
     """Compute and write every tensor; hash inputs and outputs on the way."""
     stop = threading.Event()
     budget = _Budget(layout.memory)
-    inputs = _open_files(checkpoint)
+    inputs = open_files(checkpoint)
     digests_of = options.digests or Digests()
     files: list[ShardFile] = []
     threads_before = torch.get_num_threads()
@@ -304,7 +128,7 @@ def _write_all(checkpoint: Checkpoint, layout: Layout, staged: Path, options: Sa
                     parallel(work, layout.units)
                     digests = [future.result() for future in output_digests]
                 with options.progress.phase("checking inputs", None):
-                    found = {path: {"bytes": inputs[path].size, "sha256": _digest(path, future)} for path, future in input_digests.items()}
+                    found = {path: {"bytes": inputs[path].size, "sha256": digest_of(path, future)} for path, future in input_digests.items()}
             finally:
                 stop.set()
                 if options.digests is None:  # the caller's own may be wanted again
@@ -321,15 +145,8 @@ def _write_all(checkpoint: Checkpoint, layout: Layout, staged: Path, options: Sa
     return Manifest(outputs, {label: {path.name: found[path] for path in paths} for label, paths in input_files(checkpoint).items()})
 
 
-def _digest(path: Path, future: Future[str]) -> str:
-    try:
-        return future.result()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read to its end: {error.strerror}") from None
-
-
 def _write_unit(step: Step, rows: Rows | None, where: Mapping[str, ShardFile], options: SaveOptions) -> None:
-    for part in step.slabs(SLAB, rows) if rows is not None else [None]:
+    for part in step.slabs(rows=rows) if rows is not None else [None]:
         _write_rows(step, part, where, options)
 
 
@@ -339,7 +156,7 @@ def _write_rows(step: Step, rows: Rows | None, where: Mapping[str, ShardFile], o
             raise CheckpointError(_explain_nonfinite(step, rows, spec.name))
         first = 0 if rows is None else proportional(rows, step.rows, spec.rows).start
         where[spec.name].write(tensor, spec.name, first * spec.row_bytes)
-    options.progress.advance(sum(_part(spec.nbytes, step, rows) for spec in step.writes))
+    options.progress.advance(sum(bytes_of(spec.nbytes, step, rows) for spec in step.writes))
 
 
 def _explain_nonfinite(step: Step, rows: Rows | None, name: str) -> str:
@@ -360,7 +177,7 @@ def _parallel(pool: ThreadPoolExecutor, stop: threading.Event, budget: _Budget) 
 
     def run(function: Callable[[Any], Any], units: Iterable[Any]) -> Iterator[Any]:
         def guarded(unit: Unit) -> Any:
-            with budget.take(_cost(*unit)):
+            with budget.take(cost(*unit)):
                 return None if stop.is_set() else function(unit)
 
         futures: list[Future[Any]] = []
@@ -383,7 +200,7 @@ def _write_small_files(
 ) -> Manifest:
     """Index, config, tokenizer, and what `describe` adds; the manifest last."""
     small = dict(carried)
-    if not _is_file(out):
+    if not is_file(out):
         if len(layout.shards) > 1:
             small[INDEX] = json.dumps(index_json(layout.shards), indent=2).encode() + b"\n"
         small |= describe(manifest) if describe else {}
@@ -403,12 +220,8 @@ def _write_file(path: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def _is_file(out: Path) -> bool:
-    return out.suffix == ".safetensors"
-
-
 def _manifest_name(out: Path) -> str:
-    return f"{out.stem}.{MANIFEST}" if _is_file(out) else MANIFEST
+    return f"{out.stem}.{MANIFEST}" if is_file(out) else MANIFEST
 
 
 @contextmanager
@@ -426,7 +239,7 @@ def _staging(out: Path) -> Iterator[Path]:
 
 def _publish(staged: Path, out: Path) -> None:
     """Rename the staged files to their final names; what was there before gives way only now."""
-    if _is_file(out):
+    if is_file(out):
         os.replace(staged / out.name, out)
         os.replace(staged / _manifest_name(out), out.parent / _manifest_name(out))
     else:
@@ -458,27 +271,3 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
-
-
-def _available_memory() -> int:
-    return min(_free_memory(), _container_limit())
-
-
-def _container_limit() -> int:
-    """What this container (cgroup) may have."""
-    try:
-        return int(Path("/sys/fs/cgroup/memory.max").read_text())
-    except (OSError, ValueError):  # no cgroup, or no limit ("max")
-        return 1 << 62
-
-
-def _free_memory() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
-
-

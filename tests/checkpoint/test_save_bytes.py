@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_toys import files_in, mapped, random_tensor, same_bits, saving, write_model
+from checkpoint_toys import files_in, layouts, mapped, random_tensor, same_bits, saving, write_model
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 
@@ -34,8 +34,8 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many units, many pieces, and a budget that a toy can fill."""
     monkeypatch.setattr(core, "PIECE", 100)
     monkeypatch.setattr(core, "SLAB", 700)
-    monkeypatch.setattr(saving, "SLAB", 700)
-    monkeypatch.setattr(saving, "FIXED_COST", 4000)
+    monkeypatch.setattr(layouts, "SLAB", 700)
+    monkeypatch.setattr(layouts, "FIXED_COST", 4000)
 
 
 def doubled(folder: Path) -> Checkpoint:
@@ -80,7 +80,7 @@ def test_the_budget_is_never_exceeded_and_every_unit_is_computed(tmp_path: Path,
 
     def watched(step, rows, where, options):  # type: ignore[no-untyped-def]
         nonlocal flying, peak
-        cost = saving._cost(step, rows)
+        cost = layouts.cost(step, rows)
         with lock:
             flying += cost
             peak = max(peak, flying)

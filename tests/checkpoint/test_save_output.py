@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_toys import files_in, mapped, saving, write_model
+from checkpoint_toys import files_in, layouts, mapped, write_model
 
 from mergekit_plus.checkpoint import Checkpoint, SaveOptions, save
 from mergekit_plus.errors import CheckpointError, OutputError
@@ -260,7 +260,7 @@ def test_a_small_file_that_is_gone_is_known_before_anything_is_computed(tmp_path
 
 
 def test_the_default_memory_is_half_of_what_is_free() -> None:
-    layout = saving.plan_save(new(), Path("out"), SaveOptions())
-    assert 0 < layout.memory <= saving._free_memory()
+    layout = layouts.plan_save(new(), Path("out"), SaveOptions())
+    assert 0 < layout.memory <= layouts._free_memory()
     assert 1 <= layout.workers <= len(os.sched_getaffinity(0))
     assert layout.bytes_read == 0 + sum(tensor.nbytes for tensor in NEW.values())

@@ -267,10 +267,10 @@ def test_a_plan_gives_what_the_method_gives_in_memory(method: str, dtype: torch.
 
 @pytest.mark.parametrize("method", BUSY)
 def test_pieces_workers_memory_and_shards_do_not_change_a_byte(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts, saving = family(torch.bfloat16), importlib.import_module("mergekit_plus.checkpoint.save")
+    parts, layouts = family(torch.bfloat16), importlib.import_module("mergekit_plus.checkpoint.layout")
     found: list[bytes] = []
     for shards, piece, slab, options in ((1, 1 << 18, 1 << 22, {"workers": 1}), (2, 57, 200, {"workers": 4}), (3, 19, 64, {"workers": 2, "memory": 1 << 27})):
-        for module in (plans, saving):
+        for module in (plans, layouts):
             monkeypatch.setattr(module, "SLAB", slab)
         monkeypatch.setattr(plans, "PIECE", piece)
         base, *models = (written(tmp_path / f"{shards}-{index}", part, shards) for index, part in enumerate(parts))

@@ -47,7 +47,7 @@ def same(a: Checkpoint, b: Checkpoint, names: Any = None) -> bool:
 
 
 def small_slabs(monkeypatch: pytest.MonkeyPatch, piece: int, slab: int) -> None:
-    for module in (plans, importlib.import_module("mergekit_plus.checkpoint.save")):
+    for module in (plans, importlib.import_module("mergekit_plus.checkpoint.layout")):
         monkeypatch.setattr(module, "SLAB", slab)
     monkeypatch.setattr(plans, "PIECE", piece)
 

@@ -1,0 +1,81 @@
+"""The files that a checkpoint comes from: found through its plan, hashed, watched for changes, and never written over."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from pathlib import Path
+
+from ..errors import CheckpointError, OutputError
+from .checkpoint import Checkpoint, FileSource, Plan
+from .folder import INDEX, SINGLE
+from .layout import is_file
+from .safetensors import File
+
+
+def input_files(checkpoint: Checkpoint) -> dict[str, list[Path]]:
+    """The files behind a checkpoint, under the label of the input that they belong to."""
+    found: dict[str, dict[Path, None]] = {}
+    for part, source in _inputs(checkpoint):
+        files = found.setdefault(part.label, {})
+        files.update({file.path: None for file, _ in source.places.values()})
+        files.update({path: None for path in part.files.values() if isinstance(path, Path)})
+    return {label: sorted(files) for label, files in found.items()}
+
+
+def _inputs(checkpoint: Checkpoint) -> list[tuple[Checkpoint, FileSource]]:
+    """The checkpoints that lie in files, each once, in the order in which they are met."""
+    found: dict[int, tuple[Checkpoint, FileSource]] = {}
+    seen: set[int] = set()
+
+    def visit(part: Checkpoint) -> None:
+        if id(part) in seen:
+            return
+        seen.add(id(part))
+        if isinstance(part.source, FileSource):
+            found[id(part)] = (part, part.source)
+        elif isinstance(part.source, Plan):
+            for step in part.source.steps:
+                for inner, _ in step.reads:
+                    visit(inner)
+
+    visit(checkpoint)
+    return list(found.values())
+
+
+def open_files(checkpoint: Checkpoint) -> dict[Path, File]:
+    """The files behind a checkpoint: those that its tensors are read from, as they are open now, and the small ones."""
+    files = {file.path: file for _, source in _inputs(checkpoint) for file, _ in source.places.values()}
+    return files | {path: File(path) for paths in input_files(checkpoint).values() for path in paths if path not in files}
+
+
+def digest_of(path: Path, future: Future[str]) -> str:
+    try:
+        return future.result()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read to its end: {error.strerror}") from None
+
+
+def check_target(out: Path, overwrite: bool, checkpoint: Checkpoint) -> None:
+    """Refuse an output that exists (unless it may be replaced and is nothing but a model), or that is an input or holds one.
+
+    Errors: OutputError.
+    """
+    if not out.parent.is_dir():
+        raise OutputError(f"{out}: the folder {out.parent} does not exist")
+    paths = [path for files in input_files(checkpoint).values() for path in files]
+    inputs = {place for path in paths for place in (path.resolve(), path.parent.resolve() / path.name)}  # the Hub's cache links to blobs
+    resolved = out.resolve()
+    if any(resolved in (path, *path.parents) for path in inputs):
+        raise OutputError(f"{out} is one of the inputs, or holds one; write somewhere else with -o")
+    if not out.exists():
+        return
+    if is_file(out) != out.is_file():
+        raise OutputError(f"{out} is a {'file' if out.is_file() else 'folder'}; an output is a folder, or a file that ends in .safetensors")
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(f"{out} exists already; name another output with -o, or replace it with --overwrite")
+    if out.is_dir() and not any((out / name).is_file() for name in (SINGLE, INDEX)):
+        raise OutputError(f"{out} is a folder without a model in it; --overwrite replaces models only")
+    if out.is_dir() and (inner := next((path.name for path in out.iterdir() if path.is_dir()), None)):
+        raise OutputError(f"{out} holds the folder {inner}, which --overwrite would delete; move it away, or name another output with -o")

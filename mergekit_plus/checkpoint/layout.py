@@ -1,0 +1,155 @@
+"""What a save would do, from headers alone: the files, the units of work and their order, and the memory that they take."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..digests import Digests
+from ..errors import OptionError
+from ..progress import Progress, quiet
+from .checkpoint import SLAB, Checkpoint, Measured, Plan, Rows, Step, of_inner, steps_of
+from .shards import Shard, plan_shards
+
+HELD = 256 << 20  # bytes of one tensor's inputs that a worker holds, to measure them and compute from them with one reading
+FIXED_COST = 64 << 20  # bytes of temporaries that a worker may need beside what it reads and writes
+DEFAULT_SHARD_SIZE = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """How to save; none of these changes a byte of a tensor."""
+
+    overwrite: bool = False
+    max_shard_size: int = DEFAULT_SHARD_SIZE
+    memory: int | None = None  # bytes in flight; half of what is free by default
+    workers: int | None = None  # one for each core by default
+    allow_nonfinite: bool = False
+    progress: Progress = field(default_factory=quiet)
+    digests: Digests | None = None  # those of the inputs, where hashing has begun already
+
+
+Unit = tuple[Step, Rows | None]  # a step, and the rows of it that are computed at once
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a save would do, known from headers alone."""
+
+    shards: list[Shard]
+    units: list[Unit]
+    measurements: list[Measured]
+    bytes_read: int
+    bytes_written: int
+    largest_unit: int
+    memory: int
+    workers: int
+
+
+def plan_save(checkpoint: Checkpoint, out: Path, options: SaveOptions) -> Layout:
+    """Lay out a save without reading a tensor.
+
+    Errors: OptionError where the memory budget cannot hold the largest unit.
+    """
+    memory = options.memory or _available_memory() // 2
+    workers = options.workers or len(os.sched_getaffinity(0))
+    workers = max(1, min(workers, memory // (2 * FIXED_COST)))  # a worker that gets a few rows at a time is no help
+    shards = plan_shards(checkpoint.specs.values(), options.max_shard_size, single=out.name if is_file(out) else "")
+    place = {name: (number, shard.offsets[name]) for number, shard in enumerate(shards) for name in shard.offsets}
+    steps = sorted(steps_of(checkpoint), key=lambda step: min(place[spec.name] for spec in step.writes))
+    share = memory // workers
+    units = [(step, rows) for step in steps for rows in _units(step, share)]
+    found = measurements(steps)
+    scanned = [(step, step.slabs()[0]) for measured in found for step in measured.steps]
+    largest, culprit = max(((cost(step, rows), step) for step, rows in (*units, *scanned)), key=lambda pair: pair[0], default=(0, None))
+    if culprit is not None and largest > memory:
+        raise OptionError(
+            f"--memory {memory / 1e6:.0f} MB is too little: "
+            f"{culprit.writes[0].name} needs {largest / 1e6:.0f} MB at once; give at least that"
+        )
+    read = sum(_bytes_read(step) for step in steps)
+    return Layout(shards, units, found, read, sum(shard.size for shard in shards), largest, memory, workers)
+
+
+def measurements(steps: Iterable[Step]) -> list[Measured]:
+    """Every measurement over whole models behind these steps, those that others build on first."""
+    found: dict[int, Measured] = {}
+    seen: set[int] = set()
+
+    def visit(step: Step) -> None:
+        if id(step) in seen:
+            return
+        seen.add(id(step))
+        for inner in step.behind:
+            visit(inner)
+        if step.measured is not None and step.measured.whole_model and id(step.measured) not in found:
+            for sibling in step.measured.steps:
+                for inner in sibling.behind:
+                    visit(inner)
+            found[id(step.measured)] = step.measured
+
+    for step in steps:
+        visit(step)
+    return list(found.values())
+
+
+def is_file(out: Path) -> bool:
+    return out.suffix == ".safetensors"
+
+
+def cost(step: Step, rows: Rows | None) -> int:
+    """Bytes in memory while a unit is worked on."""
+    if rows is not None and step.measures_tensor:  # a slab to measure, or a stretch to compute
+        return FIXED_COST + _bytes_held(step, step.slabs()[0])
+    return FIXED_COST + _bytes_held(step, rows)
+
+
+def _units(step: Step, share: int) -> list[Rows | None]:
+    """How a step is cut into units for the workers; `share` is one worker's part of the memory."""
+    if not step.cut:
+        return [None]
+    if step.measures_tensor and cost(step, None) <= min(share, HELD):
+        return [None]  # measured and computed from one reading
+    if step.measures_tensor:
+        return [slice(0, step.rows)]  # read twice, a little at a time, by one worker: the others would wait for the measurement
+    row_cost = max(1, (cost(step, None) - FIXED_COST) // max(1, step.rows))
+    elements = min(SLAB, max(1, (share - FIXED_COST) // row_cost) * step.row_elements)
+    return list(step.slabs(elements))
+
+
+def _bytes_held(step: Step, rows: Rows | None) -> int:
+    held = sum(bytes_of(spec.nbytes, step, rows) for spec in (*step.read_specs, *step.writes))
+    return held + sum(_bytes_held(inner, of_inner(step, inner, rows)) for inner in step.behind)
+
+
+def _bytes_read(step: Step) -> int:
+    own = sum(spec.nbytes for (part, _), spec in zip(step.reads, step.read_specs, strict=True) if not isinstance(part.source, Plan))
+    return own + sum(_bytes_read(inner) for inner in step.behind)
+
+
+def bytes_of(nbytes: int, step: Step, rows: Rows | None) -> int:
+    return nbytes if rows is None else nbytes * (rows.stop - rows.start) // max(1, step.rows)
+
+
+def _available_memory() -> int:
+    return min(_free_memory(), _container_limit())
+
+
+def _container_limit() -> int:
+    """What this container (cgroup) may have."""
+    try:
+        return int(Path("/sys/fs/cgroup/memory.max").read_text())
+    except (OSError, ValueError):  # no cgroup, or no limit ("max")
+        return 1 << 62
+
+
+def _free_memory() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
