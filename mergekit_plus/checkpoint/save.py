@@ -163,8 +163,8 @@ def _write_all(checkpoint: Checkpoint, inputs: Mapping[Path, File], layout: Layo
                 output_digests = [output_pool.submit(_output_digest, file, stage, lambda: _abandon(files, stop)) for file in files]
                 where = {name: file for file in files for name in file.shard.offsets}
                 units = [unit for unit in layout.units if not _is_finished(*unit, where)]
-                todo = sum(bytes_of(spec.nbytes, step, rows) for step, rows in units for spec in step.writes)
-                with options.progress.phase("writing", layout.bytes_written, done=layout.bytes_written - todo):
+                done = _bytes_of(layout.units) - _bytes_of(units)
+                with options.progress.phase("writing", layout.bytes_written, done=done):
 
                     def work(unit: Unit) -> None:
                         _write_unit(*unit, where, options)
@@ -212,6 +212,10 @@ def _shard_files(layout: Layout, stage: Stage, progress: Progress) -> list[Shard
     files = [ShardFile(stage.files, shard, known.get(shard.name)) for shard in layout.shards]
     sync_folder(stage.files)
     return files
+
+
+def _bytes_of(units: Iterable[Unit]) -> int:
+    return sum(bytes_of(spec.nbytes, step, rows) for step, rows in units for spec in step.writes)
 
 
 def _is_finished(step: Step, rows: Rows | None, where: Mapping[str, ShardFile]) -> bool:
