@@ -2,6 +2,7 @@
 
     CompressError            the user's to mend; one line on stderr, exit code 2
       CheckpointError        a file or folder that cannot be read as a checkpoint, or inputs that do not fit together
+        Unreachable          the Hub, or a file on it, cannot be read just now; the same work may go on later
       OptionError            a value, a name or a combination of options that cannot be
       RecipeError            a recipe file; holds every problem found, not the first
       OutputError            the output exists, or cannot be written
@@ -20,6 +21,10 @@ class CompressError(Exception):
 
 class CheckpointError(CompressError):
     """A checkpoint that cannot be read, or checkpoints that do not fit together."""
+
+
+class Unreachable(CheckpointError):
+    """The Hub cannot be reached, or refuses what it gave before: no fault of the data, so that the same work may go on later."""
 
 
 class OptionError(CompressError):

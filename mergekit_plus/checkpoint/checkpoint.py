@@ -20,14 +20,20 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, nearest
+from .blob import Blob
 from .dtypes import TAGS, TORCH_DTYPES
-from .safetensors import File
 from .spec import TensorSpec, natural_order
 
 PIECE = 1 << 20  # elements given to a step's function at once: few enough for the caches, enough that threads do not queue for Python's lock
 SLAB = 1 << 22  # elements of a tensor read and written at once
 
 Rows = slice  # start and stop always set
+
+
+class SmallFile(Protocol):
+    """A file that is read whole: a Path, or a file on the Hub."""
+
+    def read_bytes(self) -> bytes: ...
 
 
 class TensorSource(Protocol):
@@ -49,18 +55,20 @@ class Checkpoint:
 
     label: str
     source: TensorSource
-    files: Mapping[str, bytes | Path] = field(default_factory=dict)
+    files: Mapping[str, bytes | SmallFile] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what whoever made it should know
+    pinned: str = ""  # the reference that opens exactly this again, where the label may not: a repository at its commit
 
     @classmethod
-    def open(cls, ref: str | Path) -> Checkpoint:
+    def open(cls, ref: str | Path, cache: bool = False) -> Checkpoint:
         """Open a `.safetensors` file, a model folder, or `org/name[@revision]` on the Hub; reads headers only.
 
-        Errors: CheckpointError saying what is missing or malformed, and where.
+        A repository on the Hub is read by range requests, or, with `cache`, brought into the local Hub cache first.
+        Errors: CheckpointError saying what is missing or malformed, and where; Unreachable where the Hub cannot be read.
         """
         from .folder import open_checkpoint
 
-        return open_checkpoint(ref)
+        return open_checkpoint(ref, cache)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], label: str = "memory") -> Checkpoint:
@@ -90,6 +98,11 @@ class Checkpoint:
             raise CheckpointError(f"{self.label}: config.json is not a JSON object")
         return parsed
 
+    @property
+    def ref(self) -> str:
+        """What manifests and recipes call it."""
+        return self.pinned or self.label
+
     def file(self, name: str) -> bytes:
         """The bytes of a small file."""
         content = self.files[name]
@@ -117,7 +130,7 @@ class FileSource:
     """Tensors in safetensors files. `places` says in which file, and at which byte."""
 
     specs: Mapping[str, TensorSpec]
-    places: Mapping[str, tuple[File, int]]
+    places: Mapping[str, tuple[Blob, int]]
 
     def read(self, name: str, rows: Rows | None = None) -> Tensor:
         spec, (file, offset) = self.specs[name], self.places[name]

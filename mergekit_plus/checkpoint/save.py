@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,11 +25,13 @@ import torch
 
 from ..digests import Digests
 from ..errors import CheckpointError, OutputError
+from .blob import Blob
 from .checkpoint import Checkpoint, ParallelMap, Plan, Rows, Step, execute, of_inner, proportional
 from .finite import is_finite
 from .folder import INDEX
-from .inputs import check_target, digest_of, input_files, open_files
-from .layout import Layout, SaveOptions, Unit, bytes_of, cost, is_file, plan_save
+from .inputs import check_target, digest_of, input_files
+from .layout import Layout, SaveOptions, Unit, bytes_of, cost, is_file, plan_save, reads_of
+from .prefetch import Prefetch
 from .shards import ShardFile, index_json
 
 MANIFEST = "manifest.json"
@@ -100,8 +102,10 @@ class _Budget:
 def _write_all(checkpoint: Checkpoint, layout: Layout, staged: Path, options: SaveOptions) -> Manifest:
     """Compute and write every tensor; hash inputs and outputs on the way."""
     stop = threading.Event()
-    budget = _Budget(layout.memory)
-    inputs = open_files(checkpoint)
+    budget = _Budget(layout.memory - layout.ahead)
+    ahead = Prefetch(layout.ahead)
+    inputs = input_files(checkpoint)
+    blobs = [blob for files in inputs.values() for blob in files]
     digests_of = options.digests or Digests()
     files: list[ShardFile] = []
     threads_before = torch.get_num_threads()
@@ -111,9 +115,9 @@ def _write_all(checkpoint: Checkpoint, layout: Layout, staged: Path, options: Sa
             ThreadPoolExecutor(layout.workers, "worker") as workers,
             ThreadPoolExecutor(max(1, layout.workers // 2), "output-digest") as output_pool,
         ):
-            parallel = _parallel(workers, stop, budget)
+            parallel = _parallel(workers, stop, budget, ahead)
             try:
-                input_digests = {path: digests_of.of(file.fd) for path, file in inputs.items()}
+                input_digests = {blob.place: blob.digest(digests_of) for blob in blobs}
                 for measured in layout.measurements:
                     with options.progress.phase(measured.label or "measuring", None):
                         measured.get(parallel=parallel)
@@ -128,21 +132,27 @@ def _write_all(checkpoint: Checkpoint, layout: Layout, staged: Path, options: Sa
                     parallel(work, layout.units)
                     digests = [future.result() for future in output_digests]
                 with options.progress.phase("checking inputs", None):
-                    found = {path: {"bytes": inputs[path].size, "sha256": digest_of(path, future)} for path, future in input_digests.items()}
+                    found = {blob.place: digest_of(blob, input_digests[blob.place]) for blob in blobs}
             finally:
                 stop.set()
+                ahead.close()
                 if options.digests is None:  # the caller's own may be wanted again
                     digests_of.stop()
                 for written in files:
                     written.abandon()
-        for file in inputs.values():
-            file.check_unchanged()
+        for blob in blobs:
+            blob.check_unchanged()
     finally:
         torch.set_num_threads(threads_before)
         for written in files:
             written.close()
     outputs = {written.shard.name: {"bytes": written.shard.size, "sha256": digest} for written, digest in zip(files, digests, strict=True)}
-    return Manifest(outputs, {label: {path.name: found[path] for path in paths} for label, paths in input_files(checkpoint).items()})
+    return Manifest(outputs, _of_inputs(inputs, found))
+
+
+def _of_inputs(inputs: Mapping[str, Sequence[Blob]], found: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The inputs as the manifest lists them; a small file on the Hub whose digest nobody knows, because it was not read, is none."""
+    return {ref: {blob.name: found[blob.place] for blob in files if found[blob.place]["sha256"]} for ref, files in inputs.items()}
 
 
 def _write_unit(step: Step, rows: Rows | None, where: Mapping[str, ShardFile], options: SaveOptions) -> None:
@@ -172,10 +182,13 @@ def _explain_nonfinite(step: Step, rows: Rows | None, name: str) -> str:
     return f"{name}: the result has NaN or infinite values although the inputs have none: it overflows its dtype; try --dtype float32"
 
 
-def _parallel(pool: ThreadPoolExecutor, stop: threading.Event, budget: _Budget) -> ParallelMap:
+def _parallel(pool: ThreadPoolExecutor, stop: threading.Event, budget: _Budget, ahead: Prefetch) -> ParallelMap:
     """A `map` of units over the pool, inside the budget, results in order; after the first error no further unit is begun."""
 
     def run(function: Callable[[Any], Any], units: Iterable[Any]) -> Iterator[Any]:
+        units = list(units)
+        ahead.begin(read for unit in units for read in reads_of(unit))
+
         def guarded(unit: Unit) -> Any:
             with budget.take(cost(*unit)):
                 return None if stop.is_set() else function(unit)
@@ -187,8 +200,10 @@ def _parallel(pool: ThreadPoolExecutor, stop: threading.Event, budget: _Budget) 
             for future in futures:
                 if future in done:
                     future.result()
+            ahead.finish()
         except BaseException:
             stop.set()
+            ahead.close()
             raise
         return iter([future.result() for future in futures])
 
