@@ -26,6 +26,7 @@ from .spec import TensorSpec, natural_order
 
 PIECE = 1 << 20  # elements given to a step's function at once: few enough for the caches, enough that threads do not queue for Python's lock
 SLAB = 1 << 22  # elements of a tensor read and written at once
+MAX_CONFIG = 16 << 20  # bytes of a config.json
 
 Rows = slice  # start and stop always set
 
@@ -51,6 +52,11 @@ class Checkpoint:
     source: TensorSource
     files: Mapping[str, bytes | Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what whoever made it should know
+
+    def __post_init__(self) -> None:
+        for name in self.files:
+            if "/" in name or name in ("", ".", "..") or not name.isprintable():  # it is written under that name
+                raise CheckpointError(f"{self.label}: {name!r} is not the name of a file beside the weights")
 
     @classmethod
     def open(cls, ref: str | Path) -> Checkpoint:
@@ -83,9 +89,11 @@ class Checkpoint:
         if "config.json" not in self.files:
             return {}
         try:
-            parsed = json.loads(self.file("config.json"))
+            if len(raw := self.file("config.json")) > MAX_CONFIG:
+                raise ValueError(f"it is longer than {MAX_CONFIG} bytes")
+            parsed = json.loads(raw)
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{self.label}: config.json is not JSON ({error})") from None
+            raise CheckpointError(f"{self.label}: config.json is not JSON that can be read ({error})") from None
         if not isinstance(parsed, dict):
             raise CheckpointError(f"{self.label}: config.json is not a JSON object")
         return parsed

@@ -17,6 +17,7 @@ from .spec import TensorSpec, natural_order
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
+MAX_SMALL = 256 << 20  # bytes of a tokenizer and the like; the largest are a seventh of that
 # The small files that make a folder of tensors a model: what transformers, peft and servers read beside the weights.
 CARRIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -58,7 +59,19 @@ def open_folder(folder: Path, label: str) -> Checkpoint:
     else:
         raise CheckpointError(_nothing_to_open(folder))
     carried = sorted(path for path in folder.iterdir() if path.is_file() and any(fnmatch(path.name, known) for known in CARRIED))
+    for path in carried:
+        _check_small(path, folder)
     return Checkpoint(label, source, {path.name: path for path in carried})
+
+
+def _check_small(path: Path, folder: Path) -> None:
+    """Refuse a small file that is none, or a link out of its folder: what it holds is copied into every output, which may be published."""
+    target, home = path.resolve(), folder.resolve()
+    if path.stat().st_size > MAX_SMALL:
+        raise CheckpointError(f"{path} is {path.stat().st_size} bytes long; at most {MAX_SMALL} of a file beside the weights are read")
+    cached = home.parent.name == "snapshots" and any(blobs in target.parents for blobs in (home.parents[1] / "blobs", home.parents[2] / "blobs"))
+    if home not in target.parents and not cached:  # the Hub's cache keeps what a snapshot links to beside it, or shares it between repositories
+        raise CheckpointError(f"{path} is a link to {target}, outside of the model's folder, and would be copied into the output; put the file itself there")
 
 
 def _source(files: list[File]) -> FileSource:
