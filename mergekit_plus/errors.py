@@ -50,3 +50,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     if close:
         return f" Did you mean '{close[0]}'?"
     return f" Known: {', '.join(known)}." if known else ""
+
+
+def printable(text: str) -> str:
+    """One line without control characters: names and messages out of a file must not steer a terminal or look like lines of their own."""
+    return "".join(char if char.isprintable() else " " if char.isspace() else "\ufffd" for char in text)

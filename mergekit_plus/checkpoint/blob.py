@@ -12,6 +12,8 @@ from typing import Any, Protocol
 from ..digests import Digests
 from ..errors import CheckpointError
 
+MAX_SMALL = 256 << 20  # bytes of a tokenizer and the like; the largest are a seventh of that
+
 
 class Blob(Protocol):
     """Bytes that do not change, read by position."""
@@ -94,3 +96,19 @@ class File:
 
     def facts(self, sha256: str) -> dict[str, Any]:
         return {"bytes": self.size, "sha256": sha256}
+
+
+def read_whole(blob: Blob) -> bytes:
+    """All of its bytes."""
+    content = bytearray(blob.size)
+    blob.read_into(memoryview(content), 0)
+    return bytes(content)
+
+
+def check_small(place: str, size: int) -> None:
+    """Refuse to read a file whole that is too large for what it should be.
+
+    Errors: CheckpointError.
+    """
+    if size > MAX_SMALL:
+        raise CheckpointError(f"{place} is {size} bytes long; at most {MAX_SMALL} of a file beside the weights are read")

@@ -26,6 +26,7 @@ from .spec import TensorSpec, natural_order
 
 PIECE = 1 << 20  # elements given to a step's function at once: few enough for the caches, enough that threads do not queue for Python's lock
 SLAB = 1 << 22  # elements of a tensor read and written at once
+MAX_CONFIG = 16 << 20  # bytes of a config.json
 
 Rows = slice  # start and stop always set
 
@@ -59,6 +60,11 @@ class Checkpoint:
     notes: tuple[str, ...] = ()  # what whoever made it should know
     pinned: str = ""  # the reference that opens exactly this again, where the label may not: a repository at its commit
 
+    def __post_init__(self) -> None:
+        for name in self.files:
+            if "/" in name or name in ("", ".", "..") or not name.isprintable():  # it is written under that name
+                raise CheckpointError(f"{self.label}: {name!r} is not the name of a file beside the weights")
+
     @classmethod
     def open(cls, ref: str | Path, cache: bool = False) -> Checkpoint:
         """Open a `.safetensors` file, a model folder, or `org/name[@revision]` on the Hub; reads headers only.
@@ -91,9 +97,11 @@ class Checkpoint:
         if "config.json" not in self.files:
             return {}
         try:
-            parsed = json.loads(self.file("config.json"))
+            if len(raw := self.file("config.json")) > MAX_CONFIG:
+                raise ValueError(f"it is longer than {MAX_CONFIG} bytes")
+            parsed = json.loads(raw)
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{self.label}: config.json is not JSON ({error})") from None
+            raise CheckpointError(f"{self.label}: config.json is not JSON that can be read ({error})") from None
         if not isinstance(parsed, dict):
             raise CheckpointError(f"{self.label}: config.json is not a JSON object")
         return parsed

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import CheckpointError, Unreachable, nearest
-from .blob import Blob, File
+from .blob import Blob, File, check_small, read_whole
 from .checkpoint import Checkpoint, FileSource, SmallFile
 from .hub import HubFolder, Reference, cached_snapshot, download, is_cached, parse_reference, pin
 from .safetensors import MAX_HEADER, PICKLE_HELP, read_header
@@ -66,13 +66,20 @@ class LocalFolder:
             self._inside += [snapshots.parent / "blobs", snapshots.parent.parent / "blobs"]  # of the repository; of all of them, as Xet keeps them
 
     def small(self, name: str) -> Path:
-        path = self.path / name
-        if not any(path.resolve().is_relative_to(root) for root in self._inside):
-            raise CheckpointError(f"{path} is a link that leads out of its folder, to {path.resolve()}; put the file itself there")
+        path = self._own(name)
+        check_small(str(path), path.stat().st_size)
         return path
 
     def open(self, name: str) -> File:
-        return File(self.small(name))
+        return File(self._own(name))
+
+    def _own(self, name: str) -> Path:
+        """The path of a file, if it is one of this folder: what a small one holds is copied into every output, which may be published."""
+        path = self.path / name
+        target = path.resolve()
+        if not any(target.is_relative_to(root) for root in self._inside):
+            raise CheckpointError(f"{path} is a link to {target}, outside of the model's folder; put the file itself there")
+        return path
 
 
 def open_checkpoint(ref: str | Path, cache: bool = False) -> Checkpoint:
@@ -165,7 +172,7 @@ def _source(files: Sequence[Blob]) -> FileSource:
 
 def _indexed(folder: Listing) -> FileSource:
     index = f"{folder.place}/{INDEX}"
-    weight_map = _weight_map(folder.small(INDEX), folder.open(INDEX).size, index)
+    weight_map = _weight_map(folder.open(INDEX), index)
     shards = sorted(set(weight_map.values()))
     for shard in shards:
         if not SHARD_NAME.fullmatch(shard):
@@ -182,7 +189,7 @@ def _indexed(folder: Listing) -> FileSource:
     return source
 
 
-def _weight_map(file: SmallFile, size: int, index: str) -> Mapping[str, str]:
+def _weight_map(file: Blob, index: str) -> Mapping[str, str]:
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
@@ -190,9 +197,9 @@ def _weight_map(file: SmallFile, size: int, index: str) -> Mapping[str, str]:
         return table
 
     try:
-        if size > MAX_HEADER:
+        if file.size > MAX_HEADER:
             raise ValueError(f"it is longer than {MAX_HEADER} bytes")
-        parsed = json.loads(file.read_bytes(), object_pairs_hook=refuse_duplicates)
+        parsed = json.loads(read_whole(file), object_pairs_hook=refuse_duplicates)
         weight_map = parsed["weight_map"]
         if not all(isinstance(shard, str) for shard in weight_map.values()):
             raise ValueError("weight_map must give a file name for each tensor")

@@ -20,6 +20,7 @@ from urllib.parse import quote, unquote
 
 from ..digests import Digests
 from ..errors import CheckpointError, Unreachable
+from .blob import check_small, read_whole
 from .ranges import RemoteFile, again_after, passes, patiently, transport_errors
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 PATIENCE = 10.0  # seconds for the Hub to say anything at all
 HEAD = 64 << 10  # bytes of a file that are read first, and kept: its header, as a rule, and the first tensors
-MAX_SMALL = 100_000_000  # bytes of a file that is read whole
 PART = r"[\w-][\w.-]*"
 REFERENCE = re.compile(rf"(hf://)?({PART}/{PART})(?:@(refs/(?:pr|convert)/[\w.-]+|[^/@\s]+))?((?:/{PART})*)(?:@([^@\s]+))?")
 
@@ -122,16 +122,14 @@ class HubFile:
 
     @cached_property
     def _content(self) -> bytes:
-        if self.size > MAX_SMALL:
-            raise CheckpointError(f"{self.place} is {self.size} bytes long; of a file of its kind at most {MAX_SMALL} are read")
-        content = bytearray(self.size)
-        self.read_into(memoryview(content), 0)
+        check_small(self.place, self.size)
+        content = read_whole(self)
         oid = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()  # as git names it
         if not self.sha256 and len(self._oid) == len(oid) and oid != self._oid:
             raise differs(self.place)
         self.settle(hashlib.sha256(content).hexdigest())
         self.verified = True
-        return bytes(content)
+        return content
 
     @property
     def was_read(self) -> bool:
