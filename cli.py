@@ -274,16 +274,15 @@ def _execution(
 
 def _settings(assignments: list[str]) -> dict[str, Any]:
     """`name=value` pairs; values are read as YAML, commas make a list (one value for each model)."""
-    import yaml
-
     from mergekit_plus.errors import OptionError
+    from mergekit_plus.safe_yaml import parse
 
     settings: dict[str, Any] = {}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals or not name:
             raise OptionError(f"-s {assignment}: write name=value")
-        settings[name] = [yaml.safe_load(part) for part in value.split(",")] if "," in value else yaml.safe_load(value)
+        settings[name] = [parse(part, f"-s {name}") for part in value.split(",")] if "," in value else parse(value, f"-s {name}")
     return settings
 
 
@@ -309,19 +308,21 @@ def _beside(model: str, suffix: str, of_file: Literal["file", "folder"]) -> Path
 
 
 def _print(data: dict[str, Any], text: list[str], as_json: bool) -> None:
-    print(json.dumps(data, indent=2, default=str) if as_json else "\n".join(text))
+    from mergekit_plus.errors import printable
+
+    print(json.dumps(data, indent=2, default=str) if as_json else "\n".join(map(printable, text)))
 
 
 def main() -> None:
     """Run the program: one line on stderr and exit code 2 for the user's mistakes, 1 where a check failed."""
-    from mergekit_plus.errors import CheckFailed, CompressError
+    from mergekit_plus.errors import CheckFailed, CompressError, printable
 
     warnings.formatwarning = lambda message, *_: f"compress: warning: {message}\n"
     try:
         app()
     except CompressError as error:
-        print(f"compress: {error}", file=sys.stderr)
+        print(printable(f"compress: {error}"), file=sys.stderr)
         sys.exit(2)
     except CheckFailed as error:
-        print(f"compress: check failed: {error}", file=sys.stderr)
+        print(printable(f"compress: check failed: {error}"), file=sys.stderr)
         sys.exit(1)

@@ -2,7 +2,7 @@
 
     CompressError            the user's to mend; one line on stderr, exit code 2
       CheckpointError        a file or folder that cannot be read as a checkpoint, or inputs that do not fit together
-        ReadError            an input that could not be read this time: the disk or the network failed; trying again may help
+        Unreachable          an input, on the Hub or on a disk, cannot be read just now; the same work may go on later
       OptionError            a value, a name or a combination of options that cannot be
       RecipeError            a recipe file; holds every problem found, not the first
       OutputError            the output exists, or cannot be written
@@ -23,8 +23,8 @@ class CheckpointError(CompressError):
     """A checkpoint that cannot be read, or checkpoints that do not fit together."""
 
 
-class ReadError(CheckpointError):
-    """An input that could not be read this time, through no fault of its own."""
+class Unreachable(CheckpointError):
+    """An input that cannot be read just now, or not as it could before: no fault of the data, so that the same work may go on later."""
 
 
 class OptionError(CompressError):
@@ -50,3 +50,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     if close:
         return f" Did you mean '{close[0]}'?"
     return f" Known: {', '.join(known)}." if known else ""
+
+
+def printable(text: str) -> str:
+    """One line without control characters: names and messages out of a file must not steer a terminal or look like lines of their own."""
+    return "".join(char if char.isprintable() else " " if char.isspace() else "\ufffd" for char in text)

@@ -31,6 +31,7 @@ from .checkpoint.layout import DEFAULT_SHARD_SIZE, plan_save
 from .checkpoint.shards import parse_size
 from .checks import Checks, measure_and_compare
 from .errors import CheckFailed, CheckpointError, RecipeError, nearest
+from .safe_yaml import read
 from .steps import Execution, StepOptions, Strict, only_input, order_problems, parse_step, parse_steps, schema_problems
 
 RECIPE = "recipe.yaml"
@@ -106,12 +107,7 @@ def load(path: Path) -> Recipe:
 
     Errors: RecipeError with every problem found.
     """
-    try:
-        parsed = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    parsed = read(path)
     if not isinstance(parsed, dict):
         raise RecipeError(f"{path} is not a recipe: it must be a table with inputs and steps")
     if "merge_method" in parsed:

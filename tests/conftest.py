@@ -5,8 +5,11 @@ from __future__ import annotations
 import faulthandler
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from hub_client import redirect
+from hub_server import Hub
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported; a test that wants the network says so itself
@@ -25,3 +28,26 @@ def no_test_hangs() -> Iterator[None]:
     faulthandler.dump_traceback_later(HANG, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """An empty Hub on this machine."""
+    with Hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The HF_HOME of a test; empty."""
+    return tmp_path_factory.mktemp("hf-home")
+
+
+@pytest.fixture
+def own_hub(hub: Hub, hub_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub to which the huggingface_hub of this process is turned, with a token that may write."""
+    from huggingface_hub import close_session
+
+    redirect(hub, hub_home, monkeypatch)
+    yield hub
+    close_session()

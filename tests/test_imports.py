@@ -18,7 +18,7 @@ LAYERS = [
     ["mergekit_plus.training", "mergekit_plus.calibration", "mergekit_plus.evaluate", "mergekit_plus.diff", "mergekit_plus.inspection"],
     ["mergekit_plus.model", "mergekit_plus.statistics"],
     ["mergekit_plus.checkpoint"],
-    ["mergekit_plus.registry", "mergekit_plus.options", "mergekit_plus.progress", "mergekit_plus.digests"],
+    ["mergekit_plus.registry", "mergekit_plus.options", "mergekit_plus.progress", "mergekit_plus.digests", "mergekit_plus.safe_yaml"],
     ["mergekit_plus.errors"],
 ]
 METHODS = LAYERS[2]

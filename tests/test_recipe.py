@@ -139,7 +139,7 @@ def test_what_a_step_makes_is_never_lost(folder: Path) -> None:
     ("text", "message"),
     [
         ("[1, 2]", "is not a recipe: it must be a table with inputs and steps"),
-        ("inputs: {a: a", "recipe.yaml is not YAML: while parsing"),
+        ("inputs: {a: a", "recipe.yaml is not YAML that can be read: while parsing"),
         ("inputs: {a: a, b: b}", "steps: there is nothing to do"),
         ("inputs: [a]\nsteps: []", "inputs: Input should be a valid dictionary"),
         ("inputs: {a: a}\nsteps: {quantize: {bits: 4}}", "steps: Input should be a valid list"),
