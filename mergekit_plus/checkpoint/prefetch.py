@@ -62,7 +62,7 @@ class Prefetch:
     """Fetches ahead within so many bytes; `begin` a plan, read through `HubFile.read_into`, `finish` it, `close` in the end."""
 
     def __init__(self, total: int) -> None:
-        self.limit = max(SMALLEST, min(RANGE, total // THREADS))  # bytes of one span
+        self.limit = span_limit(total)
         self.total = self.free = total
         self.stop = threading.Event()
         self._changed = threading.Condition()
@@ -239,6 +239,11 @@ class Prefetch:
             span.state, span.data = _State.GONE, None
             self.free += span.size
             self._changed.notify_all()
+
+
+def span_limit(total: int) -> int:
+    """Bytes of one span at most, where so many may be in memory."""
+    return max(SMALLEST, min(RANGE, total // THREADS))
 
 
 def plan_spans(reads: Iterable[Read], limit: int) -> tuple[list[_Span], dict[HubFile, list[_Span]]]:
