@@ -37,6 +37,7 @@ Include = Annotated[
 ]
 Cache = Annotated[bool, typer.Option("--cache", help="bring models on the Hub into the local Hub cache first, in place of reading ranges of them")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an output that exists")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on where an interrupted run of the same command stopped")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be read, written and needed; write nothing")]
 Memory = Annotated[str | None, typer.Option("--memory", help="bytes in flight, as in 2GB (default: half of what is free)")]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="threads that compute (default: one for each core)")]
@@ -58,6 +59,7 @@ def merge(
     seed: Annotated[int, typer.Option("--seed", help="seed of the methods that draw at random")] = 0,
     out: Out = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
     dry_run: DryRun = False,
     memory: Memory = None,
     workers: Workers = None,
@@ -69,7 +71,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge models: `compress merge a.safetensors b.safetensors`."""
-    digests = _hash_early(*models, *([base] if base else []))
+    digests = None if resume else _hash_early(*models, *([base] if base else []))  # what was hashed before is not hashed again
     from mergekit_plus.recipe import check
 
     names = _distinct(models)
@@ -81,7 +83,7 @@ def merge(
     recipe = check({"inputs": inputs, "steps": [{"merge": step}]}, Path(), "compress merge")
     single = all(Path(ref).is_file() or (ref.endswith(".safetensors") and not Path(ref).is_dir()) for ref in models)
     default = Path("merged.safetensors" if single else "merged")
-    how = _execution(out or default, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, digests, cache)
+    how = _execution(out or default, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, digests, resume, cache)
     _carry_out(recipe, how, dry_run, as_json)
 
 
@@ -98,6 +100,7 @@ def quantize(
     include: Include = [],  # noqa: B006
     out: Out = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
     dry_run: DryRun = False,
     memory: Memory = None,
     workers: Workers = None,
@@ -108,7 +111,7 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize a model's linear layers: `compress quantize --bits 4` in its folder."""
-    digests = _hash_early(model)
+    digests = None if resume else _hash_early(model)
     from mergekit_plus.recipe import check
 
     step = {
@@ -117,7 +120,7 @@ def quantize(
     }  # fmt: skip
     recipe = check({"inputs": {"model": model}, "steps": [{"quantize": step}]}, Path(), "compress quantize")
     default = _beside(model, f"{bits}bit-dense", "file") if format_ == "dense" else _beside(model, f"{bits}bit", "folder")
-    how = _execution(out or default, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, digests, cache)
+    how = _execution(out or default, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, digests, resume, cache)
     _carry_out(recipe, how, dry_run, as_json)
 
 
@@ -126,6 +129,7 @@ def dequantize(
     model: Model = ".",
     out: Out = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
     dry_run: DryRun = False,
     memory: Memory = None,
     workers: Workers = None,
@@ -137,7 +141,7 @@ def dequantize(
     from mergekit_plus.recipe import check
 
     recipe = check({"inputs": {"model": model}, "steps": [{"dequantize": {}}]}, Path(), "compress dequantize")
-    how = _execution(out or _beside(model, "dense", "file"), overwrite, memory, workers, max_shard_size, cache=cache)
+    how = _execution(out or _beside(model, "dense", "file"), overwrite, memory, workers, max_shard_size, resume=resume, cache=cache)
     _carry_out(recipe, how, dry_run, as_json)
 
 
@@ -146,6 +150,7 @@ def run(
     recipe: Annotated[Path, typer.Argument(help="a recipe, ours or mergekit's")],
     out: Out = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
     dry_run: DryRun = False,
     memory: Memory = None,
     workers: Workers = None,
@@ -159,7 +164,7 @@ def run(
     from mergekit_plus.recipe import load
 
     loaded = load(recipe)
-    how = _execution(out, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, cache=cache)
+    how = _execution(out, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, resume=resume, cache=cache)
     _carry_out(loaded, how, dry_run, as_json)
 
 
@@ -240,7 +245,11 @@ def _carry_out(recipe: Recipe, how: Execution, dry_run: bool, as_json: bool) -> 
         facts = plan(recipe, how)
         _print(facts, plan_lines(facts), as_json)
         return
-    outcome = carry_out(recipe, how)
+    try:
+        outcome = carry_out(recipe, how)
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(["compress: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
+        raise typer.Exit(130) from None
     _print(outcome_facts(outcome), outcome_lines(outcome), as_json)
     outcome.raise_failures()
 
@@ -265,6 +274,7 @@ def _execution(
     allow_nonfinite: bool = False,
     device: str = "cpu",
     digests: Digests | None = None,
+    resume: bool = False,
     cache: bool = False,
 ) -> Execution:
     from mergekit_plus.checkpoint import SaveOptions
@@ -273,7 +283,7 @@ def _execution(
     from mergekit_plus.steps import Execution
 
     budget = parse_size(memory) if memory else None
-    return Execution(SaveOptions(overwrite, parse_size(max_shard_size), budget, workers, allow_nonfinite, on(), digests), device, out, cache)
+    return Execution(SaveOptions(overwrite, parse_size(max_shard_size), budget, workers, allow_nonfinite, on(), digests, resume=resume), device, out, cache)
 
 
 def _settings(assignments: list[str]) -> dict[str, Any]:
