@@ -26,12 +26,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[str, typer.Argument(help="a model folder, a .safetensors file, or org/name[@revision] on the Hub")]
+Model = Annotated[str, typer.Argument(help="a model folder, a .safetensors file, or org/name[@revision][/folder] on the Hub")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="folder to write, or a file where it ends in .safetensors")]
 Set = Annotated[
     list[str], typer.Option("--set", "-s", metavar="NAME=VALUE", help="option of the method, as `compress methods` lists them; a,b,c: one for each model")
 ]
 Exclude = Annotated[list[str], typer.Option("--exclude", metavar="PATTERN", help="tensors to leave as they are; shell pattern, may be repeated")]
+Include = Annotated[
+    list[str], typer.Option("--include", metavar="PATTERN", help="write only these tensors, as in 'layers.3.*'; shell pattern, may be repeated")
+]
+Cache = Annotated[bool, typer.Option("--cache", help="bring models on the Hub into the local Hub cache first, in place of reading ranges of them")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an output that exists")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on where an interrupted run of the same command stopped")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be read, written and needed; write nothing")]
@@ -51,6 +55,7 @@ def merge(
     base: Annotated[str | None, typer.Option("--base", "-b", help="the model the others were tuned from")] = None,
     set_: Set = [],  # noqa: B006
     exclude: Exclude = [],  # noqa: B006
+    include: Include = [],  # noqa: B006
     seed: Annotated[int, typer.Option("--seed", help="seed of the methods that draw at random")] = 0,
     out: Out = None,
     overwrite: Overwrite = False,
@@ -62,6 +67,7 @@ def merge(
     dtype: Dtype = None,
     device: Device = "cpu",
     allow_nonfinite: NonFinite = False,
+    cache: Cache = False,
     as_json: Json = False,
 ) -> None:
     """Merge models: `compress merge a.safetensors b.safetensors`."""
@@ -69,15 +75,15 @@ def merge(
     from mergekit_plus.recipe import check
 
     names = _distinct(models)
-    step: dict[str, Any] = {"method": method, "models": list(names), "exclude": exclude, "seed": seed, "dtype": dtype, **_settings(set_)}
+    step: dict[str, Any] = {"method": method, "models": list(names), "exclude": exclude, "include": include, "seed": seed, "dtype": dtype, **_settings(set_)}
     inputs = dict(names)
     if base is not None:
         step["base"] = next((name for name, ref in names.items() if ref == base), "base")
         inputs.setdefault(step["base"], base)
     recipe = check({"inputs": inputs, "steps": [{"merge": step}]}, Path(), "compress merge")
-    single = all(Path(ref).is_file() for ref in models)
+    single = all(Path(ref).is_file() or (ref.endswith(".safetensors") and not Path(ref).is_dir()) for ref in models)
     default = Path("merged.safetensors" if single else "merged")
-    how = _execution(out or default, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, digests, resume)
+    how = _execution(out or default, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, digests, resume, cache)
     _carry_out(recipe, how, dry_run, as_json)
 
 
@@ -91,6 +97,7 @@ def quantize(
     format_: Annotated[str, typer.Option("--format", help="pack-quantized (compressed-tensors), or dense: the dequantized weights")] = "pack-quantized",
     set_: Set = [],  # noqa: B006
     exclude: Exclude = [],  # noqa: B006
+    include: Include = [],  # noqa: B006
     out: Out = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -100,16 +107,20 @@ def quantize(
     max_shard_size: ShardSize = "5GB",
     device: Device = "cpu",
     allow_nonfinite: NonFinite = False,
+    cache: Cache = False,
     as_json: Json = False,
 ) -> None:
     """Quantize a model's linear layers: `compress quantize --bits 4` in its folder."""
     digests = None if resume else _hash_early(model)
     from mergekit_plus.recipe import check
 
-    step = {"bits": bits, "group_size": group_size, "symmetric": not asymmetric, "method": method, "format": format_, "exclude": exclude, **_settings(set_)}
+    step = {
+        "bits": bits, "group_size": group_size, "symmetric": not asymmetric, "method": method, "format": format_, "exclude": exclude, "include": include,
+        **_settings(set_),
+    }  # fmt: skip
     recipe = check({"inputs": {"model": model}, "steps": [{"quantize": step}]}, Path(), "compress quantize")
     default = _beside(model, f"{bits}bit-dense", "file") if format_ == "dense" else _beside(model, f"{bits}bit", "folder")
-    how = _execution(out or default, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, digests, resume)
+    how = _execution(out or default, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, digests, resume, cache)
     _carry_out(recipe, how, dry_run, as_json)
 
 
@@ -123,13 +134,14 @@ def dequantize(
     memory: Memory = None,
     workers: Workers = None,
     max_shard_size: ShardSize = "5GB",
+    cache: Cache = False,
     as_json: Json = False,
 ) -> None:
     """Turn a packed (compressed-tensors) model back into a dense one."""
     from mergekit_plus.recipe import check
 
     recipe = check({"inputs": {"model": model}, "steps": [{"dequantize": {}}]}, Path(), "compress dequantize")
-    how = _execution(out or _beside(model, "dense", "file"), overwrite, memory, workers, max_shard_size, resume=resume)
+    how = _execution(out or _beside(model, "dense", "file"), overwrite, memory, workers, max_shard_size, resume=resume, cache=cache)
     _carry_out(recipe, how, dry_run, as_json)
 
 
@@ -145,13 +157,14 @@ def run(
     max_shard_size: ShardSize = "5GB",
     device: Device = "cpu",
     allow_nonfinite: NonFinite = False,
+    cache: Cache = False,
     as_json: Json = False,
 ) -> None:
     """Carry out a YAML recipe; exit code 1 when a check of it fails."""
     from mergekit_plus.recipe import load
 
     loaded = load(recipe)
-    how = _execution(out, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, resume=resume)
+    how = _execution(out, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, resume=resume, cache=cache)
     _carry_out(loaded, how, dry_run, as_json)
 
 
@@ -262,6 +275,7 @@ def _execution(
     device: str = "cpu",
     digests: Digests | None = None,
     resume: bool = False,
+    cache: bool = False,
 ) -> Execution:
     from mergekit_plus.checkpoint import SaveOptions
     from mergekit_plus.checkpoint.shards import parse_size
@@ -269,7 +283,7 @@ def _execution(
     from mergekit_plus.steps import Execution
 
     budget = parse_size(memory) if memory else None
-    return Execution(SaveOptions(overwrite, parse_size(max_shard_size), budget, workers, allow_nonfinite, on(), digests, resume=resume), device, out)
+    return Execution(SaveOptions(overwrite, parse_size(max_shard_size), budget, workers, allow_nonfinite, on(), digests, resume=resume), device, out, cache)
 
 
 def _settings(assignments: list[str]) -> dict[str, Any]:
@@ -303,7 +317,7 @@ def _beside(model: str, suffix: str, of_file: Literal["file", "folder"]) -> Path
     path = Path(model)
     if path.is_file():
         return Path(f"{path.stem}-{suffix}{'.safetensors' if of_file == 'file' else ''}")
-    name = path.resolve().name if path.is_dir() else model.split("@")[0].split("/")[-1]
+    name = path.resolve().name if path.is_dir() else model.split("@")[0].split("/")[-1].removesuffix(".safetensors")
     return Path(f"{name}-{suffix}")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..digests import Digests
-from ..errors import CheckpointError, Unreachable
+from ..errors import CheckpointError, ReadError
 
 MAX_SMALL = 256 << 20  # bytes of a tokenizer and the like; the largest are a seventh of that
 
@@ -35,7 +35,7 @@ class Blob(Protocol):
 
     @property
     def identity(self) -> str:
-        """What is another where the bytes may be others."""
+        """What tells it from a file of the same name with other contents."""
         ...
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
@@ -73,7 +73,7 @@ class File:
 
     @property
     def identity(self) -> str:
-        return f"{os.path.realpath(self.path)} of {self._seen[0]} bytes, written at {self._seen[1]}"
+        return f"{self._seen[0]} bytes, written to at {self._seen[1]}"
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         done = 0
@@ -81,7 +81,7 @@ class File:
             try:
                 got = os.preadv(self.fd, [buffer[done:]], offset + done)
             except OSError as error:
-                raise Unreachable(f"{self.path} cannot be read at byte {offset + done}: {error.strerror}") from None
+                raise ReadError(f"{self.path} cannot be read at byte {offset + done}: {error.strerror}") from None
             if got == 0:
                 raise CheckpointError(f"{self.path} ended at byte {offset + done} while it was being read: is it still being written?")
             done += got

@@ -422,10 +422,10 @@ def _sampled(step: Step, slab: Rows) -> list[Rows]:
 
 
 class Measured:
-    """A value computed once, from a scan of everything that some steps read, when it is first asked for."""
+    """A value computed once, from a scan of everything that some steps read, when it is first asked for; `passes`: how often it goes over that, about."""
 
-    def __init__(self, statistic: Callable[[Scan], Any], label: str = "", whole_model: bool = False) -> None:
-        self.statistic, self.label, self.whole_model = statistic, label, whole_model
+    def __init__(self, statistic: Callable[[Scan], Any], label: str = "", whole_model: bool = False, passes: int = 1) -> None:
+        self.statistic, self.label, self.whole_model, self.passes = statistic, label, whole_model, passes
         self.steps: list[Step] = []
         self._lock = threading.Lock()
         self._value: Any = None

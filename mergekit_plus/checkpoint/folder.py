@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from ..errors import CheckpointError, Unreachable, nearest
 from .blob import Blob, File, check_small, read_whole
 from .checkpoint import Checkpoint, FileSource, SmallFile
-from .hub import HubFolder, Reference, cached_snapshot, download, is_cached, parse_reference, pin
+from .hub import HubFolder, Reference, cached_snapshot, download, in_cache, parse_reference, pin
 from .safetensors import MAX_HEADER, PICKLE_HELP, read_header
 from .spec import TensorSpec, natural_order
 
@@ -30,6 +30,7 @@ CARRIED = (
     "preprocessor_config.json", "processor_config.json", "image_processor_config.json", "video_preprocessor_config.json",
     "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
 )  # fmt: skip
+WANTED = (SINGLE, INDEX, "model-*.safetensors", ADAPTER, *CARRIED, ADAPTER_CONFIG)  # what of a repository is read, and cached
 
 
 class Listing(Protocol):
@@ -107,10 +108,11 @@ def _open_on_hub(there: Reference, label: str, cache: bool) -> Checkpoint:
     """Open a repository, a folder or a file in it: from the local cache where it is whole there, else by range requests."""
     pinned = pin(there)
     if pinned is None:
-        snapshot = cached_snapshot(there)
+        snapshot = cached_snapshot(there, WANTED)
         if snapshot is None:
             raise Unreachable(f"{there.repo}: not a local path, and the Hub cannot be reached; nor is it in the local cache")
         return _open_snapshot(replace(there, revision=snapshot.name), snapshot, label)
+    revision = there.revision
     there, files = pinned
     if there.path in files:
         if not there.path.endswith(".safetensors"):
@@ -121,10 +123,10 @@ def _open_on_hub(there: Reference, label: str, cache: bool) -> Checkpoint:
         folder = HubFolder(there, files)
         if not folder.names:
             raise CheckpointError(f"{there} holds no files.{nearest(there.path, files)}")
-        wanted = [name for name in folder.names if _is_wanted(name)]
-    if cache and not is_cached(folder, wanted):
-        download(folder, wanted)
-    if is_cached(folder, wanted) and (snapshot := cached_snapshot(there)):
+        wanted = [name for name in folder.names if any(fnmatch(name, known) for known in WANTED)]
+    if cache and not in_cache(folder, wanted):
+        download(folder, wanted, revision)
+    if snapshot := in_cache(folder, wanted):
         return _open_snapshot(there, snapshot, label)
     if there.path in files:
         return Checkpoint(label, _source([folder.open(wanted[0])]), pinned=str(there))
@@ -133,11 +135,6 @@ def _open_on_hub(there: Reference, label: str, cache: bool) -> Checkpoint:
 
 def _open_snapshot(there: Reference, snapshot: Path, label: str) -> Checkpoint:
     return replace(_open(snapshot / there.path, snapshot / there.path, cache=False), label=label, pinned=str(there))
-
-
-def _is_wanted(name: str) -> bool:
-    """Whether opening a model folder may read this file of it."""
-    return any(fnmatch(name, known) for known in (SINGLE, INDEX, "model-*.safetensors", ADAPTER, *CARRIED, ADAPTER_CONFIG))
 
 
 def open_listing(folder: Listing, label: str) -> Checkpoint:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -172,6 +172,10 @@ class HubFolder:
         """Bytes of a file."""
         return self._listed[name].size
 
+    def path_of(self, name: str) -> str:
+        """Where a file is in the repository."""
+        return self._listed[name].path
+
     def open(self, name: str) -> HubFile:
         """One of its files."""
         if name not in self._open:
@@ -234,43 +238,44 @@ def pin(reference: Reference) -> tuple[Reference, dict[str, Listed]] | None:
     return replace(reference, revision=info.sha), files
 
 
-def cached_snapshot(reference: Reference) -> Path | None:
-    """The folder of this revision in the local Hub cache, if there is one; nobody is asked."""
+def cached_snapshot(reference: Reference, patterns: Iterable[str]) -> Path | None:
+    """The folder of this revision in the local Hub cache, if it is there with the files that match; nobody is asked."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
+    wanted = [f"{reference.path}/{pattern}" for pattern in patterns] + [reference.path] if reference.path else list(patterns)
     try:
-        return Path(snapshot_download(reference.repo, revision=reference.revision or None, local_files_only=True))
+        return Path(snapshot_download(reference.repo, revision=reference.revision or None, allow_patterns=wanted, local_files_only=True))
     except HFValidationError as error:
         raise CheckpointError(f"{reference.repo}: no such file or folder, and not a name that the Hub could have: {error}") from None
     except Exception:  # not there, or there in part: huggingface_hub has many ways to say so
         return None
 
 
-def is_cached(folder: HubFolder, names: list[str]) -> bool:
-    """Whether these files of it are in the local Hub cache, whole."""
+def in_cache(folder: HubFolder, names: Iterable[str]) -> Path | None:
+    """The snapshot in the local Hub cache that has these files of the folder, whole, if there is one."""
     from huggingface_hub import try_to_load_from_cache
 
-    reference = folder.reference
+    root: Path | None = None
     for name in names:
-        path = f"{reference.path}/{name}" if reference.path else name
-        found = try_to_load_from_cache(reference.repo, path, revision=reference.revision)
+        path = folder.path_of(name)
+        found = try_to_load_from_cache(folder.reference.repo, path, revision=folder.reference.revision)
         if not isinstance(found, str) or Path(found).stat().st_size != folder.size(name):
-            return False
-    return True
+            return None
+        root = Path(found).parents[path.count("/")]
+    return root
 
 
-def download(folder: HubFolder, names: list[str]) -> None:
-    """Bring these files of it into the local Hub cache.
+def download(folder: HubFolder, names: Iterable[str], revision: str) -> None:
+    """Bring these files of it into the local Hub cache; under the revision's own name too, by which it is found there offline.
 
     Errors: Unreachable where that breaks off.
     """
     from huggingface_hub import snapshot_download
 
-    reference = folder.reference
-    paths = [f"{reference.path}/{name}" if reference.path else name for name in names]
     try:
-        snapshot_download(reference.repo, revision=reference.revision, allow_patterns=paths)
+        for known_as in (revision or None, folder.reference.revision):  # the second asks for nothing, unless the branch has moved just now
+            snapshot_download(folder.reference.repo, revision=known_as, allow_patterns=[folder.path_of(name) for name in names])
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise Unreachable(f"{folder.place} cannot be brought into the Hub cache: {reason}; what has arrived is kept, run again") from None

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from ..errors import OutputError, Unreachable
+from ..errors import OutputError, ReadError
 from .blob import Blob, File
 from .checkpoint import Checkpoint, FileSource, Plan
 from .folder import INDEX, SINGLE
@@ -61,7 +61,7 @@ def digest_of(blob: Blob, future: Future[str]) -> dict[str, Any]:
     try:
         return blob.facts(future.result())
     except OSError as error:
-        raise Unreachable(f"{blob.place} cannot be read to its end: {error.strerror}") from None
+        raise ReadError(f"{blob.place} cannot be read to its end: {error.strerror}") from None
 
 
 def check_target(out: Path, overwrite: bool, checkpoint: Checkpoint) -> None:

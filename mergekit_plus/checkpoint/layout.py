@@ -13,6 +13,7 @@ from ..progress import Progress, quiet
 from .blob import Blob
 from .checkpoint import SLAB, Checkpoint, FileSource, Measured, Plan, Rows, Step, of_inner, proportional, steps_of
 from .hub import HubFile
+from .prefetch import plan_spans, span_limit
 from .shards import Shard, plan_shards
 
 MANIFEST = "manifest.json"
@@ -48,11 +49,18 @@ class Layout:
     units: list[Unit]
     measurements: list[Measured]
     bytes_read: int
+    bytes_measured: int  # read before that, about, to measure whole models
     bytes_written: int
     largest_unit: int
     memory: int
     ahead: int  # bytes of `memory` that hold what is fetched from the Hub ahead of its use; 0 where nothing lies there
     workers: int
+    from_hub: tuple[int, int]  # bytes and requests of all that reading, where it is done on the Hub
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes in flight at most."""
+        return min(self.memory, self.ahead + self.workers * self.largest_unit)
 
 
 def plan_save(checkpoint: Checkpoint, out: Path, options: SaveOptions) -> Layout:
@@ -77,7 +85,19 @@ def plan_save(checkpoint: Checkpoint, out: Path, options: SaveOptions) -> Layout
             f"{culprit.writes[0].name} needs {largest / 1e6:.0f} MB at once; give at least {'a third more than ' * bool(ahead)}that"
         )
     read = sum(_bytes_read(step) for step in steps)
-    return Layout(shards, units, found, read, sum(shard.size for shard in shards), largest, memory, ahead, workers)
+    measured = sum(each.passes * _bytes_read(step) for each in found for step in each.steps)
+    written = sum(shard.size for shard in shards)
+    return Layout(shards, units, found, read, measured, written, largest, memory, ahead, workers, _from_hub(units, found, ahead))
+
+
+def _from_hub(units: Iterable[Unit], found: Iterable[Measured], ahead: int) -> tuple[int, int]:
+    """Bytes and requests that these units and measurements take where their inputs lie on the Hub."""
+    scans = [(each.passes, [(step, rows) for step in each.steps for rows in step.slabs()]) for each in found]
+    nbytes = requests = 0
+    for times, pieces in ((1, units), *scans) if ahead else ():
+        queue, _ = plan_spans((read for piece in pieces for read in reads_of(piece)), span_limit(ahead))
+        nbytes, requests = nbytes + times * sum(span.size for span in queue), requests + times * len(queue)
+    return nbytes, requests
 
 
 def _in_order(steps: Iterable[Step], shards: Sequence[Shard]) -> list[Step]:

@@ -1,7 +1,8 @@
 """Bytes on the Hub, fetched ahead of their use: a plan says what will be read and in which order, a few threads keep a bounded amount of it in memory.
 
 Reads that follow each other in a file come as one span. A reader whose span is under way waits for it; one whose span nobody has begun
-fetches it itself, so that nobody can wait for ever. Where a plan reads a file whole, its SHA-256 follows the spans, and must be the Hub's.
+has it fetched at once, whatever the bound, so that nobody can wait for ever. The first failure is everybody's: whoever reads gets it. Where a
+plan reads a file whole, its SHA-256 follows the spans, and must be the Hub's.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ class _Span:
     stop: int
     state: _State = _State.PLANNED
     data: bytearray | None = None
-    error: BaseException | None = None
     unread: int = 0
     unhashed: bool = False
 
@@ -62,7 +62,7 @@ class Prefetch:
     """Fetches ahead within so many bytes; `begin` a plan, read through `HubFile.read_into`, `finish` it, `close` in the end."""
 
     def __init__(self, total: int) -> None:
-        self.limit = max(SMALLEST, min(RANGE, total // THREADS))  # bytes of one span
+        self.limit = span_limit(total)
         self.total = self.free = total
         self.stop = threading.Event()
         self._changed = threading.Condition()
@@ -70,7 +70,7 @@ class Prefetch:
         self._next = 0
         self._spans: dict[HubFile, list[_Span]] = {}  # by their starts
         self._digests: dict[HubFile, _Digest] = {}
-        self._failure: CheckpointError | None = None
+        self._failure: Exception | None = None
         self._threads: list[threading.Thread] = []
 
     def begin(self, reads: Iterable[Read]) -> None:
@@ -135,19 +135,16 @@ class Prefetch:
 
     def _take(self, span: _Span, buffer: memoryview, offset: int) -> None:
         with self._changed:
-            mine = span.state is _State.PLANNED
-            if mine:
+            if span.state is _State.PLANNED:
                 self._claim(span)
-        if mine:
-            self._fetch(span)
-        with self._changed:
-            self._changed.wait_for(lambda: span.state in (_State.HERE, _State.GONE) or span.error is not None or self.stop.is_set())
-            data, error = span.data, span.error
-        if error is not None:
-            raise error
-        if data is None:
+                threading.Thread(target=self._fetch, args=(span,), name="prefetch", daemon=True).start()  # which nobody waits for after a failure
+            self._changed.wait_for(lambda: span.state in (_State.HERE, _State.GONE) or self._failure is not None or self.stop.is_set())
+            if self._failure is not None:
+                raise self._failure
             if self.stop.is_set():
                 raise Unreachable(f"{span.file.place}: reading was stopped")
+            data = span.data
+        if data is None:
             span.file.fetch(buffer, offset)  # somebody else has read all of it
             return
         start = offset - span.start
@@ -179,9 +176,9 @@ class Prefetch:
         data = bytearray(span.size)
         try:
             span.file.fetch(memoryview(data), span.start)
-        except BaseException as error:  # the reader must hear of it
+        except Exception as error:
             with self._changed:
-                span.error, span.unread, span.unhashed = error, 0, False
+                self._failure = self._failure or error
                 self._changed.notify_all()
             return
         with self._changed:
@@ -222,7 +219,7 @@ class Prefetch:
             if digest.position == file.size:
                 file.settle(digest.sha.hexdigest())
         except CheckpointError as error:
-            self._failure = error
+            self._failure = self._failure or error
 
     def _forget(self, file: HubFile) -> None:
         del self._digests[file]
@@ -239,6 +236,11 @@ class Prefetch:
             span.state, span.data = _State.GONE, None
             self.free += span.size
             self._changed.notify_all()
+
+
+def span_limit(total: int) -> int:
+    """Bytes of one span at most, where so many may be in memory."""
+    return max(SMALLEST, min(RANGE, total // THREADS))
 
 
 def plan_spans(reads: Iterable[Read], limit: int) -> tuple[list[_Span], dict[HubFile, list[_Span]]]:

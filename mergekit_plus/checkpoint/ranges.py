@@ -204,10 +204,12 @@ class RemoteFile:
             return Again("the link to it has expired", 0)
         if status == 416:
             return CheckpointError(f"{self.place}: the file on the Hub is shorter than the {self.size} bytes that the Hub lists: it has changed")
+        if response.headers.get("X-Error-Code") == "GatedRepo":
+            return Unreachable(f"{self.repo} is gated: ask for access on its page, then `hf auth login`")
         if status == 401:
             return Unreachable(f"{self.place}: the Hub does not accept the token (401); log in with `hf auth login`, then run again")
         if status == 403:
-            return Unreachable(f"{self.place}: the Hub refuses it (403); ask for access on the page of {self.repo}, then `hf auth login`")
+            return Unreachable(f"{self.place}: the Hub refuses it (403): the token may not read {self.repo}")
         if status == 404:
             return CheckpointError(f"{self.place} is not on the Hub any more")
         return CheckpointError(f"{self.place}: the Hub answers {status}")

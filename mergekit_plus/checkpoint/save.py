@@ -25,12 +25,13 @@ from typing import Any
 import torch
 
 from ..digests import Digests
-from ..errors import CheckpointError, CompressError, OutputError, Unreachable
+from ..errors import CheckpointError, CompressError, OutputError, ReadError
 from ..progress import Progress
 from .blob import Blob
 from .checkpoint import Checkpoint, ParallelMap, Plan, Recall, Rows, Step, execute, of_inner, proportional
 from .finite import is_finite
 from .folder import INDEX
+from .hub import HubFile
 from .inputs import check_target, digest_of, input_files
 from .journal import sync_folder
 from .layout import Layout, SaveOptions, Unit, bytes_of, cost, is_file, manifest_name, plan_save, reads_of
@@ -40,7 +41,7 @@ from .spec import TensorSpec
 from .stage import Stage, was_published
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
-ENVIRONMENT = (OSError, OutputError, Unreachable, KeyboardInterrupt, SystemExit, *OUT_OF_MEMORY)  # what may go better the next time
+ENVIRONMENT = (OSError, OutputError, ReadError, KeyboardInterrupt, SystemExit, *OUT_OF_MEMORY)  # what may go better the next time
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def save(checkpoint: Checkpoint, out: Path, options: SaveOptions | None = None, 
             job = None if options.job is None else _fingerprint(options, inputs, layout)
             stage.begin(job, layout.bytes_written, resume, options.overwrite)
             if not stage.done.publishing:
-                manifest = _write_all(inputs, layout, stage, options)
+                manifest = _write_all(checkpoint, inputs, layout, stage, options)
                 manifest = _write_small_files(carried, layout, stage, manifest, describe)
                 check_target(out, options.overwrite, checkpoint)  # hours later, it may have come to exist
             else:
@@ -101,7 +102,7 @@ def _fingerprint(options: SaveOptions, inputs: Mapping[str, Sequence[Blob]], lay
     parts: dict[str, Any] = {
         "versions": [__version__, torch.__version__],
         "options": [options.job, options.allow_nonfinite],
-        "inputs": [[ref, [blob.identity for blob in blobs]] for ref, blobs in inputs.items()],
+        "inputs": [[blob.name, blob.identity] for files in inputs.values() for blob in files],
         "shards": [[shard.name, hashlib.sha256(shard.header).hexdigest()] for shard in layout.shards],
     }
     return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
@@ -141,7 +142,7 @@ class _Budget:
                 self._freed.notify_all()
 
 
-def _write_all(inputs: Mapping[str, Sequence[Blob]], layout: Layout, stage: Stage, options: SaveOptions) -> Manifest:
+def _write_all(checkpoint: Checkpoint, inputs: Mapping[str, Sequence[Blob]], layout: Layout, stage: Stage, options: SaveOptions) -> Manifest:
     """Compute and write every tensor that is not finished; hash inputs and outputs on the way."""
     stop = threading.Event()
     budget = _Budget(layout.memory - layout.ahead)
@@ -254,15 +255,18 @@ def _recall(measurement: str, stage: Stage) -> Recall:
 
 def _input_digest(blob: Blob, digests: Digests, stage: Stage) -> Future[str]:
     """An input's SHA-256; noted in the journal, so that a resumed save need not read the file for it."""
-    if blob.place in stage.done.inputs:
+    name = blob.place
+    if isinstance(blob, HubFile):  # the Hub has said it
+        return blob.digest(digests)
+    if name in stage.done.inputs:
         known: Future[str] = Future()
-        known.set_result(stage.done.inputs[blob.place])
+        known.set_result(stage.done.inputs[name])
         return known
 
     def note(future: Future[str]) -> None:
-        if stage.journal is not None and not future.cancelled() and future.exception() is None and future.result():  # empty: the Hub does not know it
+        if stage.journal is not None and not future.cancelled() and future.exception() is None:
             with suppress(OSError):  # the journal gives it to the next one, who can raise it
-                stage.journal.add(input=blob.place, sha256=future.result())
+                stage.journal.add(input=name, sha256=future.result())
 
     future = blob.digest(digests)
     future.add_done_callback(note)

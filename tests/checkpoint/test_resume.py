@@ -25,7 +25,7 @@ import mergekit_plus.checkpoint.shards as shards
 from mergekit_plus.checkpoint import Checkpoint, Measured, Plan, SaveOptions, Scan, save
 from mergekit_plus.checkpoint.journal import Done, Journal, read
 from mergekit_plus.checkpoint.stage import Stage
-from mergekit_plus.errors import CheckpointError, OutputError, Unreachable
+from mergekit_plus.errors import CheckpointError, OutputError, ReadError
 
 TENSORS = {f"layers.{n}.w": torch.arange(1000.0).view(100, 10) + n for n in range(8)}  # 4 kB each, one to a shard
 
@@ -112,7 +112,7 @@ def listing(place: Path) -> list[str]:
         (NO_SPACE, OutputError, r"/out: No space left on device; \d+\.\d of 32\.\d kB are kept, go on with --resume$"),
         (KeyboardInterrupt(), KeyboardInterrupt, r"/out: \d+\.\d of 32\.\d kB are kept, go on with --resume$"),
         (MemoryError(), OutputError, r"/out: out of memory; .* are kept, go on with --resume, and a smaller --memory$"),
-        (Unreachable("in cannot be read at byte 7: Input/output error"), Unreachable, r"at byte 7: Input/output error; .* are kept, go on with --resume$"),
+        (ReadError("in cannot be read at byte 7: Input/output error"), ReadError, r"at byte 7: Input/output error; .* are kept, go on with --resume$"),
     ],
 )
 def test_what_is_finished_stays_when_the_environment_fails(
