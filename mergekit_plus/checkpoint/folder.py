@@ -56,10 +56,13 @@ class Listing(Protocol):
 
 
 class LocalFolder:
-    """A folder on a disk. A link in it may lead to a file of the folder itself or, as in the Hub's cache, to the blobs of its repository."""
+    """A folder on a disk. A link in it may lead to a file of the folder itself or, as in the Hub's cache, to the blobs of its repository.
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.place = path, str(path)
+    digests: the SHA-256 that files of it must have, by name, where that is known.
+    """
+
+    def __init__(self, path: Path, digests: Mapping[str, str] | None = None) -> None:
+        self.path, self.place, self._digests = path, str(path), digests or {}
         self.names = tuple(entry.name for entry in path.iterdir() if entry.is_file())
         real = path.resolve()
         self._inside = [real]
@@ -72,7 +75,7 @@ class LocalFolder:
         return path
 
     def open(self, name: str) -> File:
-        return File(self._own(name))
+        return File(self._own(name), self._digests.get(name, ""))
 
     def _own(self, name: str) -> Path:
         """The path of a file, if it is one of this folder: what a small one holds is copied into every output, which may be published."""
@@ -127,14 +130,19 @@ def _open_on_hub(there: Reference, label: str, cache: bool) -> Checkpoint:
     if cache and not in_cache(folder, wanted):
         download(folder, wanted, revision)
     if snapshot := in_cache(folder, wanted):
-        return _open_snapshot(there, snapshot, label)
+        return _open_snapshot(there, snapshot, label, {name: folder.sha256(name) for name in wanted})
     if there.path in files:
         return Checkpoint(label, _source([folder.open(wanted[0])]), pinned=str(there))
     return replace(open_listing(folder, label), pinned=str(there))
 
 
-def _open_snapshot(there: Reference, snapshot: Path, label: str) -> Checkpoint:
-    return replace(_open(snapshot / there.path, snapshot / there.path, cache=False), label=label, pinned=str(there))
+def _open_snapshot(there: Reference, snapshot: Path, label: str, digests: Mapping[str, str] | None = None) -> Checkpoint:
+    path = snapshot / there.path
+    if path.is_file():
+        return Checkpoint(label, _source([LocalFolder(path.parent, digests).open(path.name)]), pinned=str(there))
+    if not path.is_dir():
+        raise CheckpointError(f"{there}: the local cache has no {there.path} of it, and the Hub cannot be reached")
+    return replace(open_listing(LocalFolder(path, digests), label), pinned=str(there))
 
 
 def open_listing(folder: Listing, label: str) -> Checkpoint:

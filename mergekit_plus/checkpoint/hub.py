@@ -172,6 +172,10 @@ class HubFolder:
         """Bytes of a file."""
         return self._listed[name].size
 
+    def sha256(self, name: str) -> str:
+        """What the Hub says that a large file is; "" for a small one."""
+        return self._listed[name].sha256
+
     def path_of(self, name: str) -> str:
         """Where a file is in the repository."""
         return self._listed[name].path
