@@ -100,13 +100,6 @@ class File:
         return {"bytes": self.size, "sha256": sha256}
 
 
-def read_whole(blob: Blob) -> bytes:
-    """All of its bytes."""
-    content = bytearray(blob.size)
-    blob.read_into(memoryview(content), 0)
-    return bytes(content)
-
-
 def check_small(place: str, size: int) -> None:
     """Refuse to read a file whole that is too large for what it should be.
 

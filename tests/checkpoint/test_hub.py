@@ -214,6 +214,18 @@ def test_cache_brings_the_files_to_the_disk_once_and_no_others(toy: Hub) -> None
     assert len(toy.requests("resolve")) == before
 
 
+def test_shards_with_names_of_their_own_are_cached_too_and_a_second_copy_of_the_weights_is_not(toy: Hub, tmp_path: Path) -> None:
+    files = {path.name.replace("model-", "part-"): path.read_bytes().replace(b"model-", b"part-") for path in (tmp_path / "m").iterdir() if path.is_file()}
+    toy.commit("org/parts", files)
+    assert len(Checkpoint.open("org/parts", cache=True).specs) == 3
+    before = len(toy.requests("resolve"))
+    assert len(Checkpoint.open("org/parts").specs) == 3
+    assert len(toy.requests("resolve")) == before
+    toy.commit("org/both", {**files, "model.safetensors": serialize({"whole": torch.ones(1)})})
+    assert list(Checkpoint.open("org/both", cache=True).specs) == ["whole"]
+    assert not toy.requests("org/both/resolve/.*part-")
+
+
 def test_a_file_that_the_cache_holds_with_a_wrong_byte_fails_the_save(toy: Hub, tmp_path: Path) -> None:
     toy.fault("GET .*model-00002", flip=200)  # huggingface_hub looks at the size alone
     with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors is not the file that the Hub lists \(its SHA-256 differs\)"):
