@@ -2,6 +2,7 @@
 
     CompressError            the user's to mend; one line on stderr, exit code 2
       CheckpointError        a file or folder that cannot be read as a checkpoint, or inputs that do not fit together
+        ReadError            an input that could not be read this time: the disk or the network failed; trying again may help
       OptionError            a value, a name or a combination of options that cannot be
       RecipeError            a recipe file; holds every problem found, not the first
       OutputError            the output exists, or cannot be written
@@ -20,6 +21,10 @@ class CompressError(Exception):
 
 class CheckpointError(CompressError):
     """A checkpoint that cannot be read, or checkpoints that do not fit together."""
+
+
+class ReadError(CheckpointError):
+    """An input that could not be read this time, through no fault of its own."""
 
 
 class OptionError(CompressError):

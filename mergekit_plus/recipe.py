@@ -13,6 +13,7 @@ Paths in a recipe are relative to the recipe's folder; `out` is relative to wher
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -174,7 +175,7 @@ def run(recipe: Recipe, how: Execution | None = None) -> Outcome:
         _check_digests(recipe, built.inputs, manifest)
         return {RECIPE: resolved(recipe, built.inputs, manifest, out, options.max_shard_size)}
 
-    options = _save_options(recipe, how)
+    options = replace(_save_options(recipe, how), job=_job(recipe, how))
     manifest = save(built.result, out, options, describe)
     if recipe.checks.texts or recipe.checks.limits.model_fields_set:
         table, failures = measure_and_compare(recipe.checks, recipe.folder, built.inputs, built.stages, Checkpoint.open(out), how.save.progress)
@@ -238,6 +239,17 @@ def resolved(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manifes
     if "checks" in content and recipe.checks.texts:
         content["checks"]["texts"] = {name: _relative(str(recipe.folder / text), out) for name, text in recipe.checks.texts.items()}
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120).encode()
+
+
+def _job(recipe: Recipe, how: Execution) -> str:
+    """What the bytes of the output follow from, beside the contents of the inputs: the same text for the same work, wherever it is written to."""
+    refs = {name: recipe.resolve(source.ref) for name, source in recipe.inputs.items()}
+    content = {
+        "inputs": {name: os.path.abspath(ref) if Path(ref).exists() else ref for name, ref in refs.items()},
+        "steps": [{name: options.model_dump(mode="json") for name, options in step.items()} for step in recipe.steps],
+        "device": how.device,
+    }
+    return json.dumps(content, sort_keys=True)
 
 
 def _relative(ref: str, out: Path) -> str:

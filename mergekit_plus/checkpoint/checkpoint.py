@@ -370,14 +370,17 @@ def steps_of(checkpoint: Checkpoint) -> list[Step]:
 
 Visit = Callable[[Sequence[Tensor]], Any]
 ParallelMap = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+Recall = Callable[[Callable[[], Any]], Any]  # the result of this, had from a journal where an interrupted save has noted it
 
 
 class Scan:
     """What some steps read, piece by piece, in an order that depends on nothing but the tensors' names and shapes."""
 
-    def __init__(self, steps: Sequence[Step], held: Sequence[Tensor] | None = None, parallel: ParallelMap = map) -> None:
+    def __init__(
+        self, steps: Sequence[Step], held: Sequence[Tensor] | None = None, parallel: ParallelMap = map, recall: Recall = lambda compute: compute()
+    ) -> None:
         self.steps = sorted(steps, key=lambda step: natural_order(step.writes[0].name))
-        self.held, self.parallel = held, parallel
+        self.held, self.parallel, self.recall = held, parallel, recall
         self.size = sum(step.writes[0].numel for step in steps)
 
     def map(self, visit: Visit, sample: bool = False) -> list[Any]:
@@ -415,11 +418,11 @@ class Measured:
         self._value: Any = None
         self._known = False
 
-    def get(self, held: Sequence[Tensor] | None = None, parallel: ParallelMap = map) -> Any:
+    def get(self, held: Sequence[Tensor] | None = None, parallel: ParallelMap = map, recall: Recall = lambda compute: compute()) -> Any:
         """The value; `held` saves reading again when the one step's tensors are in memory already."""
         with self._lock:
             if not self._known:
-                self._value = self.statistic(Scan(self.steps, None if self.whole_model else held, parallel))
+                self._value = self.statistic(Scan(self.steps, None if self.whole_model else held, parallel, recall))
                 self._known = True
             return self._value
 

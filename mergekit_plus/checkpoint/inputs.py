@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 from pathlib import Path
 
-from ..errors import CheckpointError, OutputError
+from ..errors import OutputError, ReadError
 from .checkpoint import Checkpoint, FileSource, Plan
 from .folder import INDEX, SINGLE
 from .layout import is_file
@@ -52,7 +52,7 @@ def digest_of(path: Path, future: Future[str]) -> str:
     try:
         return future.result()
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read to its end: {error.strerror}") from None
+        raise ReadError(f"{path} cannot be read to its end: {error.strerror}") from None
 
 
 def check_target(out: Path, overwrite: bool, checkpoint: Checkpoint) -> None:

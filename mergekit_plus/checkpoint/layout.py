@@ -13,6 +13,7 @@ from ..progress import Progress, quiet
 from .checkpoint import SLAB, Checkpoint, Measured, Plan, Rows, Step, of_inner, steps_of
 from .shards import Shard, plan_shards
 
+MANIFEST = "manifest.json"
 HELD = 256 << 20  # bytes of one tensor's inputs that a worker holds, to measure them and compute from them with one reading
 FIXED_COST = 64 << 20  # bytes of temporaries that a worker may need beside what it reads and writes
 DEFAULT_SHARD_SIZE = 5 * 10**9
@@ -29,6 +30,8 @@ class SaveOptions:
     allow_nonfinite: bool = False
     progress: Progress = field(default_factory=quiet)
     digests: Digests | None = None  # those of the inputs, where hashing has begun already
+    job: str | None = None  # what tells this job from others, beside its inputs and shards; one without a name cannot be resumed
+    resume: bool = False  # go on with what the same job left when it was interrupted
 
 
 Unit = tuple[Step, Rows | None]  # a step, and the rows of it that are computed at once
@@ -96,7 +99,13 @@ def measurements(steps: Iterable[Step]) -> list[Measured]:
 
 
 def is_file(out: Path) -> bool:
+    """Whether an output is one file, not a folder."""
     return out.suffix == ".safetensors"
+
+
+def manifest_name(out: Path) -> str:
+    """How the manifest of an output is called: in its folder, or beside its file."""
+    return f"{out.stem}.{MANIFEST}" if is_file(out) else MANIFEST
 
 
 def cost(step: Step, rows: Rows | None) -> int:

@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, nearest
+from ..errors import CheckpointError, ReadError, nearest
 from .spec import DTYPE_BITS, DTYPE_RANK, TensorSpec
 
 MAX_HEADER = 100_000_000  # bytes, the library's own limit
@@ -60,10 +60,15 @@ class File:
             try:
                 got = os.preadv(self.fd, [buffer[done:]], offset + done)
             except OSError as error:
-                raise CheckpointError(f"{self.path} cannot be read at byte {offset + done}: {error.strerror}") from None
+                raise ReadError(f"{self.path} cannot be read at byte {offset + done}: {error.strerror}") from None
             if got == 0:
                 raise CheckpointError(f"{self.path} ended at byte {offset + done} while it was being read: is it still being written?")
             done += got
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """What tells it from the same file with other contents: its size, and when it was last written to."""
+        return self._seen
 
     def check_unchanged(self) -> None:
         """Refuse a file that was written to since it was opened."""

@@ -2,7 +2,8 @@
 
 Everything that can be wrong without reading a tensor is wrong before the output is touched. Then workers take units (a run of rows of
 one step, or a whole step) in the order of the output files; each reads, computes and writes its unit inside one memory budget, while other
-threads hash the inputs and, behind the writers, the outputs. The files are staged beside the target and renamed at the end.
+threads hash the inputs and, behind the writers, the outputs. The files are staged beside the target and renamed at the end (stage.py); what is finished
+is noted in a journal (journal.py), so that a save that was killed can go on.
 The bytes written depend on the checkpoint alone: not on the number of workers, the budget, or the shards of the inputs.
 """
 
@@ -12,27 +13,33 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..digests import Digests
-from ..errors import CheckpointError, OutputError
-from .checkpoint import Checkpoint, ParallelMap, Plan, Rows, Step, execute, of_inner, proportional
+from ..errors import CheckpointError, CompressError, OutputError, ReadError
+from ..progress import Progress
+from .checkpoint import Checkpoint, ParallelMap, Plan, Recall, Rows, Step, execute, of_inner, proportional
 from .finite import is_finite
 from .folder import INDEX
 from .inputs import check_target, digest_of, input_files, open_files
-from .layout import Layout, SaveOptions, Unit, bytes_of, cost, is_file, plan_save
-from .shards import ShardFile, index_json
+from .journal import sync_folder
+from .layout import Layout, SaveOptions, Unit, bytes_of, cost, is_file, manifest_name, plan_save
+from .safetensors import File
+from .shards import Abandoned, ShardFile, index_json, known_prefix
+from .spec import TensorSpec
+from .stage import Stage, was_published
 
-MANIFEST = "manifest.json"
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+ENVIRONMENT = (OSError, OutputError, ReadError, KeyboardInterrupt, SystemExit, *OUT_OF_MEMORY)  # what may go better the next time
 
 
 @dataclass(frozen=True)
@@ -54,26 +61,62 @@ Describe = Callable[[Manifest], Mapping[str, bytes]]  # further small files, onc
 def save(checkpoint: Checkpoint, out: Path, options: SaveOptions | None = None, describe: Describe | None = None) -> Manifest:
     """Write a checkpoint to a folder, or to one file where `out` ends in `.safetensors`; all or nothing.
 
+    Whatever goes wrong, what was there before stays. A save without `options.job` then leaves nothing behind; one with a job keeps what it has
+    finished when the environment failed it, or when it was killed, and `options.resume` goes on from there to the same bytes.
     Errors: OutputError where the output exists or cannot be written; CheckpointError where an input is not what it seemed (cut short,
-    changed, not finite). Whatever goes wrong, nothing is left behind and what was there before stays.
+    changed, not finite).
     """
     options = options or SaveOptions()
     out = out.resolve()  # a link to a folder on another disk: stage, and rename, there
-    check_target(out, options.overwrite, checkpoint)
+    resume = options.resume and options.job is not None
+    if not (resume and was_published(out)):
+        check_target(out, options.overwrite, checkpoint)
     layout = plan_save(checkpoint, out, options)
     carried = {} if is_file(out) else {name: checkpoint.file(name) for name in checkpoint.files}
-    with _staging(out) as staged:
-        free = shutil.disk_usage(staged).free
-        if layout.bytes_written > free:
-            raise OutputError(f"{out.parent}: {layout.bytes_written / 1e9:.2f} GB to write but only {free / 1e9:.2f} GB are free")
+    inputs = open_files(checkpoint)
+    with Stage(out) as stage:
         try:
-            manifest = _write_all(checkpoint, layout, staged, options)
-            manifest = _write_small_files(carried, layout, out, staged, manifest, describe)
-            check_target(out, options.overwrite, checkpoint)  # hours later, it may have come to exist
-            _publish(staged, out)
-        except OSError as error:
-            raise OutputError(f"{out}: {error.strerror or error}; nothing was written") from error
+            job = None if options.job is None else _fingerprint(options, inputs, layout)
+            stage.begin(job, layout.bytes_written, resume, options.overwrite)
+            if not stage.done.publishing:
+                manifest = _write_all(checkpoint, inputs, layout, stage, options)
+                manifest = _write_small_files(carried, layout, stage, manifest, describe)
+                check_target(out, options.overwrite, checkpoint)  # hours later, it may have come to exist
+            else:
+                manifest = _written_manifest(stage)
+            stage.publish()
+        except BaseException as error:
+            told = _explained(error, out, stage.give_up(isinstance(error, ENVIRONMENT)))
+            if told is error:
+                raise
+            raise told from error
     return manifest
+
+
+def _fingerprint(options: SaveOptions, inputs: Mapping[Path, File], layout: Layout) -> dict[str, str]:
+    """What must be the same for a run to go on where another stopped; by part, so that a refusal can name what differs."""
+    from .. import __version__
+
+    parts: dict[str, Any] = {
+        "versions": [__version__, torch.__version__],
+        "options": [options.job, options.allow_nonfinite],
+        "inputs": [[path.name, *file.identity] for path, file in inputs.items()],
+        "shards": [[shard.name, hashlib.sha256(shard.header).hexdigest()] for shard in layout.shards],
+    }
+    return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
+
+
+def _explained(error: BaseException, out: Path, kept: str) -> BaseException:
+    """The error as the user should see it: what happened to the output, what is kept, how to go on."""
+    if isinstance(error, OSError):
+        return OutputError(f"{out}: {error.strerror or error}; {kept or 'nothing was written'}")
+    if not kept:
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return KeyboardInterrupt(f"{out}: {kept}")
+    if isinstance(error, CompressError):
+        return type(error)(f"{error}; {kept}")
+    return OutputError(f"{out}: out of memory; {kept}, and a smaller --memory") if isinstance(error, OUT_OF_MEMORY) else error
 
 
 class _Budget:
@@ -97,44 +140,43 @@ class _Budget:
                 self._freed.notify_all()
 
 
-def _write_all(checkpoint: Checkpoint, layout: Layout, staged: Path, options: SaveOptions) -> Manifest:
-    """Compute and write every tensor; hash inputs and outputs on the way."""
+def _write_all(checkpoint: Checkpoint, inputs: Mapping[Path, File], layout: Layout, stage: Stage, options: SaveOptions) -> Manifest:
+    """Compute and write every tensor that is not finished; hash inputs and outputs on the way."""
     stop = threading.Event()
     budget = _Budget(layout.memory)
-    inputs = open_files(checkpoint)
-    digests_of = options.digests or Digests()
     files: list[ShardFile] = []
     threads_before = torch.get_num_threads()
     torch.set_num_threads(1)  # the workers are the parallelism
     try:
+        files.extend(_shard_files(layout, stage, options.progress))  # takes their space on the disk: too little of it is known before the work
+        digests_of = options.digests or Digests()
         with (
             ThreadPoolExecutor(layout.workers, "worker") as workers,
             ThreadPoolExecutor(max(1, layout.workers // 2), "output-digest") as output_pool,
         ):
             parallel = _parallel(workers, stop, budget)
             try:
-                input_digests = {path: digests_of.of(file.fd) for path, file in inputs.items()}
-                for measured in layout.measurements:
+                input_digests = {path: _input_digest(path, file, digests_of, stage) for path, file in inputs.items()}
+                for number, measured in enumerate(layout.measurements):
                     with options.progress.phase(measured.label or "measuring", None):
-                        measured.get(parallel=parallel)
-                files.extend(ShardFile(staged, shard) for shard in layout.shards)
-                output_digests = [output_pool.submit(file.digest) for file in files]
+                        measured.get(parallel=parallel, recall=_recall(str(number), stage))
+                output_digests = [output_pool.submit(_output_digest, file, stage, lambda: _abandon(files, stop)) for file in files]
                 where = {name: file for file in files for name in file.shard.offsets}
-                with options.progress.phase("writing", layout.bytes_written):
+                units = [unit for unit in layout.units if not _is_finished(*unit, where)]
+                todo = sum(bytes_of(spec.nbytes, step, rows) for step, rows in units for spec in step.writes)
+                with options.progress.phase("writing", layout.bytes_written, done=layout.bytes_written - todo):
 
                     def work(unit: Unit) -> None:
                         _write_unit(*unit, where, options)
 
-                    parallel(work, layout.units)
-                    digests = [future.result() for future in output_digests]
+                    parallel(work, units)
+                    digests = _results(output_digests)
                 with options.progress.phase("checking inputs", None):
                     found = {path: {"bytes": inputs[path].size, "sha256": digest_of(path, future)} for path, future in input_digests.items()}
             finally:
-                stop.set()
                 if options.digests is None:  # the caller's own may be wanted again
                     digests_of.stop()
-                for written in files:
-                    written.abandon()
+                _abandon(files, stop)
         for file in inputs.values():
             file.check_unchanged()
     finally:
@@ -143,6 +185,102 @@ def _write_all(checkpoint: Checkpoint, layout: Layout, staged: Path, options: Sa
             written.close()
     outputs = {written.shard.name: {"bytes": written.shard.size, "sha256": digest} for written, digest in zip(files, digests, strict=True)}
     return Manifest(outputs, {label: {path.name: found[path] for path in paths} for label, paths in input_files(checkpoint).items()})
+
+
+def _shard_files(layout: Layout, stage: Stage, progress: Progress) -> list[ShardFile]:
+    """The files to write, each with what an interrupted save has finished of it, if that is still what the journal says."""
+    finished = {shard.name: stage.done.shards.pop(shard.name) for shard in layout.shards if shard.name in stage.done.shards}
+    stop = threading.Event()
+
+    def advance(amount: int) -> None:
+        if stop.is_set():
+            raise Abandoned
+        progress.advance(amount)
+
+    with progress.phase("checking what is finished", sum(length for length, _ in finished.values())), ThreadPoolExecutor(layout.workers) as pool:
+        try:
+            prefixes = {name: pool.submit(known_prefix, stage.files / name, *facts, advance) for name, facts in finished.items()}
+            known = {name: prefix for name, future in prefixes.items() if (prefix := future.result()) is not None}
+        finally:
+            stop.set()
+    stage.done.shards.update((name, finished[name]) for name in known)
+    stage.retain(known)
+    needed = layout.bytes_written - sum((stage.files / name).stat().st_blocks * 512 for name in known)
+    free = shutil.disk_usage(stage.files).free
+    if needed > free:
+        raise OutputError(f"{stage.out.parent}: {needed / 1e9:.2f} GB to write but only {free / 1e9:.2f} GB are free")
+    files = [ShardFile(stage.files, shard, known.get(shard.name)) for shard in layout.shards]
+    sync_folder(stage.files)
+    return files
+
+
+def _is_finished(step: Step, rows: Rows | None, where: Mapping[str, ShardFile]) -> bool:
+    """Whether all that a unit writes lies in what an interrupted save has finished."""
+    return all(
+        file.shard.offsets[spec.name] + _first(step, rows, spec) * spec.row_bytes + bytes_of(spec.nbytes, step, rows) <= file.finished
+        for spec in step.writes
+        for file in [where[spec.name]]
+    )
+
+
+def _recall(measurement: str, stage: Stage) -> Recall:
+    """Gives the results of a measurement's passes as they were, in the order in which they are asked for, and notes new ones."""
+    calls = count()
+
+    def recall(compute: Callable[[], Any]) -> Any:
+        key = f"{measurement}.{next(calls)}"
+        if key not in stage.done.statistics:
+            value = compute()
+            if stage.journal is None:
+                return value
+            stage.journal.add(statistic=key, value=value)
+        return stage.done.statistics[key]
+
+    return recall
+
+
+def _input_digest(path: Path, file: File, digests: Digests, stage: Stage) -> Future[str]:
+    """An input's SHA-256; noted in the journal, so that a resumed save need not read the file for it."""
+    name = str(path)
+    if name in stage.done.inputs:
+        known: Future[str] = Future()
+        known.set_result(stage.done.inputs[name])
+        return known
+
+    def note(future: Future[str]) -> None:
+        if stage.journal is not None and not future.cancelled() and future.exception() is None:
+            with suppress(OSError):  # the journal gives it to the next one, who can raise it
+                stage.journal.add(input=name, sha256=future.result())
+
+    future = digests.of(file.fd)
+    future.add_done_callback(note)
+    return future
+
+
+def _output_digest(file: ShardFile, stage: Stage, abandon: Callable[[], None]) -> str:
+    """Follow a file as it is written, hash it, and note in the journal what is on the disk."""
+
+    journal = stage.journal
+    try:
+        return file.digest(None if journal is None else lambda position, digest: journal.add(shard=file.shard.name, bytes=position, sha256=digest))
+    except BaseException:
+        abandon()
+        raise
+
+
+def _abandon(files: Iterable[ShardFile], stop: threading.Event) -> None:
+    """Begin nothing more, and wait for nothing more."""
+    stop.set()
+    for file in files:
+        file.abandon()
+
+
+def _results(digests: Iterable[Future[str]]) -> list[str]:
+    """Their results; of several errors the one that was first in the chain."""
+    errors = [error for future in digests if (error := future.exception()) is not None]
+    if errors:
+        raise next((error for error in errors if not isinstance(error, Abandoned)), errors[0])
+    return [future.result() for future in digests]
 
 
 def _write_unit(step: Step, rows: Rows | None, where: Mapping[str, ShardFile], options: SaveOptions) -> None:
@@ -154,9 +292,13 @@ def _write_rows(step: Step, rows: Rows | None, where: Mapping[str, ShardFile], o
     for spec, tensor in zip(step.writes, execute(step, rows), strict=True):
         if not options.allow_nonfinite and spec.is_float and not is_finite(tensor):
             raise CheckpointError(_explain_nonfinite(step, rows, spec.name))
-        first = 0 if rows is None else proportional(rows, step.rows, spec.rows).start
-        where[spec.name].write(tensor, spec.name, first * spec.row_bytes)
+        where[spec.name].write(tensor, spec.name, _first(step, rows, spec) * spec.row_bytes)
     options.progress.advance(sum(bytes_of(spec.nbytes, step, rows) for spec in step.writes))
+
+
+def _first(step: Step, rows: Rows | None, spec: TensorSpec) -> int:
+    """The first row of a write that goes with these rows of its step."""
+    return 0 if rows is None else proportional(rows, step.rows, spec.rows).start
 
 
 def _explain_nonfinite(step: Step, rows: Rows | None, name: str) -> str:
@@ -195,21 +337,20 @@ def _parallel(pool: ThreadPoolExecutor, stop: threading.Event, budget: _Budget) 
     return run
 
 
-def _write_small_files(
-    carried: Mapping[str, bytes], layout: Layout, out: Path, staged: Path, manifest: Manifest, describe: Describe | None
-) -> Manifest:
+def _write_small_files(carried: Mapping[str, bytes], layout: Layout, stage: Stage, manifest: Manifest, describe: Describe | None) -> Manifest:
     """Index, config, tokenizer, and what `describe` adds; the manifest last."""
     small = dict(carried)
-    if not is_file(out):
+    if not is_file(stage.out):
         if len(layout.shards) > 1:
             small[INDEX] = json.dumps(index_json(layout.shards), indent=2).encode() + b"\n"
         small |= describe(manifest) if describe else {}
     outputs = dict(manifest.outputs)
     for name, content in small.items():
-        _write_file(staged / name, content)
+        _write_file(stage.files / name, content)
         outputs[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     manifest = Manifest(outputs, manifest.inputs)
-    _write_file(staged / _manifest_name(out), json.dumps(manifest.as_json(), indent=2).encode() + b"\n")
+    _write_file(stage.files / manifest_name(stage.out), json.dumps(manifest.as_json(), indent=2).encode() + b"\n")
+    sync_folder(stage.files)
     return manifest
 
 
@@ -220,54 +361,9 @@ def _write_file(path: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def _manifest_name(out: Path) -> str:
-    return f"{out.stem}.{MANIFEST}" if is_file(out) else MANIFEST
-
-
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A folder beside the target that is gone afterwards, however it ends."""
-    try:
-        staged = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    except OSError as error:
-        raise OutputError(f"{out.parent}: {error.strerror}; choose an output folder that can be written, with -o") from None
-    try:
-        yield staged
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-def _publish(staged: Path, out: Path) -> None:
-    """Rename the staged files to their final names; what was there before gives way only now."""
-    if is_file(out):
-        os.replace(staged / out.name, out)
-        os.replace(staged / _manifest_name(out), out.parent / _manifest_name(out))
-    else:
-        staged.chmod(0o777 & ~_umask())
-        _sync_folder(staged)
-        if out.exists():
-            old = staged.with_suffix(".old")
-            os.replace(out, old)
-            try:
-                os.replace(staged, out)
-            except BaseException:
-                os.replace(old, out)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(staged, out)
-    _sync_folder(out.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+def _written_manifest(stage: Stage) -> Manifest:
+    """The manifest of an output that a killed run had finished but for the renames."""
+    name = manifest_name(stage.out)
+    published = stage.out.parent / name if is_file(stage.out) else stage.out / name
+    facts = json.loads((stage.files / name if (stage.files / name).exists() else published).read_bytes())
+    return Manifest(facts["outputs"], facts["inputs"])

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..statistics import order_statistics
+from ..statistics import order_statistics, sums
 from .method import Lambda, PerModel, Scan, merge_method, task_vectors
 
 Ratio = Annotated[float, Field(gt=0, le=1, description="share of each whole task vector that survives")]
@@ -42,7 +42,7 @@ def measure(scan: Scan, *, lambda_: Sequence[float], ratio: float, winsor: float
     """
     size = scan.size
     if exclude_frozen:
-        size = sum(scan.map(lambda base, models: int(_changed(_vectors(base, models)).sum())))
+        size = sum(map(int, sums(scan, lambda base, models: [int(_changed(_vectors(base, models)).sum())])))
     if not size:
         return (None,) * len(lambda_)
 

@@ -214,6 +214,11 @@ class _ModelScan:
         self.passes.append(not sample)
         return results
 
+    def recall(self, compute: Callable[[], Any]) -> Any:
+        result = self.scan.recall(compute)
+        self.passes.append(True)  # a result that was noted once is of values that were looked at
+        return result
+
 
 class _NotFinite(Exception):
     """A measurement met a NaN or an infinity."""
