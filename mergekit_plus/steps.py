@@ -29,6 +29,8 @@ class Execution:
     save: SaveOptions = field(default_factory=SaveOptions)
     device: str = "cpu"
     out: Path | None = None
+    push: str | None = None  # a repository to which the output goes as well
+    private: bool = False  # where it has to be created
 
 
 class MergeStep(BaseModel):
