@@ -26,7 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[str, typer.Argument(help="a model folder, a .safetensors file, or org/name[@revision] on the Hub")]
+Model = Annotated[str, typer.Argument(help="a model folder, a .safetensors file, or org/name[@revision][/folder] on the Hub")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="folder to write, a file where it ends in .safetensors, or hf://org/name[@branch]")]
 Push = Annotated[str | None, typer.Option("--push", metavar="ORG/NAME[@BRANCH]", help="put the output folder on the Hub too, in one commit")]
 Private = Annotated[bool, typer.Option("--private", help="make the repository private, where it has to be created")]
@@ -34,7 +34,12 @@ Set = Annotated[
     list[str], typer.Option("--set", "-s", metavar="NAME=VALUE", help="option of the method, as `compress methods` lists them; a,b,c: one for each model")
 ]
 Exclude = Annotated[list[str], typer.Option("--exclude", metavar="PATTERN", help="tensors to leave as they are; shell pattern, may be repeated")]
+Include = Annotated[
+    list[str], typer.Option("--include", metavar="PATTERN", help="write only these tensors, as in 'layers.3.*'; shell pattern, may be repeated")
+]
+Cache = Annotated[bool, typer.Option("--cache", help="bring models on the Hub into the local Hub cache first, in place of reading ranges of them")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an output that exists")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on where an interrupted run of the same command stopped")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be read, written and needed; write nothing")]
 Memory = Annotated[str | None, typer.Option("--memory", help="bytes in flight, as in 2GB (default: half of what is free)")]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="threads that compute (default: one for each core)")]
@@ -52,9 +57,11 @@ def merge(
     base: Annotated[str | None, typer.Option("--base", "-b", help="the model the others were tuned from")] = None,
     set_: Set = [],  # noqa: B006
     exclude: Exclude = [],  # noqa: B006
+    include: Include = [],  # noqa: B006
     seed: Annotated[int, typer.Option("--seed", help="seed of the methods that draw at random")] = 0,
     out: Out = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
     dry_run: DryRun = False,
     memory: Memory = None,
     workers: Workers = None,
@@ -62,24 +69,25 @@ def merge(
     dtype: Dtype = None,
     device: Device = "cpu",
     allow_nonfinite: NonFinite = False,
+    cache: Cache = False,
     push: Push = None,
     private: Private = False,
     as_json: Json = False,
 ) -> None:
     """Merge models: `compress merge a.safetensors b.safetensors`."""
-    digests = _hash_early(*models, *([base] if base else []))
+    digests = None if resume else _hash_early(*models, *([base] if base else []))  # what was hashed before is not hashed again
     from mergekit_plus.recipe import check
 
     names = _distinct(models)
-    step: dict[str, Any] = {"method": method, "models": list(names), "exclude": exclude, "seed": seed, "dtype": dtype, **_settings(set_)}
+    step: dict[str, Any] = {"method": method, "models": list(names), "exclude": exclude, "include": include, "seed": seed, "dtype": dtype, **_settings(set_)}
     inputs = dict(names)
     if base is not None:
         step["base"] = next((name for name, ref in names.items() if ref == base), "base")
         inputs.setdefault(step["base"], base)
     recipe = check({"inputs": inputs, "steps": [{"merge": step}]}, Path(), "compress merge")
-    single = all(Path(ref).is_file() for ref in models)
+    single = all(Path(ref).is_file() or (ref.endswith(".safetensors") and not Path(ref).is_dir()) for ref in models)
     default = Path("merged.safetensors" if single else "merged")
-    how = _execution(out or default, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, digests)
+    how = _execution(out or default, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, digests, resume, cache)
     _carry_out(recipe, how, dry_run, as_json, push, private)
 
 
@@ -93,26 +101,32 @@ def quantize(
     format_: Annotated[str, typer.Option("--format", help="pack-quantized (compressed-tensors), or dense: the dequantized weights")] = "pack-quantized",
     set_: Set = [],  # noqa: B006
     exclude: Exclude = [],  # noqa: B006
+    include: Include = [],  # noqa: B006
     out: Out = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
     dry_run: DryRun = False,
     memory: Memory = None,
     workers: Workers = None,
     max_shard_size: ShardSize = "5GB",
     device: Device = "cpu",
     allow_nonfinite: NonFinite = False,
+    cache: Cache = False,
     push: Push = None,
     private: Private = False,
     as_json: Json = False,
 ) -> None:
     """Quantize a model's linear layers: `compress quantize --bits 4` in its folder."""
-    digests = _hash_early(model)
+    digests = None if resume else _hash_early(model)
     from mergekit_plus.recipe import check
 
-    step = {"bits": bits, "group_size": group_size, "symmetric": not asymmetric, "method": method, "format": format_, "exclude": exclude, **_settings(set_)}
+    step = {
+        "bits": bits, "group_size": group_size, "symmetric": not asymmetric, "method": method, "format": format_, "exclude": exclude, "include": include,
+        **_settings(set_),
+    }  # fmt: skip
     recipe = check({"inputs": {"model": model}, "steps": [{"quantize": step}]}, Path(), "compress quantize")
     default = _beside(model, f"{bits}bit-dense", "file") if format_ == "dense" else _beside(model, f"{bits}bit", "folder")
-    how = _execution(out or default, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, digests)
+    how = _execution(out or default, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, digests, resume, cache)
     _carry_out(recipe, how, dry_run, as_json, push, private)
 
 
@@ -121,10 +135,12 @@ def dequantize(
     model: Model = ".",
     out: Out = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
     dry_run: DryRun = False,
     memory: Memory = None,
     workers: Workers = None,
     max_shard_size: ShardSize = "5GB",
+    cache: Cache = False,
     push: Push = None,
     private: Private = False,
     as_json: Json = False,
@@ -133,7 +149,7 @@ def dequantize(
     from mergekit_plus.recipe import check
 
     recipe = check({"inputs": {"model": model}, "steps": [{"dequantize": {}}]}, Path(), "compress dequantize")
-    how = _execution(out or _beside(model, "dense", "file"), overwrite, memory, workers, max_shard_size)
+    how = _execution(out or _beside(model, "dense", "file"), overwrite, memory, workers, max_shard_size, resume=resume, cache=cache)
     _carry_out(recipe, how, dry_run, as_json, push, private)
 
 
@@ -142,12 +158,14 @@ def run(
     recipe: Annotated[Path, typer.Argument(help="a recipe, ours or mergekit's")],
     out: Out = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
     dry_run: DryRun = False,
     memory: Memory = None,
     workers: Workers = None,
     max_shard_size: ShardSize = "5GB",
     device: Device = "cpu",
     allow_nonfinite: NonFinite = False,
+    cache: Cache = False,
     push: Push = None,
     private: Private = False,
     as_json: Json = False,
@@ -156,7 +174,7 @@ def run(
     from mergekit_plus.recipe import load
 
     loaded = load(recipe)
-    how = _execution(out, overwrite, memory, workers, max_shard_size, allow_nonfinite, device)
+    how = _execution(out, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, resume=resume, cache=cache)
     _carry_out(loaded, how, dry_run, as_json, push, private)
 
 
@@ -240,7 +258,11 @@ def _carry_out(recipe: Recipe, how: Execution, dry_run: bool, as_json: bool, pus
         facts = plan(recipe, how)
         _print(facts, plan_lines(facts), as_json)
         return
-    outcome = carry_out(recipe, how)
+    try:
+        outcome = carry_out(recipe, how)
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(["compress: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
+        raise typer.Exit(130) from None
     _print(outcome_facts(outcome), outcome_lines(outcome), as_json)
     outcome.raise_failures()
 
@@ -265,6 +287,8 @@ def _execution(
     allow_nonfinite: bool = False,
     device: str = "cpu",
     digests: Digests | None = None,
+    resume: bool = False,
+    cache: bool = False,
 ) -> Execution:
     from mergekit_plus.checkpoint import SaveOptions
     from mergekit_plus.checkpoint.shards import parse_size
@@ -272,7 +296,7 @@ def _execution(
     from mergekit_plus.steps import Execution
 
     budget = parse_size(memory) if memory else None
-    return Execution(SaveOptions(overwrite, parse_size(max_shard_size), budget, workers, allow_nonfinite, on(), digests), device, out)
+    return Execution(SaveOptions(overwrite, parse_size(max_shard_size), budget, workers, allow_nonfinite, on(), digests, resume=resume), device, out, cache)
 
 
 def _settings(assignments: list[str]) -> dict[str, Any]:
@@ -306,7 +330,7 @@ def _beside(model: str, suffix: str, of_file: Literal["file", "folder"]) -> Path
     path = Path(model)
     if path.is_file():
         return Path(f"{path.stem}-{suffix}{'.safetensors' if of_file == 'file' else ''}")
-    name = path.resolve().name if path.is_dir() else model.split("@")[0].split("/")[-1]
+    name = path.resolve().name if path.is_dir() else model.split("@")[0].split("/")[-1].removesuffix(".safetensors")
     return Path(f"{name}-{suffix}")
 
 

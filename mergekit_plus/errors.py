@@ -3,6 +3,7 @@
     CompressError            the user's to mend; one line on stderr, exit code 2
       CheckpointError        a file or folder that cannot be read as a checkpoint, or inputs that do not fit together
         ReadError            an input that could not be read this time: the disk or the network failed; trying again may help
+          Unreachable        the Hub, or a file on it, cannot be had just now
       OptionError            a value, a name or a combination of options that cannot be
       RecipeError            a recipe file; holds every problem found, not the first
       OutputError            the output exists, or cannot be written
@@ -25,6 +26,10 @@ class CheckpointError(CompressError):
 
 class ReadError(CheckpointError):
     """An input that could not be read this time, through no fault of its own."""
+
+
+class Unreachable(ReadError):
+    """The Hub cannot be reached, or refuses what it gave before."""
 
 
 class OptionError(CompressError):

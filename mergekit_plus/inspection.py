@@ -25,7 +25,7 @@ def inspect(checkpoint: Checkpoint, tensors: bool = False) -> dict[str, Any]:
         "label": checkpoint.label,
         "architecture": (checkpoint.config.get("architectures") or ["no config.json"])[0],
         "tensors": len(specs),
-        "files": sum(path.suffix == ".safetensors" for paths in input_files(checkpoint).values() for path in paths),
+        "files": sum(blob.name.endswith(".safetensors") for blobs in input_files(checkpoint).values() for blob in blobs),
         "bytes": checkpoint.nbytes,
         "parameters": measured.parameters,
         "bits_per_weight": measured.bits_per_weight,

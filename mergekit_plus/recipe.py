@@ -13,6 +13,7 @@ Paths in a recipe are relative to the recipe's folder; `out` is relative to wher
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -27,7 +28,8 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator
 from .card import CARD, card
 from .checkpoint import Checkpoint, Manifest, SaveOptions, save, steps_of
 from .checkpoint.checkpoint import is_copy
-from .checkpoint.inputs import check_target
+from .checkpoint.hub import HubFile
+from .checkpoint.inputs import check_target, input_files
 from .checkpoint.layout import DEFAULT_SHARD_SIZE, MANIFEST, plan_save
 from .checkpoint.shards import parse_size
 from .checkpoint.stage import partial_of
@@ -156,7 +158,7 @@ def build(recipe: Recipe, how: Execution | None = None) -> Built:
     Errors: those of opening a checkpoint and of the operations, before any tensor is read.
     """
     how = how or Execution()
-    inputs = {name: replace(Checkpoint.open(recipe.resolve(source.ref)), label=source.ref) for name, source in recipe.inputs.items()}
+    inputs = {name: replace(Checkpoint.open(recipe.resolve(source.ref), how.cache), label=source.ref) for name, source in recipe.inputs.items()}
     stages: dict[str, Checkpoint] = {}
     result: Checkpoint | None = None
     for number, step in enumerate(recipe.steps, 1):
@@ -226,23 +228,26 @@ def _run(recipe: Recipe, how: Execution, out: Path, upload: Upload | None) -> Ou
 
 
 def plan(recipe: Recipe, how: Execution | None = None) -> dict[str, Any]:
-    """What `run` would do, from headers alone: what is read and written, and what memory and disk that takes."""
+    """What `run` would do, from headers alone: what is read and written, how often, and what memory, disk and network that takes."""
     how = how or Execution()
     out, target = _target(recipe, how)
-    result = build(recipe, how).result
+    result = build(recipe, replace(how, cache=False)).result
     _check_out(recipe, result, out)
     if target is not None:
         Upload(target).check(how.save.overwrite)
     if target is None or how.push:
         check_target(out, how.save.overwrite, result)
     layout = plan_save(result, out, _save_options(recipe, how))
+    cached = sum(blob.size for blobs in input_files(result).values() for blob in blobs if isinstance(blob, HubFile)) if how.cache else 0
     copies = sum(len(step.writes) for step in steps_of(result) if is_copy(step))
     return {
         "out": str(out if target is None or how.push else target), "files": len(layout.shards),
         "tensors": {"computed": len(result.specs) - copies, "copied": copies},
-        "bytes_read": layout.bytes_read, "bytes_written": layout.bytes_written, "measurements": len(layout.measurements),
-        "memory": layout.memory, "workers": layout.workers, "largest_unit": layout.largest_unit,
-        "disk_free": shutil.disk_usage(out.parent).free,
+        "bytes_read": layout.bytes_read, "bytes_measured": layout.bytes_measured, "bytes_written": layout.bytes_written,
+        "measurements": len(layout.measurements),
+        "memory": layout.memory, "workers": layout.workers, "largest_unit": layout.largest_unit, "peak_memory": layout.peak_memory,
+        "from_hub": {"bytes": cached or layout.from_hub[0], "requests": layout.from_hub[1] * (not cached)},
+        "cached": cached, "disk_needed": layout.bytes_written, "disk_free": shutil.disk_usage(out.parent).free,
     }  # fmt: skip
 
 
@@ -283,8 +288,8 @@ def resolved(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manifes
     content = recipe.model_dump(mode="json", exclude_defaults=True)
     content["inputs"] = {
         name: {
-            "ref": _relative(recipe.resolve(source.ref), out),
-            "sha256": {file: facts["sha256"] for file, facts in manifest.inputs.get(inputs[name].label, {}).items()},
+            "ref": inputs[name].pinned or _relative(recipe.resolve(source.ref), out),
+            "sha256": {file: facts["sha256"] for file, facts in manifest.inputs.get(inputs[name].ref, {}).items()},
         }
         for name, source in recipe.inputs.items()
     }
@@ -317,7 +322,9 @@ def _relative(ref: str, out: Path) -> str:
 
 def _check_digests(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manifest) -> None:
     for name, source in recipe.inputs.items():
-        found = manifest.inputs.get(inputs[name].label, {})
+        found = {file: facts["sha256"] for file, facts in manifest.inputs.get(inputs[name].ref, {}).items()}
         for file, digest in source.sha256.items():
-            if found.get(file, {}).get("sha256") != digest:
+            if file not in found and file in inputs[name].files:  # on the Hub, and nobody had to read it
+                found[file] = hashlib.sha256(inputs[name].file(file)).hexdigest()
+            if found.get(file) != digest:
                 raise CheckpointError(f"input '{name}': {file} is not the file that the recipe was made with (its SHA-256 differs)")

@@ -63,11 +63,20 @@ def inspection_lines(facts: Mapping[str, Any]) -> list[str]:
 def plan_lines(facts: Mapping[str, Any]) -> list[str]:
     """`--dry-run`."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in facts["tensors"].items())
+    times = 1 + facts["bytes_measured"] / max(1, facts["bytes_read"])
+    again = f", {times:.2g} times in all to measure the whole model first" if facts["measurements"] else ""
+    hub = []
+    if facts["cached"]:
+        hub = [f"brings {size(facts['cached'])} from the Hub into its local cache"]
+    elif facts["from_hub"]["bytes"]:
+        advice = "; --cache brings the models to the disk and reads them once" if facts["measurements"] else ""
+        hub = [f"from the Hub: {size(facts['from_hub']['bytes'])} in {facts['from_hub']['requests']} requests{advice}"]
     return [
         f"would write {facts['out']}: {kinds}; {size(facts['bytes_written'])} in {facts['files']} file{'s' * (facts['files'] != 1)}",
-        f"reads {size(facts['bytes_read'])}{' and ' + str(facts['measurements']) + ' pass over the whole model before' if facts['measurements'] else ''}; "
-        f"at most {size(facts['memory'])} in flight ({facts['workers']} workers, largest unit {size(facts['largest_unit'])}); "
-        f"{size(facts['disk_free'])} free on the disk",
+        f"reads {size(facts['bytes_read'])}{again}; "
+        f"at most {size(facts['peak_memory'])} in flight ({facts['workers']} workers, largest unit {size(facts['largest_unit'])}); "
+        f"needs {size(facts['disk_needed'])} on the disk, {size(facts['disk_free'])} are free",
+        *hub,
     ]
 
 

@@ -29,6 +29,7 @@ class Execution:
     save: SaveOptions = field(default_factory=SaveOptions)
     device: str = "cpu"
     out: Path | None = None
+    cache: bool = False  # bring what lies on the Hub into the local cache first
     push: str | None = None  # a repository to which the output goes as well
     private: bool = False  # where it has to be created
 
@@ -44,6 +45,7 @@ class MergeStep(BaseModel):
     dtype: str | None = None
     input_dtype: str | None = None
     exclude: list[str] = Field(default_factory=list)
+    include: list[str] = Field(default_factory=list)
     seed: int = 0
 
     @field_validator("models", mode="before")
@@ -89,7 +91,7 @@ class MergeStep(BaseModel):
         options = MergeOptions(
             parse_float_dtype(self.dtype) if self.dtype else None,
             parse_float_dtype(self.input_dtype) if self.input_dtype else None,
-            tuple(self.exclude), self.seed, how.device, how.save.allow_nonfinite,
+            tuple(self.exclude), tuple(self.include), self.seed, how.device, how.save.allow_nonfinite,
         )  # fmt: skip
         return merge([inputs[name] for name in self.models], self.method, inputs[self.base] if self.base else None, self.options(), options)
 
@@ -105,6 +107,7 @@ class QuantizeStep(BaseModel):
     method: str = "rtn"
     format: str = "pack-quantized"
     exclude: list[str] = Field(default_factory=list)
+    include: list[str] = Field(default_factory=list)
     of: str | None = None  # an input; by default what the step before made, or the only input
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
@@ -123,7 +126,7 @@ class QuantizeStep(BaseModel):
         source = inputs[self.of] if self.of else only_input(inputs, previous, "quantize")
         return quantize(
             source, scheme, self.method, self.model_extra or {}, self.format,
-            exclude=tuple(self.exclude), device=how.device, allow_nonfinite=how.save.allow_nonfinite,
+            exclude=tuple(self.exclude), include=tuple(self.include), device=how.device, allow_nonfinite=how.save.allow_nonfinite,
         )  # fmt: skip
 
 

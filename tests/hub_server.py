@@ -357,7 +357,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json({})
         sha, files = self._revision(repository, revision)
         if what in (None, "revision"):
-            siblings = [{"rfilename": name} for name in files]
+            siblings = [{"rfilename": name, **(_metadata(file) if asked.get("blobs") else {})} for name, file in files.items()]
             return self._json({"id": repo, "sha": sha, "siblings": siblings, "gated": repository.gated and "auto", "private": repository.private, "tags": []})
         if what == "paths-info":
             wanted = parse_qs(body.decode()).get("paths", [])
@@ -463,6 +463,12 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _Refused(404, "EntryNotFound", "A file with this name doesn't exist")
         sha = repository.add(files, branch, header["summary"])
         return self._json({"success": True, "commitOid": sha, "commitUrl": f"{self.server.url}/{repo}/commit/{sha}", "hookOutput": ""})
+
+
+def _metadata(file: Stored) -> dict[str, Any]:
+    """A file as the listing of a whole repository has it, on request."""
+    lfs = {"lfs": {"sha256": file.sha256, "size": file.size, "pointerSize": 134}} if file.lfs else {}
+    return {"size": file.size, "blobId": file.oid, **lfs}
 
 
 def _entry(name: str, file: Stored) -> dict[str, Any]:

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 from ..errors import OutputError, ReadError
+from .blob import Blob, File
 from .checkpoint import Checkpoint, FileSource, Plan
 from .folder import INDEX, SINGLE
+from .hub import HubFile
 from .layout import is_file
-from .safetensors import File
 
 
-def input_files(checkpoint: Checkpoint) -> dict[str, list[Path]]:
-    """The files behind a checkpoint, under the label of the input that they belong to."""
-    found: dict[str, dict[Path, None]] = {}
+def input_files(checkpoint: Checkpoint) -> dict[str, list[Blob]]:
+    """The files behind a checkpoint, under the reference of the input that they belong to: those that its tensors are read from, as they are
+    open now, and the small ones."""
+    found: dict[str, dict[str, Blob]] = {}
     for part, source in _inputs(checkpoint):
-        files = found.setdefault(part.label, {})
-        files.update({file.path: None for file, _ in source.places.values()})
-        files.update({path: None for path in part.files.values() if isinstance(path, Path)})
-    return {label: sorted(files) for label, files in found.items()}
+        files = found.setdefault(part.ref, {})
+        files.update({blob.place: blob for blob, _ in source.places.values()})
+        for small in part.files.values():
+            if isinstance(small, HubFile):
+                files[small.place] = small
+            elif isinstance(small, Path) and str(small) not in files:
+                files[str(small)] = File(small)
+    return {ref: [files[place] for place in sorted(files)] for ref, files in found.items()}
+
+
+def _local_paths(checkpoint: Checkpoint) -> Iterator[Path]:
+    for part, source in _inputs(checkpoint):
+        yield from (blob.path for blob, _ in source.places.values() if isinstance(blob, File))
+        yield from (small for small in part.files.values() if isinstance(small, Path))
 
 
 def _inputs(checkpoint: Checkpoint) -> list[tuple[Checkpoint, FileSource]]:
@@ -42,17 +56,12 @@ def _inputs(checkpoint: Checkpoint) -> list[tuple[Checkpoint, FileSource]]:
     return list(found.values())
 
 
-def open_files(checkpoint: Checkpoint) -> dict[Path, File]:
-    """The files behind a checkpoint: those that its tensors are read from, as they are open now, and the small ones."""
-    files = {file.path: file for _, source in _inputs(checkpoint) for file, _ in source.places.values()}
-    return files | {path: File(path) for paths in input_files(checkpoint).values() for path in paths if path not in files}
-
-
-def digest_of(path: Path, future: Future[str]) -> str:
+def digest_of(blob: Blob, future: Future[str]) -> dict[str, Any]:
+    """What the manifest says of an input."""
     try:
-        return future.result()
+        return blob.facts(future.result())
     except OSError as error:
-        raise ReadError(f"{path} cannot be read to its end: {error.strerror}") from None
+        raise ReadError(f"{blob.place} cannot be read to its end: {error.strerror}") from None
 
 
 def check_target(out: Path, overwrite: bool, checkpoint: Checkpoint) -> None:
@@ -62,8 +71,8 @@ def check_target(out: Path, overwrite: bool, checkpoint: Checkpoint) -> None:
     """
     if not out.parent.is_dir():
         raise OutputError(f"{out}: the folder {out.parent} does not exist")
-    paths = [path for files in input_files(checkpoint).values() for path in files]
-    inputs = {place for path in paths for place in (path.resolve(), path.parent.resolve() / path.name)}  # the Hub's cache links to blobs
+    # the Hub's cache links to blobs
+    inputs = {place for path in _local_paths(checkpoint) for place in (path.resolve(), path.parent.resolve() / path.name)}
     resolved = out.resolve()
     if any(resolved in (path, *path.parents) for path in inputs):
         raise OutputError(f"{out} is one of the inputs, or holds one; write somewhere else with -o")

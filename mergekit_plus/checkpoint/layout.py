@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..digests import Digests
 from ..errors import OptionError
 from ..progress import Progress, quiet
-from .checkpoint import SLAB, Checkpoint, Measured, Plan, Rows, Step, of_inner, steps_of
+from .blob import Blob
+from .checkpoint import SLAB, Checkpoint, FileSource, Measured, Plan, Rows, Step, of_inner, proportional, steps_of
+from .hub import HubFile
+from .prefetch import plan_spans, span_limit
 from .shards import Shard, plan_shards
 from .upload import Upload
 
 MANIFEST = "manifest.json"
 HELD = 256 << 20  # bytes of one tensor's inputs that a worker holds, to measure them and compute from them with one reading
 FIXED_COST = 64 << 20  # bytes of temporaries that a worker may need beside what it reads and writes
+AHEAD = 256 << 20  # bytes fetched from the Hub ahead of their use, where a quarter of the memory is more
 DEFAULT_SHARD_SIZE = 5 * 10**9
 
 
@@ -47,10 +51,18 @@ class Layout:
     units: list[Unit]
     measurements: list[Measured]
     bytes_read: int
+    bytes_measured: int  # read before that, about, to measure whole models
     bytes_written: int
     largest_unit: int
     memory: int
+    ahead: int  # bytes of `memory` that hold what is fetched from the Hub ahead of its use; 0 where nothing lies there
     workers: int
+    from_hub: tuple[int, int]  # bytes and requests of all that reading, where it is done on the Hub
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes in flight at most."""
+        return min(self.memory, self.ahead + self.workers * self.largest_unit)
 
 
 def plan_save(checkpoint: Checkpoint, out: Path, options: SaveOptions) -> Layout:
@@ -62,20 +74,69 @@ def plan_save(checkpoint: Checkpoint, out: Path, options: SaveOptions) -> Layout
     workers = options.workers or len(os.sched_getaffinity(0))
     workers = max(1, min(workers, memory // (2 * FIXED_COST)))  # a worker that gets a few rows at a time is no help
     shards = plan_shards(checkpoint.specs.values(), options.max_shard_size, single=out.name if is_file(out) else "")
-    place = {name: (number, shard.offsets[name]) for number, shard in enumerate(shards) for name in shard.offsets}
-    steps = sorted(steps_of(checkpoint), key=lambda step: min(place[spec.name] for spec in step.writes))
-    share = memory // workers
+    steps = _in_order(steps_of(checkpoint), shards)
+    ahead = min(memory // 4, AHEAD) if any(isinstance(blob, HubFile) for step in steps for blob, _, _ in spans(step, None)) else 0
+    share = (memory - ahead) // workers
     units = [(step, rows) for step in steps for rows in _units(step, share)]
     found = measurements(steps)
     scanned = [(step, step.slabs()[0]) for measured in found for step in measured.steps]
     largest, culprit = max(((cost(step, rows), step) for step, rows in (*units, *scanned)), key=lambda pair: pair[0], default=(0, None))
-    if culprit is not None and largest > memory:
+    if culprit is not None and largest > memory - ahead:
         raise OptionError(
             f"--memory {memory / 1e6:.0f} MB is too little: "
-            f"{culprit.writes[0].name} needs {largest / 1e6:.0f} MB at once; give at least that"
+            f"{culprit.writes[0].name} needs {largest / 1e6:.0f} MB at once; give at least {'a third more than ' * bool(ahead)}that"
         )
     read = sum(_bytes_read(step) for step in steps)
-    return Layout(shards, units, found, read, sum(shard.size for shard in shards), largest, memory, workers)
+    measured = sum(each.passes * _bytes_read(step) for each in found for step in each.steps)
+    written = sum(shard.size for shard in shards)
+    return Layout(shards, units, found, read, measured, written, largest, memory, ahead, workers, _from_hub(units, found, ahead))
+
+
+def _from_hub(units: Iterable[Unit], found: Iterable[Measured], ahead: int) -> tuple[int, int]:
+    """Bytes and requests that these units and measurements take where their inputs lie on the Hub."""
+    scans = [(each.passes, [(step, rows) for step in each.steps for rows in step.slabs()]) for each in found]
+    nbytes = requests = 0
+    for times, pieces in ((1, units), *scans) if ahead else ():
+        queue, _ = plan_spans((read for piece in pieces for read in reads_of(piece)), span_limit(ahead))
+        nbytes, requests = nbytes + times * sum(span.size for span in queue), requests + times * len(queue)
+    return nbytes, requests
+
+
+def _in_order(steps: Iterable[Step], shards: Sequence[Shard]) -> list[Step]:
+    """Steps in the order in which the output has what they write; or, where they read from the Hub, in which the first file there has what they
+    read: only a file that is read from its start to its end can be checked against the Hub's SHA-256."""
+    place = {name: (number, shard.offsets[name]) for number, shard in enumerate(shards) for name in shard.offsets}
+
+    def key(step: Step) -> tuple[str, int, tuple[int, int]]:
+        written = min(place[spec.name] for spec in step.writes)
+        return next(((blob.place, start, written) for blob, start, _ in spans(step, None) if isinstance(blob, HubFile)), ("", 0, written))
+
+    return sorted(steps, key=key)
+
+
+def spans(step: Step, rows: Rows | None) -> Iterator[tuple[Blob, int, int]]:
+    """The bytes of files that a step reads for these rows, through the steps behind it, in that order: file, start, length."""
+    through: set[int] = set()
+    for (part, name), spec in zip(step.reads, step.read_specs, strict=True):
+        if isinstance(part.source, Plan):
+            inner = part.source.step_of[name]
+            if id(inner) not in through:
+                yield from spans(inner, of_inner(step, inner, rows))
+            through.add(id(inner))
+        elif isinstance(part.source, FileSource):
+            blob, start = part.source.places[name]
+            if rows is None:
+                yield blob, start, spec.nbytes
+            else:
+                own = proportional(rows, step.rows, spec.rows)
+                yield blob, start + own.start * spec.row_bytes, (own.stop - own.start) * spec.row_bytes
+
+
+def reads_of(unit: Unit) -> Iterator[tuple[Blob, int, int]]:
+    """The bytes of files that a unit reads, slab by slab as it does."""
+    step, rows = unit
+    for part in step.slabs(rows=rows) if rows is not None else [None]:
+        yield from spans(step, part if step.cut else None)
 
 
 def measurements(steps: Iterable[Step]) -> list[Measured]:

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,13 +27,15 @@ import torch
 from ..digests import Digests
 from ..errors import CheckFailed, CheckpointError, CompressError, OutputError, ReadError
 from ..progress import Progress
+from .blob import Blob
 from .checkpoint import Checkpoint, ParallelMap, Plan, Recall, Rows, Step, execute, of_inner, proportional
 from .finite import is_finite
 from .folder import INDEX
-from .inputs import check_target, digest_of, input_files, open_files
+from .hub import HubFile
+from .inputs import check_target, digest_of, input_files
 from .journal import sync_folder
-from .layout import Layout, SaveOptions, Unit, bytes_of, cost, is_file, manifest_name, plan_save
-from .safetensors import File
+from .layout import Layout, SaveOptions, Unit, bytes_of, cost, is_file, manifest_name, plan_save, reads_of
+from .prefetch import Prefetch
 from .shards import Abandoned, ShardFile, index_json, known_prefix
 from .spec import TensorSpec
 from .stage import Stage, was_published
@@ -78,7 +80,7 @@ def save(
         check_target(out, options.overwrite, checkpoint)
     layout = plan_save(checkpoint, out, options)
     carried = {} if is_file(out) else {name: checkpoint.file(name) for name in checkpoint.files}
-    inputs = open_files(checkpoint)
+    inputs = input_files(checkpoint)
     with Stage(out) as stage:
         try:
             job = None if options.job is None else _fingerprint(options, inputs, layout)
@@ -103,14 +105,14 @@ def save(
     return manifest
 
 
-def _fingerprint(options: SaveOptions, inputs: Mapping[Path, File], layout: Layout) -> dict[str, str]:
+def _fingerprint(options: SaveOptions, inputs: Mapping[str, Sequence[Blob]], layout: Layout) -> dict[str, str]:
     """What must be the same for a run to go on where another stopped; by part, so that a refusal can name what differs."""
     from .. import __version__
 
     parts: dict[str, Any] = {
         "versions": [__version__, torch.__version__],
         "options": [options.job, options.allow_nonfinite],
-        "inputs": [[path.name, *file.identity] for path, file in inputs.items()],
+        "inputs": [[blob.name, blob.identity] for files in inputs.values() for blob in files],
         "shards": [[shard.name, hashlib.sha256(shard.header).hexdigest()] for shard in layout.shards],
     }
     return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
@@ -150,10 +152,12 @@ class _Budget:
                 self._freed.notify_all()
 
 
-def _write_all(checkpoint: Checkpoint, inputs: Mapping[Path, File], layout: Layout, stage: Stage, options: SaveOptions) -> Manifest:
+def _write_all(checkpoint: Checkpoint, inputs: Mapping[str, Sequence[Blob]], layout: Layout, stage: Stage, options: SaveOptions) -> Manifest:
     """Compute and write every tensor that is not finished; hash inputs and outputs on the way."""
     stop = threading.Event()
-    budget = _Budget(layout.memory)
+    budget = _Budget(layout.memory - layout.ahead)
+    ahead = Prefetch(layout.ahead)
+    blobs = [blob for files in inputs.values() for blob in files]
     files: list[ShardFile] = []
     threads_before = torch.get_num_threads()
     torch.set_num_threads(1)  # the workers are the parallelism
@@ -164,9 +168,9 @@ def _write_all(checkpoint: Checkpoint, inputs: Mapping[Path, File], layout: Layo
             ThreadPoolExecutor(layout.workers, "worker") as workers,
             ThreadPoolExecutor(max(1, layout.workers // 2), "output-digest") as output_pool,
         ):
-            parallel = _parallel(workers, stop, budget)
+            parallel = _parallel(workers, stop, budget, ahead)
             try:
-                input_digests = {path: _input_digest(path, file, digests_of, stage) for path, file in inputs.items()}
+                input_digests = {blob.place: _input_digest(blob, digests_of, stage) for blob in blobs}
                 for number, measured in enumerate(layout.measurements):
                     with options.progress.phase(measured.label or "measuring", None):
                         measured.get(parallel=parallel, recall=_recall(str(number), stage))
@@ -174,8 +178,8 @@ def _write_all(checkpoint: Checkpoint, inputs: Mapping[Path, File], layout: Layo
                 output_digests = [output_pool.submit(_output_digest, file, stage, options.upload, lambda: _abandon(files, stop)) for file in files]
                 where = {name: file for file in files for name in file.shard.offsets}
                 units = [unit for unit in layout.units if not _is_finished(*unit, where)]
-                todo = sum(bytes_of(spec.nbytes, step, rows) for step, rows in units for spec in step.writes)
-                with options.progress.phase("writing", layout.bytes_written, done=layout.bytes_written - todo):
+                done = _bytes_of(layout.units) - _bytes_of(units)
+                with options.progress.phase("writing", layout.bytes_written, done=done):
 
                     def work(unit: Unit) -> None:
                         _write_unit(*unit, where, options)
@@ -183,19 +187,25 @@ def _write_all(checkpoint: Checkpoint, inputs: Mapping[Path, File], layout: Layo
                     parallel(work, units)
                     digests = _results(output_digests, uploads)
                 with options.progress.phase("checking inputs", None):
-                    found = {path: {"bytes": inputs[path].size, "sha256": digest_of(path, future)} for path, future in input_digests.items()}
+                    found = {blob.place: digest_of(blob, input_digests[blob.place]) for blob in blobs}
             finally:
+                ahead.close()
                 if options.digests is None:  # the caller's own may be wanted again
                     digests_of.stop()
                 _abandon(files, stop)
-        for file in inputs.values():
-            file.check_unchanged()
+        for blob in blobs:
+            blob.check_unchanged()
     finally:
         torch.set_num_threads(threads_before)
         for written in files:
             written.close()
     outputs = {written.shard.name: {"bytes": written.shard.size, "sha256": digest} for written, digest in zip(files, digests, strict=True)}
-    return Manifest(outputs, {label: {path.name: found[path] for path in paths} for label, paths in input_files(checkpoint).items()})
+    return Manifest(outputs, _of_inputs(inputs, found))
+
+
+def _of_inputs(inputs: Mapping[str, Sequence[Blob]], found: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The inputs as the manifest lists them; a small file on the Hub whose digest nobody knows, because it was not read, is none."""
+    return {ref: {blob.name: found[blob.place] for blob in files if found[blob.place]["sha256"]} for ref, files in inputs.items()}
 
 
 def _shard_files(layout: Layout, stage: Stage, progress: Progress) -> list[ShardFile]:
@@ -225,6 +235,10 @@ def _shard_files(layout: Layout, stage: Stage, progress: Progress) -> list[Shard
     return files
 
 
+def _bytes_of(units: Iterable[Unit]) -> int:
+    return sum(bytes_of(spec.nbytes, step, rows) for step, rows in units for spec in step.writes)
+
+
 def _is_finished(step: Step, rows: Rows | None, where: Mapping[str, ShardFile]) -> bool:
     """Whether all that a unit writes lies in what an interrupted save has finished."""
     return all(
@@ -250,9 +264,11 @@ def _recall(measurement: str, stage: Stage) -> Recall:
     return recall
 
 
-def _input_digest(path: Path, file: File, digests: Digests, stage: Stage) -> Future[str]:
+def _input_digest(blob: Blob, digests: Digests, stage: Stage) -> Future[str]:
     """An input's SHA-256; noted in the journal, so that a resumed save need not read the file for it."""
-    name = str(path)
+    name = blob.place
+    if isinstance(blob, HubFile):  # the Hub has said it
+        return blob.digest(digests)
     if name in stage.done.inputs:
         known: Future[str] = Future()
         known.set_result(stage.done.inputs[name])
@@ -263,7 +279,7 @@ def _input_digest(path: Path, file: File, digests: Digests, stage: Stage) -> Fut
             with suppress(OSError):  # the journal gives it to the next one, who can raise it
                 stage.journal.add(input=name, sha256=future.result())
 
-    future = digests.of(file.fd)
+    future = blob.digest(digests)
     future.add_done_callback(note)
     return future
 
@@ -328,10 +344,13 @@ def _explain_nonfinite(step: Step, rows: Rows | None, name: str) -> str:
     return f"{name}: the result has NaN or infinite values although the inputs have none: it overflows its dtype; try --dtype float32"
 
 
-def _parallel(pool: ThreadPoolExecutor, stop: threading.Event, budget: _Budget) -> ParallelMap:
+def _parallel(pool: ThreadPoolExecutor, stop: threading.Event, budget: _Budget, ahead: Prefetch) -> ParallelMap:
     """A `map` of units over the pool, inside the budget, results in order; after the first error no further unit is begun."""
 
     def run(function: Callable[[Any], Any], units: Iterable[Any]) -> Iterator[Any]:
+        units = list(units)
+        ahead.begin(read for unit in units for read in reads_of(unit))
+
         def guarded(unit: Unit) -> Any:
             with budget.take(cost(*unit)):
                 return None if stop.is_set() else function(unit)
@@ -343,8 +362,10 @@ def _parallel(pool: ThreadPoolExecutor, stop: threading.Event, budget: _Budget) 
             for future in futures:
                 if future in done:
                     future.result()
+            ahead.finish()
         except BaseException:
             stop.set()
+            ahead.close()
             raise
         return iter([future.result() for future in futures])
 

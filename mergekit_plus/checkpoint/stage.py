@@ -87,7 +87,8 @@ class Stage:
             self._clear()
             self.keep = False
             found = Done(dict(job or {}), total)
-        self.files.mkdir(exist_ok=True)
+        if not found.publishing:  # else there is none any more, where it has become the output
+            self.files.mkdir(exist_ok=True)
         self.done = found
         if job is not None:
             self.journal = Journal(self.folder / "journal", found)
@@ -113,7 +114,7 @@ class Stage:
             for name in (self.out.name, manifest_name(self.out)):  # a file comes before the manifest that vouches for it
                 if (self.files / name).exists():
                     os.replace(self.files / name, self.out.parent / name)
-        elif self.files.exists():
+        elif (self.files / manifest_name(self.out)).exists():  # all is there
             self._replace()
         sync_folder(self.folder)
         sync_folder(self.out.parent)

@@ -20,11 +20,11 @@ from typing import Any, TypeVar
 
 from ..errors import CompressError, OptionError, OutputError, printable
 from .folder import CARRIED
+from .hub import PATIENCE
+from .ranges import LONGEST_WAIT, again_after, passes, transport_errors
 
 AT_ONCE = 2  # files that go up at the same time
 PAUSES = (1, 2, 4, 8)  # seconds between tries, beside those that huggingface_hub itself makes of most requests
-LONGEST_PAUSE = 300  # of what the Hub may ask for
-PATIENCE = 10  # seconds for the Hub to say where a branch stands
 UNTOUCHED = (".gitattributes",)  # what a repository holds from the start
 # What a model consists of: where a new version lacks such a file, that of the old one is deleted with the same commit.
 OF_A_MODEL = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json", "manifest.json", "recipe.yaml", *CARRIED)
@@ -261,11 +261,12 @@ def _pause(error: Exception, pause: float) -> float | None:
 
     cause = _cause(error)
     if not isinstance(cause, HfHubHTTPError):
-        return pause if isinstance(cause, HfHubHTTPError.__bases__) else None  # a connection that failed
-    status, after = cause.response.status_code, cause.response.headers.get("Retry-After", "")
-    if status in (408, 429) or status >= 500 or (status == 403 and cause is not error):  # the last: a signed link that has expired
-        return float(after) if after.isdigit() and float(after) <= LONGEST_PAUSE else pause
-    return None
+        return pause if isinstance(cause, transport_errors()) and not isinstance(cause, OSError) else None  # not for files here, nor when offline
+    status = cause.response.status_code
+    if not passes(status) and not (status == 403 and cause is not error):  # a signed link that has expired is to be had anew
+        return None
+    asked = again_after(cause.response, "").pause or pause
+    return asked if asked <= LONGEST_WAIT else None
 
 
 def _clean(text: str) -> str:

@@ -67,6 +67,7 @@ class MergeMethod:
     models: tuple[int, int | None]
     options: Options = field(compare=False)
     check: Callable[[Mapping[str, Any]], None] | None = None  # refuses options that do not go together; before any read
+    passes: int = 1  # how often the statistic reads everything, about
 
     @property
     def inside(self) -> tuple[str, ...]:
@@ -97,17 +98,19 @@ def merge_method(
     scope: Literal["tensor", "model"] = "tensor",
     models: tuple[int, int | None] = (1, None),
     check: Callable[[Mapping[str, Any]], None] | None = None,
+    passes: int = 1,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a merge method.
 
     statistic: `statistic(scan, **options)`, called with those options of the method that its signature names; once for each
     tensor (scope "tensor") or once for the whole model (scope "model"). models: least and most models besides the base.
+    passes: how often the statistic goes over everything, for plans.
     check: gets the function's keyword arguments, each fit on its own, and raises OptionError where they do not go together.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         options = Options(name, function, inside=INSIDE)
-        METHODS.register(name, MergeMethod(name, function, statistic, scope, models, options, check))
+        METHODS.register(name, MergeMethod(name, function, statistic, scope, models, options, check, passes))
         return function
 
     return register

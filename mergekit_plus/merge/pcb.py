@@ -77,7 +77,7 @@ def measure(scan: Scan, *, lambda_: Sequence[float], ratio: float, winsor: float
     return tuple(None if bound is None else Bounds(bound.low, bound.high, *next(found)) for bound in bounds)
 
 
-@merge_method("pcb", statistic=measure, scope="model")
+@merge_method("pcb", statistic=measure, scope="model", passes=2)
 def pcb(
     base: Tensor,
     models: Sequence[Tensor],

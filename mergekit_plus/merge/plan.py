@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from ..checkpoint import Checkpoint, Measured, Plan, Scan, Step, TensorSpec
 from ..checkpoint.checkpoint import Run, copy_step, row_multiple
 from ..checkpoint.dtypes import TAGS, TORCH_DTYPES, config_dtype
 from ..checkpoint.finite import is_finite, nonfinite
-from ..checkpoint.spec import natural_order
+from ..checkpoint.spec import check_patterns, matches, natural_order
 from ..errors import CheckpointError, OptionError, nearest
 from ..model import quantized_reason, tied_alias
 from . import METHODS, MergeMethod
@@ -29,6 +28,7 @@ class MergeOptions:
     dtype: str | None = None  # tag of the result; by default that of the inputs
     input_dtype: str | None = None  # tag to which inputs are rounded before the arithmetic (mergekit's `dtype`)
     exclude: tuple[str, ...] = ()  # shell patterns of tensors that are copied instead of merged
+    include: tuple[str, ...] = ()  # shell patterns of the tensors that the result has; all where there are none
     seed: int = 0
     device: str = "cpu"
     allow_nonfinite: bool = False
@@ -61,10 +61,10 @@ def merge(
         chosen.check(arguments)
     inputs = ((base,) if chosen.needs_base and base is not None else ()) + tuple(models)
     donor = base or models[0]
-    account_of = account(inputs, donor, how.exclude)
+    account_of = account(inputs, donor, how.exclude, how.include)
 
     bound = _Bound(chosen, arguments, how)
-    shared = Measured(bound.measure, f"{method}: measuring", whole_model=True) if chosen.statistic and chosen.scope == "model" else None
+    shared = Measured(bound.measure, f"{method}: measuring", whole_model=True, passes=chosen.passes) if chosen.statistic and chosen.scope == "model" else None
     steps = []
     for name in sorted({*account_of.merged, *account_of.copied}, key=natural_order):
         if name in account_of.copied:
@@ -98,8 +98,8 @@ def problems(method: str, options: Mapping[str, object], models: int, base: bool
     return found
 
 
-def account(inputs: Sequence[Checkpoint], donor: Checkpoint, exclude: Sequence[str] = ()) -> Account:
-    """Decide for every tensor of the inputs what becomes of it; `donor` gives what is copied.
+def account(inputs: Sequence[Checkpoint], donor: Checkpoint, exclude: Sequence[str] = (), include: Sequence[str] = ()) -> Account:
+    """Decide for every tensor of the inputs what becomes of it; `donor` gives what is copied, and what `include` does not match is left out.
 
     Errors: CheckpointError naming tensors that only some inputs have, or whose shapes differ, and inputs that are quantised.
     """
@@ -110,11 +110,12 @@ def account(inputs: Sequence[Checkpoint], donor: Checkpoint, exclude: Sequence[s
     copied: dict[str, str] = {}
     problems: list[str] = []
     names = dict.fromkeys(name for part in inputs for name in part.specs)
-    for pattern in exclude:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise OptionError(f"--exclude '{pattern}' matches no tensor.{nearest(pattern, names) if len(names) < 1000 else ''}")
+    check_patterns("--exclude", exclude, names)
+    check_patterns("--include", include, names)
     for name in names:
-        if any(fnmatchcase(name, pattern) for pattern in exclude):
+        if include and not matches(name, include):
+            continue
+        if matches(name, exclude):
             copied[name] = "excluded"
             continue
         places = [name if name in part.specs else tied_alias(part, name) or "" for part in inputs]
@@ -270,7 +271,7 @@ def _result_dtype(specs: Sequence[TensorSpec], how: MergeOptions) -> str:
 
 def _copied(name: str, inputs: Sequence[Checkpoint], donor: Checkpoint, how: MergeOptions) -> Step:
     holders = [part for part in inputs if name in part.specs]
-    if any(fnmatchcase(name, pattern) for pattern in how.exclude) or len(holders) == 1:
+    if matches(name, how.exclude) or len(holders) == 1:
         return copy_step(donor, name)
     reads = tuple((part, name) for part in holders)
 
