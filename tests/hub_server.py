@@ -27,7 +27,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 CHUNK = 1 << 16  # bytes written, and counted, at once
-TOKEN = "hf_a-token-of-the-tests"  # may read and write everything
+TOKEN = "hf_aTokenOfTheTests"  # may read and write everything
 
 
 class Stored:

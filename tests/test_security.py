@@ -7,53 +7,20 @@ import json
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from program import Program
 from safetensors.torch import load_file, save_file
 from test_imports import MODULES, ROOT
 
-from mergekit_plus.__main__ import main
 from mergekit_plus.checkpoint import Checkpoint, TensorTable, save
 from mergekit_plus.errors import CheckpointError
 
 MODELS = ROOT / "tests" / "models"
 SECRET = "nobody-must-see-this"
-
-
-class Program:
-    """`compress` in this process: exit code, stdout, stderr."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch) -> None:
-        self.capsys, self.patch = capsys, patch
-
-    def __call__(self, *arguments: object) -> tuple[int, str, str]:
-        self.patch.setattr(sys, "argv", ["compress", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        told = self.capsys.readouterr()
-        return code, told.out, told.err
-
-    def refuses(self, *arguments: object) -> str:
-        """Exit code 2 and one printable line, which is returned."""
-        code, out, err = self(*arguments)
-        assert (code, out) == (2, ""), err
-        assert err.endswith("\n")
-        assert err[:-1].isprintable(), err
-        return err[:-1]
-
-
-@pytest.fixture
-def compress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("warnings.formatwarning", None)  # which the program sets
-    return Program(capsys, monkeypatch)
 
 
 @pytest.fixture
@@ -132,7 +99,7 @@ def test_an_index_names_files_in_its_folder_only(compress: Program, model: Path,
     names = load_file(model / "model.safetensors")
     (model / "model.safetensors").rename(model / "other.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
-    line = compress.refuses("merge", model, MODELS / "docs")
+    line = compress("merge", model, MODELS / "docs").line
     assert "names the shard" in line or "is missing" in line
     assert not Path("merged").exists()
 
@@ -141,7 +108,7 @@ def test_an_index_names_files_in_its_folder_only(compress: Program, model: Path,
 def test_a_shard_that_is_a_link_to_something_else_is_refused_and_not_quoted(compress: Program, model: Path, target: str) -> None:
     (model / "model.safetensors").unlink()
     (model / "model.safetensors").symlink_to(target)
-    line = compress.refuses("quantize", model)
+    line = compress("quantize", model).line
     assert "outside of the model's folder" in line
     assert SECRET[:8] not in line
     assert "root:" not in line
@@ -151,7 +118,7 @@ def test_a_shard_that_is_a_link_to_something_else_is_refused_and_not_quoted(comp
 def test_a_small_file_that_is_a_link_out_of_its_folder_is_not_carried(compress: Program, model: Path, name: str) -> None:
     (model / name).unlink(missing_ok=True)
     (model / name).symlink_to("../secret.json")
-    line = compress.refuses("merge", model, MODELS / "docs")
+    line = compress("merge", model, MODELS / "docs").line
     assert f"{name} is a link to" in line
     assert "outside of the model's folder" in line
     assert SECRET not in line
@@ -199,9 +166,9 @@ def test_a_tensors_name_is_a_name_and_no_path(compress: Program, tmp_path: Path)
 
 def test_small_files_are_small(compress: Program, model: Path) -> None:
     os.truncate(model / "config.json", 17 << 20)  # sparse; zeros
-    assert "config.json is not JSON that can be read (it is longer than 16777216 bytes)" in compress.refuses("quantize", model)
+    assert "config.json is not JSON that can be read (it is longer than 16777216 bytes)" in compress("quantize", model).line
     os.truncate(model / "tokenizer.json", 1 << 40)
-    assert "tokenizer.json is 1099511627776 bytes long; at most 268435456" in compress.refuses("quantize", model)
+    assert "tokenizer.json is 1099511627776 bytes long; at most 268435456" in compress("quantize", model).line
 
 
 @pytest.mark.parametrize("content", ["[" * 1_000_000, '{"a":' * 1_000_000, "9" * 100_000, '{"a": ' + "9" * 100_000 + "}", "\x00", "NaN"])
@@ -210,7 +177,7 @@ def test_json_that_is_deep_or_strange_is_refused(compress: Program, model: Path,
     if "index" in name:
         (model / "model.safetensors").unlink()
     (model / name).write_text(content)
-    assert name in compress.refuses("merge", model, MODELS / "docs")
+    assert name in compress("merge", model, MODELS / "docs").line
 
 
 @pytest.mark.parametrize(("kind", "key"), [("llama", "num_hidden_layers"), ("gpt2", "n_layer"), ("bert", "num_hidden_layers")])
@@ -245,14 +212,14 @@ MERGED = "\n".join(["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1
 )
 def test_a_recipe_is_data(compress: Program, tmp_path: Path, text: str, reason: str) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
-    assert reason in compress.refuses("run", "recipe.yaml")
+    assert reason in compress("run", "recipe.yaml").line
     if len(text) < 1000:
-        assert "-s x" in compress.refuses("merge", "a", "b", "-s", f"x={text}".replace("\0", "\x01").replace(",", " "))
+        assert "-s x" in compress("merge", "a", "b", "-s", f"x={text}".replace("\0", "\x01").replace(",", " ")).line
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_recipe_that_never_ends_is_not_read_to_its_end(compress: Program) -> None:
-    assert "longer than 1048576 bytes" in compress.refuses("run", "/dev/zero")
+    assert "longer than 1048576 bytes" in compress("run", "/dev/zero").line
 
 
 # ---- terminals ----
@@ -265,4 +232,4 @@ def test_what_a_file_says_does_not_steer_the_terminal(compress: Program, model: 
     assert "\x1b" not in out + err
     assert "\nwrote" not in out
     (tmp_path / "a\x1b[2J\nb.safetensors").write_bytes(b"no")
-    assert "a\ufffd[2J b.safetensors" in compress.refuses("inspect", "a\x1b[2J\nb.safetensors")
+    assert "a\ufffd[2J b.safetensors" in compress("inspect", "a\x1b[2J\nb.safetensors").line

@@ -270,5 +270,8 @@ def _pause(error: Exception, pause: float) -> float | None:
 
 
 def _clean(text: str) -> str:
-    """A message of another program in part of a line; a link may be signed, and so a secret."""
-    return printable(re.sub(r"https?://\S+", "(a link)", " ".join(text.split())))[:200]
+    """A message of another program in part of a line, without secrets: links may be signed, and a server may repeat what it was sent."""
+    from huggingface_hub import get_token
+
+    text = re.sub(r"https?://\S+|Bearer \S+|hf_\w+", "...", " ".join(text.split()))
+    return printable(text.replace(get_token() or "...", "..."))[:200]
