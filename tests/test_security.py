@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from hub_server import Hub
 from program import Program
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as save_tensors
 from test_imports import MODULES, ROOT
 
 from mergekit_plus.checkpoint import Checkpoint, TensorTable, save
@@ -233,3 +235,44 @@ def test_what_a_file_says_does_not_steer_the_terminal(compress: Program, model: 
     assert "\nwrote" not in out
     (tmp_path / "a\x1b[2J\nb.safetensors").write_bytes(b"no")
     assert "a\ufffd[2J b.safetensors" in compress("inspect", "a\x1b[2J\nb.safetensors").line
+
+
+# ---- the Hub ----
+
+
+def toy(**files: bytes) -> dict[str, bytes]:
+    """A model in a repository, and more files in it."""
+    return {"model.safetensors": save_tensors({"w": torch.ones(4, 4)}), "config.json": b"{}", **files}
+
+
+def test_an_index_on_the_hub_leads_to_no_other_repository(own_hub: Hub, compress: Program) -> None:
+    own_hub.commit("org/secret", toy(), private=True)
+    for shard in ("../../../../org/secret/resolve/main/model.safetensors", "/org/secret/resolve/main/model.safetensors", "model.safetensors?x"):
+        index = json.dumps({"weight_map": {"w": shard}}).encode()
+        own_hub.commit("org/evil", {"model.safetensors.index.json": index, "config.json": b"{}"})
+        assert "names the shard" in compress("dequantize", "org/evil").line
+    assert own_hub.requests("secret") == []
+
+
+@pytest.mark.parametrize("cache", [[], ["--cache"]])
+def test_names_on_the_hub_that_lead_elsewhere_are_not_followed(own_hub: Hub, compress: Program, tmp_path: Path, hub_home: Path, cache: list[str]) -> None:
+    own_hub.commit("org/evil", toy(**{"../tokenizer.model": b"x", "a/../../tokenizer.json": b"x", "/tmp/vocab.json": b"x"}))
+    own_hub.commit("org/good", toy())
+    run = compress("merge", "org/evil", "org/good", *cache, "-o", "out")
+    assert run.returncode == 0, run.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", "config.json", "manifest.json", "model.safetensors", "recipe.yaml"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not [path for path in hub_home.rglob("*") if path.name in ("tokenizer.model", "tokenizer.json", "vocab.json")]
+    own_hub.commit("org/evil", toy(**{"evil\x1b[2J.model": b"x"}))
+    assert "is not the name of a file beside the weights" in compress("merge", "org/evil", "org/good", "-o", "out2").line
+
+
+# ---- the page ----
+
+
+def test_every_promise_on_the_page_names_a_test_that_is_there() -> None:
+    page = (ROOT / "docs" / "security.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page)
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text(), f"{file}::{test}"
