@@ -234,7 +234,8 @@ def plan(recipe: Recipe, how: Execution | None = None) -> dict[str, Any]:
     result = build(recipe, replace(how, cache=False)).result
     _check_out(recipe, result, out)
     if target is not None:
-        Upload(target).check(how.save.overwrite)
+        with Upload(target) as upload:
+            upload.check(how.save.overwrite)
     if target is None or how.push:
         check_target(out, how.save.overwrite, result)
     layout = plan_save(result, out, _save_options(recipe, how))

@@ -12,7 +12,7 @@ import torch
 import yaml
 from hub_client import COMPRESS, finish, start
 from hub_server import TOKEN, Hub, wait_until
-from huggingface_hub import constants
+from huggingface_hub import constants, get_session
 from program import Program
 from safetensors.torch import load, save, save_file
 
@@ -192,6 +192,16 @@ def test_what_passes_is_tried_again(own_hub: Hub, compress: Program, here: Path)
     assert run.stderr == ""
     assert own_hub.repositories["org/new"].messages == ["initial commit", "Upload a model with mergekit-plus"]
     assert len(merged(own_hub)) == SHARDS
+
+
+def test_a_hub_that_falls_silent_is_not_waited_for(own_hub: Hub, compress: Program, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mergekit_plus.checkpoint.upload.SILENCE", 0.5)
+    own_hub.fault("PUT", delay=60)
+    own_hub.fault("GET .*auth-check", stall=0)
+    run = compress(*MERGE, "-o", "hf://org/new")
+    assert run.returncode == 0, run.stderr
+    assert len(merged(own_hub)) == SHARDS
+    assert get_session().timeout.read is None  # as it was
 
 
 def test_a_commit_whose_answer_is_lost_is_not_made_twice(own_hub: Hub, compress: Program, here: Path) -> None:

@@ -16,7 +16,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -185,6 +185,8 @@ def _write_all(checkpoint: Checkpoint, inputs: Mapping[str, Sequence[Blob]], lay
                         _write_unit(*unit, where, options)
 
                     parallel(work, units)
+                    wait(output_digests)
+                with options.progress.phase("uploading", None) if options.upload else nullcontext():
                     digests = _results(output_digests, uploads)
                 with options.progress.phase("checking inputs", None):
                     found = {blob.place: digest_of(blob, input_digests[blob.place]) for blob in blobs}

@@ -24,6 +24,7 @@ from .hub import PATIENCE
 from .ranges import LONGEST_WAIT, again_after, passes, transport_errors
 
 AT_ONCE = 2  # files that go up at the same time
+SILENCE = 120.0  # seconds without a byte, in or out, after which a connection is given up; the Hub takes long for a large commit
 PAUSES = (1, 2, 4, 8)  # seconds between tries, beside those that huggingface_hub itself makes of most requests
 UNTOUCHED = (".gitattributes",)  # what a repository holds from the start
 # What a model consists of: where a new version lacks such a file, that of the old one is deleted with the same commit.
@@ -82,17 +83,25 @@ class Upload:
         self._stop = threading.Event()
 
     def __enter__(self) -> Upload:
+        from huggingface_hub import get_session, set_client_factory
         from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, logging  # type: ignore[attr-defined]
 
         self._shown = logging.get_verbosity(), not are_progress_bars_disabled()
         logging.set_verbosity(ERROR)  # its warnings name signed links, and its bars would be drawn over ours
         disable_progress_bars()
+        self._impatient = get_session().timeout.read is None  # as it comes: a server that falls silent would be waited for for ever
+        if self._impatient:
+            set_client_factory(_impatient_client)
         return self
 
     def __exit__(self, *_: object) -> None:
+        from huggingface_hub import set_client_factory
         from huggingface_hub.utils import enable_progress_bars, logging  # type: ignore[attr-defined]
+        from huggingface_hub.utils._http import default_client_factory
 
         self._stop.set()  # a file that is on its way is not waited for: its thread ends with the process
+        if self._impatient:
+            set_client_factory(default_client_factory)
         verbosity, bars = self._shown
         logging.set_verbosity(verbosity)
         if bars:
@@ -226,6 +235,14 @@ class Upload:
         if isinstance(error, HFValidationError):
             return OutputError(f"{self.target} is not a name that a repository can have: {_clean(str(error))}")
         return OutputError(f"{self.target}: the upload failed ({type(error).__name__}: {_clean(str(error))}); try again when the Hub can be reached")
+
+
+def _impatient_client() -> Any:
+    from huggingface_hub.utils._http import default_client_factory
+
+    client = default_client_factory()
+    client.timeout = SILENCE
+    return client
 
 
 def _operation(path: Path, sha256: str = "") -> Any:
