@@ -210,6 +210,25 @@ def diff(a: Model, b: Model, as_json: Json = False) -> None:
 
 
 @app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(help="an output: its folder, or its .safetensors file")],
+    inputs: Annotated[bool, typer.Option("--inputs", help="check the files that it was made of too, where they were then")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare an output with its manifest; exit code 1 when a file is missing or not what was written."""
+    from dataclasses import asdict
+
+    from mergekit_plus.progress import on
+    from mergekit_plus.show import verification_lines
+    from mergekit_plus.verify import verify as check
+
+    facts = asdict(check(out, inputs, on()))
+    _print(facts, verification_lines(facts), as_json)
+    if facts["problems"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def eval(
     model: Model,
     text: Annotated[list[Path], typer.Option("--text", "-t", help="text to measure on; may be repeated")],

@@ -60,6 +60,13 @@ def inspection_lines(facts: Mapping[str, Any]) -> list[str]:
     return lines + [f"  {t['name']}  {t['dtype']} {tuple(t['shape'])}  {t['role']}" for t in facts.get("list", [])]
 
 
+def verification_lines(facts: Mapping[str, Any]) -> list[str]:
+    """`compress verify`."""
+    found = [f"{each['file']}: {each['problem']}" for each in facts["problems"]] + [f"note: {note}" for note in facts["notes"]]
+    checked = f"{facts['files']} file{'s' * (facts['files'] != 1)}, {size(facts['bytes'])}"
+    return [*found, f"{facts['out']}: {checked}; " + (f"{len(facts['problems'])} not as recorded" if facts["problems"] else "all as recorded")]
+
+
 def plan_lines(facts: Mapping[str, Any]) -> list[str]:
     """`--dry-run`."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in facts["tensors"].items())

@@ -15,7 +15,7 @@ LAYERS = [
     ["cli", "mergekit_plus.__main__", "mergekit_plus.show", "mergekit_plus.listing", "mergekit_plus.report"],
     ["mergekit_plus.recipe", "mergekit_plus.steps", "mergekit_plus.mergekit", "mergekit_plus.checks", "mergekit_plus.card"],
     ["mergekit_plus.merge", "quant", "prune"],
-    ["mergekit_plus.training", "mergekit_plus.calibration", "mergekit_plus.evaluate", "mergekit_plus.diff", "mergekit_plus.inspection"],
+    ["mergekit_plus.training", "mergekit_plus.calibration", "mergekit_plus.evaluate", "mergekit_plus.diff", "mergekit_plus.inspection", "mergekit_plus.verify"],
     ["mergekit_plus.model", "mergekit_plus.statistics"],
     ["mergekit_plus.checkpoint"],
     ["mergekit_plus.registry", "mergekit_plus.options", "mergekit_plus.progress", "mergekit_plus.digests", "mergekit_plus.safe_yaml"],

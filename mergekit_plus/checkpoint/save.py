@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import torch
 from ..digests import Digests
 from ..errors import CheckFailed, CheckpointError, CompressError, OutputError, ReadError
 from ..progress import Progress
-from .blob import Blob
+from .blob import Blob, File
 from .checkpoint import Checkpoint, ParallelMap, Plan, Recall, Rows, Step, execute, of_inner, proportional
 from .finite import is_finite
 from .folder import INDEX
@@ -47,15 +47,16 @@ ENVIRONMENT = (OSError, OutputError, ReadError, CheckFailed, KeyboardInterrupt, 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was written and what it was made of: SHA-256 and size of every file."""
+    """What was written and what it was made of: SHA-256 and size of every file, and the folders of the inputs, seen from the output's."""
 
     outputs: dict[str, dict[str, Any]]
     inputs: dict[str, dict[str, dict[str, Any]]]
+    places: dict[str, str] = field(default_factory=dict)  # of inputs on a disk
 
     def as_json(self) -> dict[str, Any]:
         from .. import __version__
 
-        return {"tool": f"mergekit-plus {__version__}", "inputs": self.inputs, "outputs": self.outputs}
+        return {"tool": f"mergekit-plus {__version__}", "inputs": self.inputs, "places": self.places, "outputs": self.outputs}
 
 
 Describe = Callable[[Manifest, Path], Mapping[str, bytes]]  # further small files, once the digests are known and everything else is in that folder
@@ -202,12 +203,18 @@ def _write_all(checkpoint: Checkpoint, inputs: Mapping[str, Sequence[Blob]], lay
         for written in files:
             written.close()
     outputs = {written.shard.name: {"bytes": written.shard.size, "sha256": digest} for written, digest in zip(files, digests, strict=True)}
-    return Manifest(outputs, _of_inputs(inputs, found))
+    return Manifest(outputs, _of_inputs(inputs, found), _places(inputs, stage.out))
 
 
 def _of_inputs(inputs: Mapping[str, Sequence[Blob]], found: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
     """The inputs as the manifest lists them; a small file on the Hub whose digest nobody knows, because it was not read, is none."""
     return {ref: {blob.name: found[blob.place] for blob in files if found[blob.place]["sha256"]} for ref, files in inputs.items()}
+
+
+def _places(inputs: Mapping[str, Sequence[Blob]], out: Path) -> dict[str, str]:
+    """Where each input on a disk lies, seen from the output's folder."""
+    folders = {ref: blob.path.absolute().parent for ref, blobs in inputs.items() for blob in blobs[:1] if isinstance(blob, File)}
+    return {ref: os.path.relpath(folder, out.parent if is_file(out) else out) for ref, folder in folders.items()}
 
 
 def _shard_files(layout: Layout, stage: Stage, progress: Progress) -> list[ShardFile]:
@@ -387,7 +394,7 @@ def _write_small_files(carried: Mapping[str, bytes], layout: Layout, stage: Stag
             small[name] = content
     outputs = dict(manifest.outputs)
     outputs |= {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in small.items()}
-    manifest = Manifest(outputs, manifest.inputs)
+    manifest = replace(manifest, outputs=outputs)
     _write_file(stage.files / manifest_name(stage.out), json.dumps(manifest.as_json(), indent=2).encode() + b"\n")
     sync_folder(stage.files)
     return manifest
@@ -405,4 +412,4 @@ def _written_manifest(stage: Stage) -> Manifest:
     name = manifest_name(stage.out)
     published = stage.out.parent / name if is_file(stage.out) else stage.out / name
     facts = json.loads((stage.files / name if (stage.files / name).exists() else published).read_bytes())
-    return Manifest(facts["outputs"], facts["inputs"])
+    return Manifest(facts["outputs"], facts["inputs"], facts["places"])
