@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 CARD = "README.md"
-HUB_MODEL = re.compile(r"(?:hf://)?([\w-][\w.-]*/[\w-][\w.-]*)(?:@[\w./-]+)?")
 
 
-def card(name: str, refs: Sequence[str], steps: Sequence[Mapping[str, Mapping[str, Any]]], recipe: str, table: Sequence[Mapping[str, Any]]) -> bytes:
-    """The card of a model called `name`, made from these references by these steps; `recipe` is the text of it, `table` what was measured."""
+def card(
+    name: str, refs: Sequence[str], models: Sequence[str], steps: Sequence[Mapping[str, object]], recipe: str, table: Sequence[Mapping[str, Any]]
+) -> bytes:
+    """The card of a model called `name`, made from `refs`, of which these `models` are on the Hub, by these steps.
+
+    recipe: the text of it. table: what was measured, a row for each model.
+    """
     operations = [operation for step in steps for operation in step]
     tags = ["mergekit-plus", *(["merge"] if "merge" in operations else []), *(["quantized"] if "quantize" in operations else [])]
-    models = list(dict.fromkeys(match[1] for ref in refs if (match := HUB_MODEL.fullmatch(ref)) and not Path(ref).exists()))
     front: dict[str, Any] = {"library_name": "transformers", "tags": tags}
     if models:
-        front = {"base_model": models, "base_model_relation": "quantized" if "quantize" in operations else "merge", **front}
-        if not {"merge", "quantize"} & set(operations):
-            del front["base_model_relation"]
+        relation = "quantized" if "quantize" in operations else "merge" if "merge" in operations else None
+        front = {"base_model": list(dict.fromkeys(models)), **({"base_model_relation": relation} if relation else {}), **front}
     said = ", then ".join(operations) or "copy"
     lines = [
         "---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(), "---", "", f"# {_inline(name)}", "",

@@ -28,7 +28,7 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator
 from .card import CARD, card
 from .checkpoint import Checkpoint, Manifest, SaveOptions, save, steps_of
 from .checkpoint.checkpoint import is_copy
-from .checkpoint.hub import HubFile
+from .checkpoint.hub import HubFile, parse_reference
 from .checkpoint.inputs import check_target, input_files
 from .checkpoint.layout import DEFAULT_SHARD_SIZE, MANIFEST, plan_save
 from .checkpoint.shards import parse_size
@@ -202,8 +202,9 @@ def _run(recipe: Recipe, how: Execution, out: Path, upload: Upload | None) -> Ou
         except CompressError as error:  # hours of work do not go because of it
             unmeasured = error
         text = resolved(recipe, built.inputs, manifest, out, options.max_shard_size)
-        refs = [source.ref for source in recipe.inputs.values()]
-        return {RECIPE: text, CARD: card(out.name, refs, _plain_steps(recipe), text.decode(), measured[0] if measured else [])}
+        refs = [built.inputs[name].pinned or source.ref for name, source in recipe.inputs.items()]
+        models = [there.repo for model in built.inputs.values() if (there := parse_reference(model.pinned))]
+        return {RECIPE: text, CARD: card(out.name, refs, models, _plain_steps(recipe), text.decode(), measured[0] if measured else [])}
 
     def publish(folder: Path, manifest: Manifest) -> None:
         nonlocal published
@@ -285,8 +286,13 @@ def _save_options(recipe: Recipe, how: Execution) -> SaveOptions:
 
 
 def resolved(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manifest, out: Path, shard_size: int = DEFAULT_SHARD_SIZE) -> bytes:
-    """The recipe as the output holds it: paths relative to the output, every input with its digests, and the size of shards where it was chosen."""
+    """The recipe as the output holds it: paths relative to the output, every input with its digests, and the size of shards where it was chosen.
+
+    A repository that it went to is left out: whoever runs it again has another.
+    """
     content = recipe.model_dump(mode="json", exclude_defaults=True)
+    if parse_target(content.get("out", "")):
+        del content["out"]
     content["inputs"] = {
         name: {
             "ref": inputs[name].pinned or _relative(recipe.resolve(source.ref), out),

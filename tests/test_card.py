@@ -15,7 +15,7 @@ def front(text: bytes) -> dict[str, object]:
 
 def test_a_whole_card() -> None:
     table = [{"model": "a", "MB": 2.0, "ppl code": 15.937}, {"model": "out", "MB": 1.0}]
-    assert card("out", ["org/a@v1", "./b"], [*MERGE, {"quantize": {"bits": 4}}], "inputs: {}\n", table).decode() == """---
+    assert card("out", ["org/a@v1", "./b"], ["org/a"], [*MERGE, {"quantize": {"bits": 4}}], "inputs: {}\n", table).decode() == """---
 base_model:
 - org/a
 base_model_relation: quantized
@@ -49,13 +49,15 @@ inputs: {}
 
 
 def test_base_models_are_those_on_the_hub_each_once() -> None:
-    assert front(card("x", ["org/a", "hf://org/a@main", "org/b", "/home/me/c", "d.safetensors"], MERGE, "", []))["base_model"] == ["org/a", "org/b"]
-    assert "base_model" not in front(card("x", ["./a"], MERGE, "", []))
-    assert "base_model_relation" not in front(card("x", ["org/a"], [{"dequantize": {}}], "", []))
+    assert front(card("x", [], ["org/a", "org/b", "org/a"], MERGE, "", [])) == {
+        "base_model": ["org/a", "org/b"], "base_model_relation": "merge", "library_name": "transformers", "tags": ["mergekit-plus", "merge"],
+    }  # fmt: skip
+    assert front(card("x", ["./a"], [], MERGE, "", [])).keys() == {"library_name", "tags"}
+    assert "base_model_relation" not in front(card("x", ["org/a"], ["org/a"], [{"dequantize": {}}], "", []))
 
 
 def test_names_and_recipes_stay_in_their_places() -> None:
-    made = card("<script>|`x`\n# y", ["[a](http://b)\n---\nlicense: mit"], MERGE, "a: '```\n# out'\n````", [{"model": "a|b\n"}]).decode()
+    made = card("<script>|`x`\n# y", ["[a](http://b)\n---\nlicense: mit"], [], MERGE, "a: '```\n# out'\n````", [{"model": "a|b\n"}]).decode()
     assert "# \\<script\\>\\|\\`x\\` \\# y\n" in made
     assert "from \\[a\\](http://b) --- license: mit.\n" in made
     assert "\n`````yaml\na: '```\n# out'\n````\n`````\n" in made

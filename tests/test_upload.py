@@ -113,6 +113,16 @@ def test_an_existing_model_is_replaced_only_with_overwrite_and_then_whole(own_hu
     assert again.returncode == 0, again.stderr
     assert len(own_hub.requests("PUT")) == SHARDS  # the Hub had them
     assert len(own_hub.repositories["org/new"].commits) == 2
+    own_hub.commit("org/new", {**own_hub.files("org/new"), "README.md": b"edited by hand"})
+    assert compress(*MERGE, "-o", "hf://org/new", "--overwrite").returncode == 0
+    assert b"mergekit-plus" in own_hub.files("org/new")["README.md"]
+
+
+def test_what_should_be_private_does_not_become_public(own_hub: Hub, compress: Program, here: Path) -> None:
+    own_hub.commit("org/new", {".gitattributes": b""})
+    assert "hf://org/new is public" in compress(*MERGE, "-o", "hf://org/new", "--private").line
+    own_hub.repositories["org/new"].private = True
+    assert compress(*MERGE, "-o", "hf://org/new", "--private").returncode == 0
 
 
 def test_a_branch_that_moved_is_one_line_and_nothing_is_visible(own_hub: Hub, compress: Program, here: Path) -> None:
@@ -273,7 +283,10 @@ def test_a_check_that_fails_keeps_the_model_from_the_hub(own_hub: Hub, compress:
     (here / "recipe.yaml").write_text((here / "recipe.yaml").read_text().replace("16", "32"))
     run = compress("run", "recipe.yaml", "--resume")
     assert run.returncode == 0, run.stderr
-    assert "model.safetensors" in own_hub.files("org/new")
+    published = own_hub.files("org/new")
+    assert "model.safetensors" in published
+    assert published["README.md"].decode().endswith("| model | MB | bits/weight |\n| --- | ---: | ---: |\n| new | 25.17 | 32 |\n")
+    assert "out" not in yaml.safe_load(published["recipe.yaml"])
 
 
 def test_the_card_says_what_the_model_is_made_of(own_hub: Hub, compress: Program, here: Path) -> None:

@@ -59,7 +59,7 @@ def parse_target(text: str, bare: bool = False) -> Target | None:
         return None
     match = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w-][\w./-]*))?", rest)
     if match is None or ".." in rest:
-        raise OptionError(f"{text} does not name a repository to write to; write hf://org/name or hf://org/name@branch")
+        raise OptionError(f"hf://{rest} does not name a repository to write to; write hf://org/name or hf://org/name@branch")
     return Target(match[1], match[2] or "main")
 
 
@@ -77,7 +77,8 @@ class Upload:
         self.target, self.private = target, private
         self.uploads: list[Future[None]] = []  # one for each file that was added
         self._api = HfApi(library_name="mergekit-plus", library_version=__version__)
-        self._head = ""
+        self._head = ""  # where the branch stands when the work begins
+        self._landed = False  # whether an interrupted run's commit was made
         self._operations: dict[str, Any] = {}
         self._slots = threading.Semaphore(AT_ONCE)
         self._stop = threading.Event()
@@ -117,7 +118,10 @@ class Upload:
             except (RepositoryNotFoundError, RevisionNotFoundError):
                 return
             files = self._files(self._head)
-            if files.keys() - set(UNTOUCHED) and not (overwrite or (staged is not None and _holds(files, staged))):
+            if overwrite or not files.keys() - set(UNTOUCHED):
+                return
+            self._landed = staged is not None and _holds(files, staged)
+            if not self._landed:
                 raise OutputError(f"{self.target} is not empty; name another repository or branch, or replace the model in it with --overwrite")
 
         self._patiently(look)
@@ -133,6 +137,8 @@ class Upload:
                 raise
             except RepositoryNotFoundError:
                 self._api.create_repo(self.target.repo, private=True if self.private else None, exist_ok=True)
+            if self.private and not self._api.repo_info(self.target.repo, timeout=PATIENCE).private:
+                raise OutputError(f"{self.target} is public; without --private it is written to all the same, or make it private in its settings first")
             try:
                 self._where()
             except RevisionNotFoundError:
@@ -170,7 +176,7 @@ class Upload:
         def once() -> str:
             head = self._where()
             files = self._files(head)
-            if _holds(files, folder / manifest):  # by an interrupted run, or by a try whose answer was lost
+            if (self._landed or head != self._head) and _holds(files, folder / manifest):  # the latter: a try whose answer was lost
                 return head
             stale = [name for name in files if any(fnmatch(name, known) for known in OF_A_MODEL) and name not in self._operations]
             operations = [*self._operations.values(), *(CommitOperationDelete(name) for name in stale)]
