@@ -181,6 +181,32 @@ def test_an_existing_output_is_replaced_by_a_resumed_run_only_when_both_are_aske
     assert files_in(old) == expected
 
 
+def test_an_output_that_was_set_aside_comes_back_first(place: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a kill between the two renames that replace it."""
+    old = write_model(place / "out", {"old": torch.ones(2)})
+    before, replace = files_in(old), os.replace
+
+    def failing(source: Path, target: Path) -> None:
+        if Path(target).name == "out":
+            raise OSError(errno.EIO, "Input/output error")
+        replace(source, target)
+
+    for finish in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", failing)
+            with pytest.raises(OutputError, match="are kept, go on with --resume"):
+                run(place, overwrite=True)
+        assert listing(place) == [".out.partial", "in"]
+        if finish:
+            run(place, lambda tensor: pytest.fail("computed"), resume=True)  # type: ignore[arg-type, return-value]
+            assert files_in(old) == expected
+        else:
+            with pytest.raises(ZeroDivisionError):
+                run(place, throw(ZeroDivisionError()), overwrite=True)
+            assert files_in(old) == before
+    assert listing(place) == ["in", "out"]
+
+
 @pytest.mark.parametrize("other", ["options", "inputs", "shards", "versions"])
 def test_another_jobs_work_is_neither_used_nor_thrown_away(place: Path, monkeypatch: pytest.MonkeyPatch, other: str) -> None:
     interrupt(place)
