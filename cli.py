@@ -363,7 +363,7 @@ def main() -> None:
     """Run the program: one line on stderr and exit code 2 for the user's mistakes, 1 where a check failed."""
     from mergekit_plus.errors import CheckFailed, CompressError, printable
 
-    warnings.formatwarning = lambda message, *_: f"compress: warning: {message}\n"
+    warnings.formatwarning = lambda message, *_: printable(f"compress: warning: {message}") + "\n"
     try:
         app()
     except CompressError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import os
 import re
@@ -189,6 +190,22 @@ def test_a_config_cannot_ask_for_a_billion_layers(compress: Program, model: Path
     code, out, err = compress("inspect", model, "--json")
     assert code == 0, err
     assert json.loads(out)["tensors"] > 0
+
+
+def test_what_a_manifest_names_is_read_only_where_it_is_a_file(compress: Program, model: Path) -> None:
+    manifest = json.loads((model / "manifest.json").read_text())
+    nothing = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
+    os.mkfifo(model / "pipe")
+    (model / "link").symlink_to("/dev/zero")
+    manifest["outputs"] = {"pipe": nothing, "link": nothing}
+    manifest["inputs"], manifest["places"] = {"x": {"zero": nothing}}, {"x": "/dev"}
+    (model / "manifest.json").write_text(json.dumps(manifest))
+    run = compress("verify", model, "--inputs")
+    assert run.returncode == 1
+    assert run.stdout.count("it is not a regular file") == 3
+    manifest["outputs"] = {"../secret.json": nothing}
+    (model / "manifest.json").write_text(json.dumps(manifest))
+    assert "is not a manifest" in compress("verify", model).line
 
 
 # ---- recipes ----
