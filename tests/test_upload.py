@@ -1,4 +1,4 @@
-"""Outputs on the Hub: the real client against a Hub on this machine, whole processes, what is visible when, and what goes wrong."""
+"""Outputs on the Hub: the real client against a Hub on this machine; what is visible when, and what goes wrong."""
 
 from __future__ import annotations
 
