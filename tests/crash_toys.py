@@ -81,7 +81,7 @@ def carry_out(case: str, folder: Path, **options: Any) -> Counted:
     used = {name for step in steps for name in (*step.get("merge", {}).get("models", []), step.get("merge", {}).get("base")) if name}
     inputs = {name: str(folder / "in" / name) for name in ("base", "a", "b") if name in used}
     progress = Counted()
-    how = Execution(SaveOptions(overwrite, 5000, workers=2, progress=progress, **options), out=folder / out)
+    how = Execution(SaveOptions(**{"overwrite": overwrite, "max_shard_size": 5000, "workers": 2, "progress": progress, **options}), out=folder / out)
     run(check({"inputs": inputs, "steps": steps}, folder, case), how)
     return progress
 

@@ -83,7 +83,7 @@ class Case:
         sizes = {path.name: path.stat().st_size for path in self.folder.glob(".out*/files/*.safetensors")}
         whole = self.name == "quantize"  # a unit's scales lie at the end of the file: only files that are finished spare work
         kept = sum(length for name, (length, _) in done.shards.items() if not whole or length == sizes[name])
-        counted = carry_out(self.name, self.folder, resume=True)
+        counted = carry_out(self.name, self.folder, resume=True, workers=1)  # on a smaller machine
         assert outputs(self.folder) == self.expected
         assert not list(self.folder.glob(".out*"))
         computed = counted.amounts.get("writing", 0)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_toys import files_in, layouts, map_step, mapped, write_model
+from hub_server import Hub
 from torch import Tensor
 
 import mergekit_plus
@@ -178,6 +179,32 @@ def test_an_existing_output_is_replaced_by_a_resumed_run_only_when_both_are_aske
         run(place, resume=True)
     run(place, resume=True, overwrite=True)
     assert files_in(old) == expected
+
+
+def test_an_output_that_was_set_aside_comes_back_first(place: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a kill between the two renames that replace it."""
+    old = write_model(place / "out", {"old": torch.ones(2)})
+    before, replace = files_in(old), os.replace
+
+    def failing(source: Path, target: Path) -> None:
+        if Path(target).name == "out":
+            raise OSError(errno.EIO, "Input/output error")
+        replace(source, target)
+
+    for finish in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", failing)
+            with pytest.raises(OutputError, match="are kept, go on with --resume"):
+                run(place, overwrite=True)
+        assert listing(place) == [".out.partial", "in"]
+        if finish:
+            run(place, lambda tensor: pytest.fail("computed"), resume=True)  # type: ignore[arg-type, return-value]
+            assert files_in(old) == expected
+        else:
+            with pytest.raises(ZeroDivisionError):
+                run(place, throw(ZeroDivisionError()), overwrite=True)
+            assert files_in(old) == before
+    assert listing(place) == ["in", "out"]
 
 
 @pytest.mark.parametrize("other", ["options", "inputs", "shards", "versions"])
@@ -475,3 +502,68 @@ def test_a_partial_folder_that_is_a_link_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is a link"):
         save(Checkpoint.from_tensors(TENSORS), tmp_path / "out")
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+# ---- from the Hub
+
+
+def test_a_resumed_run_fetches_only_what_it_still_needs(own_hub: Hub, place: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("mergekit_plus.checkpoint.hub.HEAD", 1024)
+    monkeypatch.setattr("mergekit_plus.checkpoint.prefetch.SMALLEST", 1000)
+    own_hub.commit("org/name", place / "in")
+
+    def from_hub(function: Callable[[Tensor], Tensor], **options: Any) -> int:
+        """Bytes of tensor files that the Hub sent."""
+        own_hub.log.clear()
+        try:
+            options = {"workers": 1, "max_shard_size": 5000, "job": "negate", **options}
+            save(mapped(Checkpoint.open("org/name"), function), place / "out", SaveOptions(**options), lambda manifest: {"README.md": b"model"})
+        finally:
+            sent = own_hub.sent("resolve.*safetensors$")
+        return sent
+
+    with pytest.raises(OutputError, match="No space left on device; .* are kept"):
+        from_hub(fails_late(place, NO_SPACE))
+    kept = sum(length for length, _ in journal(place).shards.values())
+    assert from_hub(torch.neg, resume=True) < 32_000 - kept + 8 * 500 + 8 * 1024
+    manifest = files_in(place / "out").pop("manifest.json")
+    assert {name: data for name, data in files_in(place / "out").items() if name != "manifest.json"} == {
+        name: data for name, data in expected.items() if name != "manifest.json"
+    }
+    shutil.rmtree(place / "out")
+    from_hub(torch.neg)
+    assert files_in(place / "out")["manifest.json"] == manifest
+
+
+# ---- the order of things
+
+
+def test_what_the_journal_tells_of_is_on_the_disk_before_and_names_come_last(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL leaves the page cache as it is, so this order is what holds when the power fails."""
+    events: list[str] = []
+    fsync, replace, add = os.fsync, os.replace, Journal.add
+
+    def spied_fsync(fd: int) -> None:
+        fsync(fd)
+        events.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+
+    def spied_replace(source: Path, target: Path) -> None:
+        events.append(f"rename {Path(source).name}")
+        replace(source, target)
+
+    def spied_add(self: Journal, **record: Any) -> None:
+        events.append("tell " + str(record.get("shard", next(iter(record)))))
+        add(self, **record)
+
+    monkeypatch.setattr(os, "fsync", spied_fsync)
+    monkeypatch.setattr(os, "replace", spied_replace)
+    monkeypatch.setattr(Journal, "add", spied_add)
+    run(place, max_shard_size=20_000)
+    shards_told = [event.removeprefix("tell ") for event in events if event.startswith("tell model-")]
+    assert len(shards_told) > 8
+    for name in set(shards_told):  # each time it is told of, it has just been synced
+        own = [event.removeprefix("tell ") for event in events if event in (name, f"tell {name}")]
+        assert [event for event in events if event in (name, f"tell {name}")] == [name, f"tell {name}"] * (len(own) // 2)
+    end = events.index("tell publishing")
+    assert events[end - 2 :] == ["manifest.json", "files", "tell publishing", "journal", "rename files", ".out.partial", place.name]
