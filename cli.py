@@ -27,7 +27,9 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="a model folder, a .safetensors file, or org/name[@revision][/folder] on the Hub")]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="folder to write, or a file where it ends in .safetensors")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="folder to write, a file where it ends in .safetensors, or hf://org/name[@branch]")]
+Push = Annotated[str | None, typer.Option("--push", metavar="ORG/NAME[@BRANCH]", help="put the output folder on the Hub too, in one commit")]
+Private = Annotated[bool, typer.Option("--private", help="make the repository private, where it has to be created")]
 Set = Annotated[
     list[str], typer.Option("--set", "-s", metavar="NAME=VALUE", help="option of the method, as `compress methods` lists them; a,b,c: one for each model")
 ]
@@ -68,6 +70,8 @@ def merge(
     device: Device = "cpu",
     allow_nonfinite: NonFinite = False,
     cache: Cache = False,
+    push: Push = None,
+    private: Private = False,
     as_json: Json = False,
 ) -> None:
     """Merge models: `compress merge a.safetensors b.safetensors`."""
@@ -84,7 +88,7 @@ def merge(
     single = all(Path(ref).is_file() or (ref.endswith(".safetensors") and not Path(ref).is_dir()) for ref in models)
     default = Path("merged.safetensors" if single else "merged")
     how = _execution(out or default, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, digests, resume, cache)
-    _carry_out(recipe, how, dry_run, as_json)
+    _carry_out(recipe, how, dry_run, as_json, push, private)
 
 
 @app.command()
@@ -108,6 +112,8 @@ def quantize(
     device: Device = "cpu",
     allow_nonfinite: NonFinite = False,
     cache: Cache = False,
+    push: Push = None,
+    private: Private = False,
     as_json: Json = False,
 ) -> None:
     """Quantize a model's linear layers: `compress quantize --bits 4` in its folder."""
@@ -121,7 +127,7 @@ def quantize(
     recipe = check({"inputs": {"model": model}, "steps": [{"quantize": step}]}, Path(), "compress quantize")
     default = _beside(model, f"{bits}bit-dense", "file") if format_ == "dense" else _beside(model, f"{bits}bit", "folder")
     how = _execution(out or default, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, digests, resume, cache)
-    _carry_out(recipe, how, dry_run, as_json)
+    _carry_out(recipe, how, dry_run, as_json, push, private)
 
 
 @app.command()
@@ -135,6 +141,8 @@ def dequantize(
     workers: Workers = None,
     max_shard_size: ShardSize = "5GB",
     cache: Cache = False,
+    push: Push = None,
+    private: Private = False,
     as_json: Json = False,
 ) -> None:
     """Turn a packed (compressed-tensors) model back into a dense one."""
@@ -142,7 +150,7 @@ def dequantize(
 
     recipe = check({"inputs": {"model": model}, "steps": [{"dequantize": {}}]}, Path(), "compress dequantize")
     how = _execution(out or _beside(model, "dense", "file"), overwrite, memory, workers, max_shard_size, resume=resume, cache=cache)
-    _carry_out(recipe, how, dry_run, as_json)
+    _carry_out(recipe, how, dry_run, as_json, push, private)
 
 
 @app.command()
@@ -158,6 +166,8 @@ def run(
     device: Device = "cpu",
     allow_nonfinite: NonFinite = False,
     cache: Cache = False,
+    push: Push = None,
+    private: Private = False,
     as_json: Json = False,
 ) -> None:
     """Carry out a YAML recipe; exit code 1 when a check of it fails."""
@@ -165,7 +175,7 @@ def run(
 
     loaded = load(recipe)
     how = _execution(out, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, resume=resume, cache=cache)
-    _carry_out(loaded, how, dry_run, as_json)
+    _carry_out(loaded, how, dry_run, as_json, push, private)
 
 
 @app.command()
@@ -255,11 +265,14 @@ def _open(ref: str) -> Checkpoint:
     return Checkpoint.open(ref)
 
 
-def _carry_out(recipe: Recipe, how: Execution, dry_run: bool, as_json: bool) -> None:
+def _carry_out(recipe: Recipe, how: Execution, dry_run: bool, as_json: bool, push: str | None = None, private: bool = False) -> None:
+    from dataclasses import replace
+
     from mergekit_plus.recipe import plan
     from mergekit_plus.recipe import run as carry_out
     from mergekit_plus.show import outcome_facts, outcome_lines, plan_lines
 
+    how = replace(how, push=push, private=private)
     if dry_run:
         facts = plan(recipe, how)
         _print(facts, plan_lines(facts), as_json)
@@ -350,7 +363,7 @@ def main() -> None:
     """Run the program: one line on stderr and exit code 2 for the user's mistakes, 1 where a check failed."""
     from mergekit_plus.errors import CheckFailed, CompressError, printable
 
-    warnings.formatwarning = lambda message, *_: f"compress: warning: {message}\n"
+    warnings.formatwarning = lambda message, *_: printable(f"compress: warning: {message}") + "\n"
     try:
         app()
     except CompressError as error:

@@ -66,6 +66,7 @@ def quiet() -> Progress:
     return _Quiet()
 
 
-def on(stream: TextIO = sys.stderr) -> Progress:
-    """Bars on a terminal, lines elsewhere."""
+def on(stream: TextIO | None = None) -> Progress:
+    """Bars on a terminal, lines elsewhere; on stderr by default."""
+    stream = stream or sys.stderr
     return _Bars(stream) if stream.isatty() else _Lines(stream)

@@ -25,14 +25,17 @@ from typing import Any
 import yaml
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
+from .card import CARD, card
 from .checkpoint import Checkpoint, Manifest, SaveOptions, save, steps_of
 from .checkpoint.checkpoint import is_copy
-from .checkpoint.hub import HubFile
+from .checkpoint.hub import HubFile, parse_reference
 from .checkpoint.inputs import check_target, input_files
-from .checkpoint.layout import DEFAULT_SHARD_SIZE, plan_save
+from .checkpoint.layout import DEFAULT_SHARD_SIZE, MANIFEST, plan_save
 from .checkpoint.shards import parse_size
+from .checkpoint.stage import partial_of
+from .checkpoint.upload import Target, Upload, parse_target
 from .checks import Checks, measure_and_compare
-from .errors import CheckFailed, CheckpointError, RecipeError, nearest
+from .errors import CheckFailed, CheckpointError, CompressError, OutputError, RecipeError, nearest
 from .safe_yaml import read
 from .steps import Execution, StepOptions, Strict, only_input, order_problems, parse_step, parse_steps, schema_problems
 
@@ -91,12 +94,13 @@ class Recipe(Strict):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run wrote and measured; `failures` are the limits that were not kept."""
+    """What a run wrote and measured; `failures` are the limits that were not kept, `published` is where on the Hub it is, and its commit there."""
 
-    out: Path
+    out: Path | Target
     manifest: Manifest
     table: list[dict[str, Any]]
     failures: list[str]
+    published: tuple[Target, str] | None = None
 
     def raise_failures(self) -> None:
         """CheckFailed where a limit was not kept."""
@@ -164,39 +168,83 @@ def build(recipe: Recipe, how: Execution | None = None) -> Built:
 
 
 def run(recipe: Recipe, how: Execution | None = None) -> Outcome:
-    """Build, save and check. The output stays where a check fails; `outcome.failures` tells.
+    """Build, save, check and publish. The output stays where a check fails, and nothing is published then; `outcome.failures` tells.
 
-    Errors: RecipeError without an output; whatever `build` and `save` refuse.
+    Errors: RecipeError without an output; CheckFailed where a check keeps what has no other output from the Hub; whatever `build` and `save` refuse.
     """
     how = how or Execution()
-    out = _target(recipe, how)
+    out, target = _target(recipe, how)
+    if target is None:
+        return _run(recipe, how, out, None)
+    with Upload(target, how.private) as upload:
+        upload.begin(how.save.overwrite, partial_of(out.resolve()) / "files" / MANIFEST if how.save.resume else None)
+        return _run(recipe, how, out, upload)
+
+
+def _run(recipe: Recipe, how: Execution, out: Path, upload: Upload | None) -> Outcome:
     built = build(recipe, how)
     _check_out(recipe, built.result, out)
+    measured: tuple[list[dict[str, Any]], list[str]] | None = None
+    unmeasured: CompressError | None = None
+    published = None
 
-    def describe(manifest: Manifest) -> Mapping[str, bytes]:
+    def measure(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+        if not (recipe.checks.texts or recipe.checks.limits.model_fields_set):
+            return [], []
+        result = replace(Checkpoint.open(folder), label=str(out))
+        return measure_and_compare(recipe.checks, recipe.folder, built.inputs, built.stages, result, how.save.progress)
+
+    def describe(manifest: Manifest, folder: Path) -> Mapping[str, bytes]:
+        nonlocal measured, unmeasured
         _check_digests(recipe, built.inputs, manifest)
-        return {RECIPE: resolved(recipe, built.inputs, manifest, out, options.max_shard_size)}
+        try:
+            measured = measure(folder)
+        except CompressError as error:  # hours of work do not go because of it
+            unmeasured = error
+        text = resolved(recipe, built.inputs, manifest, out, options.max_shard_size)
+        refs = [built.inputs[name].pinned or source.ref for name, source in recipe.inputs.items()]
+        models = [there.repo for model in built.inputs.values() if (there := parse_reference(model.pinned))]
+        return {RECIPE: text, CARD: card(out.name, refs, models, _plain_steps(recipe), text.decode(), measured[0] if measured else [])}
 
-    options = replace(_save_options(recipe, how), job=_job(recipe, how))
-    manifest = save(built.result, out, options, describe)
-    if recipe.checks.texts or recipe.checks.limits.model_fields_set:
-        table, failures = measure_and_compare(recipe.checks, recipe.folder, built.inputs, built.stages, Checkpoint.open(out), how.save.progress)
-        return Outcome(out, manifest, table, failures)
-    return Outcome(out, manifest, [], [])
+    def publish(folder: Path, manifest: Manifest) -> None:
+        nonlocal published
+        assert upload is not None
+        if unmeasured or (measured and measured[1]):
+            raise CheckFailed(f"{unmeasured or '; '.join(measured[1] if measured else [])}; nothing was published")
+        with how.save.progress.phase("publishing", None):
+            digests = {name: facts["sha256"] for name, facts in manifest.outputs.items()}
+            published = upload.target, upload.commit(folder, digests, MANIFEST)
+
+    options = replace(_save_options(recipe, how), job=_job(recipe, how), upload=upload)
+    manifest = save(built.result, out, options, describe, publish if upload and how.push is None else None)
+    if unmeasured:
+        raise unmeasured
+    measured = measured or measure(out)
+    if upload and how.push and not measured[1]:
+        try:
+            publish(out, manifest)
+        except OutputError as error:
+            raise OutputError(f"{error}; {out} is complete, and `hf upload {upload.target.repo} {out}` sends it") from None
+    return Outcome(out if upload is None or how.push else upload.target, manifest, *measured, published)
 
 
 def plan(recipe: Recipe, how: Execution | None = None) -> dict[str, Any]:
     """What `run` would do, from headers alone: what is read and written, how often, and what memory, disk and network that takes."""
     how = how or Execution()
-    out = _target(recipe, how)
+    out, target = _target(recipe, how)
     result = build(recipe, replace(how, cache=False)).result
     _check_out(recipe, result, out)
-    check_target(out, how.save.overwrite, result)
+    if target is not None:
+        with Upload(target) as upload:
+            upload.check(how.save.overwrite)
+    if target is None or how.push:
+        check_target(out, how.save.overwrite, result)
     layout = plan_save(result, out, _save_options(recipe, how))
     cached = sum(blob.size for blobs in input_files(result).values() for blob in blobs if isinstance(blob, HubFile)) if how.cache else 0
     copies = sum(len(step.writes) for step in steps_of(result) if is_copy(step))
     return {
-        "out": str(out), "files": len(layout.shards), "tensors": {"computed": len(result.specs) - copies, "copied": copies},
+        "out": str(out if target is None or how.push else target), "files": len(layout.shards),
+        "tensors": {"computed": len(result.specs) - copies, "copied": copies},
         "bytes_read": layout.bytes_read, "bytes_measured": layout.bytes_measured, "bytes_written": layout.bytes_written,
         "measurements": len(layout.measurements),
         "memory": layout.memory, "workers": layout.workers, "largest_unit": layout.largest_unit, "peak_memory": layout.peak_memory,
@@ -205,10 +253,19 @@ def plan(recipe: Recipe, how: Execution | None = None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _target(recipe: Recipe, how: Execution) -> Path:
-    if how.out is None and recipe.out is None:
+def _target(recipe: Recipe, how: Execution) -> tuple[Path, Target | None]:
+    """The output, and where on the Hub it goes: as well (`how.push`), or instead, where the output names it; it is then only made beside that path."""
+    named = str(how.out or recipe.out or "")
+    if not named:
         raise RecipeError("the recipe names no output; give one with -o, or `out:` in the recipe")
-    return how.out or Path(recipe.out or "")
+    target = parse_target(named)
+    if target is not None and how.push:
+        raise RecipeError(f"-o {target} and --push {how.push}: give one of them, or a local folder with -o")
+    if target is None and how.push:
+        if Path(named).suffix == ".safetensors":
+            raise RecipeError(f"--push: a repository is a folder; write to the folder {Path(named).with_suffix('')} with -o")
+        return Path(named), parse_target(how.push, bare=True)
+    return (Path(named), None) if target is None else (target.folder, target)
 
 
 def _check_out(recipe: Recipe, result: Checkpoint, out: Path) -> None:
@@ -229,8 +286,13 @@ def _save_options(recipe: Recipe, how: Execution) -> SaveOptions:
 
 
 def resolved(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manifest, out: Path, shard_size: int = DEFAULT_SHARD_SIZE) -> bytes:
-    """The recipe as the output holds it: paths relative to the output, every input with its digests, and the size of shards where it was chosen."""
+    """The recipe as the output holds it: paths relative to the output, every input with its digests, and the size of shards where it was chosen.
+
+    A repository that it went to is left out: whoever runs it again has another.
+    """
     content = recipe.model_dump(mode="json", exclude_defaults=True)
+    if parse_target(content.get("out", "")):
+        del content["out"]
     content["inputs"] = {
         name: {
             "ref": inputs[name].pinned or _relative(recipe.resolve(source.ref), out),
@@ -238,12 +300,16 @@ def resolved(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manifes
         }
         for name, source in recipe.inputs.items()
     }
-    content["steps"] = [{name: options.model_dump(mode="json", exclude_none=True) for name, options in step.items()} for step in recipe.steps]
+    content["steps"] = _plain_steps(recipe)
     if shard_size != DEFAULT_SHARD_SIZE:
         content["max_shard_size"] = str(shard_size)
     if "checks" in content and recipe.checks.texts:
         content["checks"]["texts"] = {name: _relative(str(recipe.folder / text), out) for name, text in recipe.checks.texts.items()}
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120).encode()
+
+
+def _plain_steps(recipe: Recipe) -> list[dict[str, dict[str, Any]]]:
+    return [{name: options.model_dump(mode="json", exclude_none=True) for name, options in step.items()} for step in recipe.steps]
 
 
 def _job(recipe: Recipe, how: Execution) -> str:

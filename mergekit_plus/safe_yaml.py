@@ -18,14 +18,15 @@ def read(path: Path) -> Any:
 
     Errors: RecipeError in one line.
     """
-    try:
-        with path.open("rb") as stream:
-            raw = stream.read(MAX_BYTES + 1)
-        if len(raw) > MAX_BYTES:
-            raise RecipeError(f"{path} is longer than {MAX_BYTES} bytes: it is no recipe")
-        return parse(raw.decode("utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    return parse(_text(path), str(path))
+
+
+def read_all(path: Path) -> list[Any]:
+    """The documents of a YAML file, `---` between them.
+
+    Errors: RecipeError in one line.
+    """
+    return parse_all(_text(path), str(path))
 
 
 def parse(text: str, name: str) -> Any:
@@ -33,18 +34,43 @@ def parse(text: str, name: str) -> Any:
 
     Errors: RecipeError in one line.
     """
+    documents = parse_all(text, name)
+    if len(documents) > 1:
+        raise RecipeError(f"{name} holds {len(documents)} YAML documents, where one is expected")
+    return documents[0] if documents else None
+
+
+def parse_all(text: str, name: str) -> list[Any]:
+    """The values that YAML text stands for, one a document.
+
+    Errors: RecipeError in one line.
+    """
     try:
         loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        if _count(node, {}) > MAX_VALUES:
-            raise ValueError(f"more than {MAX_VALUES} values, aliases counted as often as they stand")
-        return loader.construct_document(node)
+        documents, left = [], MAX_VALUES
+        while loader.check_node():
+            node = loader.get_node()
+            assert node is not None
+            left -= _count(node, {})
+            if left < 0:
+                raise ValueError(f"more than {MAX_VALUES} values, aliases counted as often as they stand")
+            documents.append(loader.construct_document(node))
+        return documents
     except (yaml.YAMLError, ValueError) as error:  # ValueError also for a number with too many digits, or a 31st of February
         raise RecipeError(f"{name} is not YAML that can be read: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise RecipeError(f"{name} is not YAML that can be read: it is nested too deeply, or holds itself") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise RecipeError(f"{path} is longer than {MAX_BYTES} bytes: it is no recipe")
+        return raw.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _count(node: yaml.Node, known: dict[int, int]) -> int:

@@ -90,7 +90,8 @@ def plan_lines(facts: Mapping[str, Any]) -> list[str]:
 def outcome_facts(outcome: Outcome) -> dict[str, Any]:
     """A run as data."""
     return {
-        "out": str(outcome.out), "bytes": sum(file["bytes"] for file in outcome.manifest.outputs.values()),
+        "out": str(outcome.out), "commit": outcome.published and outcome.published[1],
+        "bytes": sum(file["bytes"] for file in outcome.manifest.outputs.values()),
         "outputs": outcome.manifest.outputs, "inputs": outcome.manifest.inputs, "measured": outcome.table, "failures": outcome.failures,
     }  # fmt: skip
 
@@ -99,4 +100,9 @@ def outcome_lines(outcome: Outcome) -> list[str]:
     """A run as text: its table, where it lies, and what failed."""
     lines = [*table(outcome.table), ""] if outcome.table else []
     total = sum(file["bytes"] for name, file in outcome.manifest.outputs.items() if name.endswith(".safetensors"))
-    return [*lines, f"wrote {outcome.out}: {size(total)}"]
+    if not outcome.published or outcome.published[0] != outcome.out:
+        lines.append(f"wrote {outcome.out}: {size(total)}")
+    if outcome.published:
+        target, commit = outcome.published
+        lines.append(f"published {target}: {size(total)}, commit {commit[:7]}")
+    return lines

@@ -30,6 +30,8 @@ class Execution:
     device: str = "cpu"
     out: Path | None = None
     cache: bool = False  # bring what lies on the Hub into the local cache first
+    push: str | None = None  # a repository to which the output goes as well
+    private: bool = False  # where it has to be created
 
 
 class MergeStep(BaseModel):

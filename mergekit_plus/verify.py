@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -96,9 +97,12 @@ def _of_input(ref: str, files: Mapping[str, Facts], place: str | None, beside: P
 def _of_file(path: Path, facts: Facts) -> Check:
     def check() -> str:
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would be waited for
             try:
-                size = os.fstat(fd).st_size
+                status = os.fstat(fd)
+                if not stat.S_ISREG(status.st_mode):
+                    return "it is not a regular file"
+                size = status.st_size
                 return _differs(size, facts) or _differs(size, facts, str(sha256_of(fd)))
             finally:
                 os.close(fd)

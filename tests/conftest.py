@@ -6,11 +6,15 @@ import faulthandler
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hub_client import redirect
 from hub_server import Hub
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from program import Program
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported; a test that wants the network says so itself
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -51,3 +55,11 @@ def own_hub(hub: Hub, hub_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     redirect(hub, hub_home, monkeypatch)
     yield hub
     close_session()
+
+
+@pytest.fixture
+def compress(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Program:
+    """The program, run in this process and in `tmp_path`."""
+    from program import Program
+
+    return Program(tmp_path, capsys, monkeypatch)

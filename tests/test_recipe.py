@@ -168,7 +168,7 @@ def test_paths_are_relative_to_the_recipe_and_out_to_where_one_stands(folder: Pa
     recipe = written(folder, MERGE + "out: merged")
     monkeypatch.chdir(elsewhere)
     outcome = run(recipe)
-    assert sorted(os.listdir(elsewhere / "merged")) == ["config.json", "manifest.json", "model.safetensors", "recipe.yaml"]
+    assert sorted(os.listdir(elsewhere / "merged")) == ["README.md", "config.json", "manifest.json", "model.safetensors", "recipe.yaml"]
     assert outcome.out == Path("merged")
     assert Checkpoint.open(elsewhere / "merged").read("up_proj.weight")[0, 0] == 2.0
 

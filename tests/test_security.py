@@ -3,57 +3,27 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hub_server import Hub
+from program import Program
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as save_tensors
 from test_imports import MODULES, ROOT
 
-from mergekit_plus.__main__ import main
 from mergekit_plus.checkpoint import Checkpoint, TensorTable, save
 from mergekit_plus.errors import CheckpointError
 
 MODELS = ROOT / "tests" / "models"
 SECRET = "nobody-must-see-this"
-
-
-class Program:
-    """`compress` in this process: exit code, stdout, stderr."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch) -> None:
-        self.capsys, self.patch = capsys, patch
-
-    def __call__(self, *arguments: object) -> tuple[int, str, str]:
-        self.patch.setattr(sys, "argv", ["compress", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        told = self.capsys.readouterr()
-        return code, told.out, told.err
-
-    def refuses(self, *arguments: object) -> str:
-        """Exit code 2 and one printable line, which is returned."""
-        code, out, err = self(*arguments)
-        assert (code, out) == (2, ""), err
-        assert err.endswith("\n")
-        assert err[:-1].isprintable(), err
-        return err[:-1]
-
-
-@pytest.fixture
-def compress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("warnings.formatwarning", None)  # which the program sets
-    return Program(capsys, monkeypatch)
 
 
 @pytest.fixture
@@ -86,6 +56,7 @@ def calls() -> list[tuple[str, ast.Call, str]]:
 def test_no_module_unpickles_evaluates_or_renders_what_it_reads() -> None:
     forbidden = r"(torch\.|np\.|numpy\.|yaml\.|\w*pickle\.)(load|loads|load_all|unsafe_load|full_load|Loader|UnsafeLoader|FullLoader)"
     forbidden += r"|eval|exec|compile|__import__|os\.(system|popen|exec\w*)|subprocess\.\w+|\w+\.apply_chat_template|Template|Environment"
+    forbidden += r"|yaml\.(safe_load|safe_load_all)"  # safe_yaml bounds what they do not
     found = [f"{name}: {called}" for name, _, called in calls() if re.fullmatch(forbidden, called)]
     assert found == []
 
@@ -132,7 +103,7 @@ def test_an_index_names_files_in_its_folder_only(compress: Program, model: Path,
     names = load_file(model / "model.safetensors")
     (model / "model.safetensors").rename(model / "other.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
-    line = compress.refuses("merge", model, MODELS / "docs")
+    line = compress("merge", model, MODELS / "docs").line
     assert "names the shard" in line or "is missing" in line
     assert not Path("merged").exists()
 
@@ -141,7 +112,7 @@ def test_an_index_names_files_in_its_folder_only(compress: Program, model: Path,
 def test_a_shard_that_is_a_link_to_something_else_is_refused_and_not_quoted(compress: Program, model: Path, target: str) -> None:
     (model / "model.safetensors").unlink()
     (model / "model.safetensors").symlink_to(target)
-    line = compress.refuses("quantize", model)
+    line = compress("quantize", model).line
     assert "outside of the model's folder" in line
     assert SECRET[:8] not in line
     assert "root:" not in line
@@ -151,7 +122,7 @@ def test_a_shard_that_is_a_link_to_something_else_is_refused_and_not_quoted(comp
 def test_a_small_file_that_is_a_link_out_of_its_folder_is_not_carried(compress: Program, model: Path, name: str) -> None:
     (model / name).unlink(missing_ok=True)
     (model / name).symlink_to("../secret.json")
-    line = compress.refuses("merge", model, MODELS / "docs")
+    line = compress("merge", model, MODELS / "docs").line
     assert f"{name} is a link to" in line
     assert "outside of the model's folder" in line
     assert SECRET not in line
@@ -199,9 +170,9 @@ def test_a_tensors_name_is_a_name_and_no_path(compress: Program, tmp_path: Path)
 
 def test_small_files_are_small(compress: Program, model: Path) -> None:
     os.truncate(model / "config.json", 17 << 20)  # sparse; zeros
-    assert "config.json is not JSON that can be read (it is longer than 16777216 bytes)" in compress.refuses("quantize", model)
+    assert "config.json is not JSON that can be read (it is longer than 16777216 bytes)" in compress("quantize", model).line
     os.truncate(model / "tokenizer.json", 1 << 40)
-    assert "tokenizer.json is 1099511627776 bytes long; at most 268435456" in compress.refuses("quantize", model)
+    assert "tokenizer.json is 1099511627776 bytes long; at most 268435456" in compress("quantize", model).line
 
 
 @pytest.mark.parametrize("content", ["[" * 1_000_000, '{"a":' * 1_000_000, "9" * 100_000, '{"a": ' + "9" * 100_000 + "}", "\x00", "NaN"])
@@ -210,7 +181,7 @@ def test_json_that_is_deep_or_strange_is_refused(compress: Program, model: Path,
     if "index" in name:
         (model / "model.safetensors").unlink()
     (model / name).write_text(content)
-    assert name in compress.refuses("merge", model, MODELS / "docs")
+    assert name in compress("merge", model, MODELS / "docs").line
 
 
 @pytest.mark.parametrize(("kind", "key"), [("llama", "num_hidden_layers"), ("gpt2", "n_layer"), ("bert", "num_hidden_layers")])
@@ -219,6 +190,22 @@ def test_a_config_cannot_ask_for_a_billion_layers(compress: Program, model: Path
     code, out, err = compress("inspect", model, "--json")
     assert code == 0, err
     assert json.loads(out)["tensors"] > 0
+
+
+def test_what_a_manifest_names_is_read_only_where_it_is_a_file(compress: Program, model: Path) -> None:
+    manifest = json.loads((model / "manifest.json").read_text())
+    nothing = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
+    os.mkfifo(model / "pipe")
+    (model / "link").symlink_to("/dev/zero")
+    manifest["outputs"] = {"pipe": nothing, "link": nothing}
+    manifest["inputs"], manifest["places"] = {"x": {"zero": nothing}}, {"x": "/dev"}
+    (model / "manifest.json").write_text(json.dumps(manifest))
+    run = compress("verify", model, "--inputs")
+    assert run.returncode == 1
+    assert run.stdout.count("it is not a regular file") == 3
+    manifest["outputs"] = {"../secret.json": nothing}
+    (model / "manifest.json").write_text(json.dumps(manifest))
+    assert "is not a manifest" in compress("verify", model).line
 
 
 # ---- recipes ----
@@ -237,6 +224,7 @@ MERGED = "\n".join(["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1
         ("[" * 10_000, "nested too deeply, or holds itself"),
         ("inputs: &a {x: *a}", "nested too deeply, or holds itself"),
         ("inputs: {a: a}\ninputs: {a: b}", "line 2: the key 'inputs' is there twice"),
+        ("a: 1\n---\nb: 2", "holds 2 YAML documents, where one is expected"),
         ("9" * 10_000, "not YAML that can be read"),
         ("a: \0", "not YAML that can be read"),
         ("a: \ud800".encode("utf-8", "surrogatepass").decode("latin-1"), "not YAML that can be read"),
@@ -245,14 +233,14 @@ MERGED = "\n".join(["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1
 )
 def test_a_recipe_is_data(compress: Program, tmp_path: Path, text: str, reason: str) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
-    assert reason in compress.refuses("run", "recipe.yaml")
+    assert reason in compress("run", "recipe.yaml").line
     if len(text) < 1000:
-        assert "-s x" in compress.refuses("merge", "a", "b", "-s", f"x={text}".replace("\0", "\x01").replace(",", " "))
+        assert "-s x" in compress("merge", "a", "b", "-s", f"x={text}".replace("\0", "\x01").replace(",", " ")).line
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_recipe_that_never_ends_is_not_read_to_its_end(compress: Program) -> None:
-    assert "longer than 1048576 bytes" in compress.refuses("run", "/dev/zero")
+    assert "longer than 1048576 bytes" in compress("run", "/dev/zero").line
 
 
 # ---- terminals ----
@@ -265,4 +253,45 @@ def test_what_a_file_says_does_not_steer_the_terminal(compress: Program, model: 
     assert "\x1b" not in out + err
     assert "\nwrote" not in out
     (tmp_path / "a\x1b[2J\nb.safetensors").write_bytes(b"no")
-    assert "a\ufffd[2J b.safetensors" in compress.refuses("inspect", "a\x1b[2J\nb.safetensors")
+    assert "a\ufffd[2J b.safetensors" in compress("inspect", "a\x1b[2J\nb.safetensors").line
+
+
+# ---- the Hub ----
+
+
+def toy(**files: bytes) -> dict[str, bytes]:
+    """A model in a repository, and more files in it."""
+    return {"model.safetensors": save_tensors({"w": torch.ones(4, 4)}), "config.json": b"{}", **files}
+
+
+def test_an_index_on_the_hub_leads_to_no_other_repository(own_hub: Hub, compress: Program) -> None:
+    own_hub.commit("org/secret", toy(), private=True)
+    for shard in ("../../../../org/secret/resolve/main/model.safetensors", "/org/secret/resolve/main/model.safetensors", "model.safetensors?x"):
+        index = json.dumps({"weight_map": {"w": shard}}).encode()
+        own_hub.commit("org/evil", {"model.safetensors.index.json": index, "config.json": b"{}"})
+        assert "names the shard" in compress("dequantize", "org/evil").line
+    assert own_hub.requests("secret") == []
+
+
+@pytest.mark.parametrize("cache", [[], ["--cache"]])
+def test_names_on_the_hub_that_lead_elsewhere_are_not_followed(own_hub: Hub, compress: Program, tmp_path: Path, hub_home: Path, cache: list[str]) -> None:
+    own_hub.commit("org/evil", toy(**{"../tokenizer.model": b"x", "a/../../tokenizer.json": b"x", "/tmp/vocab.json": b"x"}))
+    own_hub.commit("org/good", toy())
+    run = compress("merge", "org/evil", "org/good", *cache, "-o", "out")
+    assert run.returncode == 0, run.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", "config.json", "manifest.json", "model.safetensors", "recipe.yaml"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not [path for path in hub_home.rglob("*") if path.name in ("tokenizer.model", "tokenizer.json", "vocab.json")]
+    own_hub.commit("org/evil", toy(**{"evil\x1b[2J.model": b"x"}))
+    assert "is not the name of a file beside the weights" in compress("merge", "org/evil", "org/good", "-o", "out2").line
+
+
+# ---- the page ----
+
+
+def test_every_promise_on_the_page_names_a_test_that_is_there() -> None:
+    page = (ROOT / "docs" / "security.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page)
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text(), f"{file}::{test}"

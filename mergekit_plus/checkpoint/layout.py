@@ -15,6 +15,7 @@ from .checkpoint import SLAB, Checkpoint, FileSource, Measured, Plan, Rows, Step
 from .hub import HubFile
 from .prefetch import plan_spans, span_limit
 from .shards import Shard, plan_shards
+from .upload import Upload
 
 MANIFEST = "manifest.json"
 HELD = 256 << 20  # bytes of one tensor's inputs that a worker holds, to measure them and compute from them with one reading
@@ -36,6 +37,7 @@ class SaveOptions:
     digests: Digests | None = None  # those of the inputs, where hashing has begun already
     job: str | None = None  # what tells this job from others, beside its inputs and shards; one without a name cannot be resumed
     resume: bool = False  # go on with what the same job left when it was interrupted
+    upload: Upload | None = None  # each file goes up there when it is finished
 
 
 Unit = tuple[Step, Rows | None]  # a step, and the rows of it that are computed at once

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+import numpy as np
+
 from ..errors import CheckpointError, Unreachable
 from .blob import Blob
 from .hub import HubFile
@@ -39,13 +41,19 @@ class _Span:
     start: int
     stop: int
     state: _State = _State.PLANNED
-    data: bytearray | None = None
-    unread: int = 0
+    buffer: memoryview | None = None  # its bytes, and room behind them
+    unread: int = 0  # bytes that the plan has not read yet
+    readers: int = 0  # that are copying just now
     unhashed: bool = False
 
     @property
     def size(self) -> int:
         return self.stop - self.start
+
+    @property
+    def data(self) -> memoryview:
+        assert self.buffer is not None
+        return self.buffer[: self.size]
 
 
 @dataclass(eq=False)
@@ -56,6 +64,12 @@ class _Digest:
     sha: hashlib._Hash
     early: dict[int, _Span] = field(default_factory=dict)
     busy: bool = False
+    known: bool = True  # False once too much came early
+
+    @property
+    def pending(self) -> bool:
+        """Whether it will go further without another span."""
+        return self.busy or self.position in self.early
 
 
 class Prefetch:
@@ -63,7 +77,8 @@ class Prefetch:
 
     def __init__(self, total: int) -> None:
         self.limit = span_limit(total)
-        self.total = self.free = total
+        self.slots = self.free = total // self.limit  # spans in memory; each has a buffer, which is used again and again
+        self._buffers: list[memoryview] = []
         self.stop = threading.Event()
         self._changed = threading.Condition()
         self._queue: list[_Span] = []  # to be fetched, in the order of the plan
@@ -71,6 +86,7 @@ class Prefetch:
         self._spans: dict[HubFile, list[_Span]] = {}  # by their starts
         self._digests: dict[HubFile, _Digest] = {}
         self._failure: Exception | None = None
+        self._attached: dict[HubFile, None] = {}
         self._threads: list[threading.Thread] = []
 
     def begin(self, reads: Iterable[Read]) -> None:
@@ -89,6 +105,7 @@ class Prefetch:
             self._changed.notify_all()
         for file in spans:
             file.attach(self, self.stop)
+            self._attached[file] = None
             if len(file.head) == file.size and not file.verified:
                 file.settle(hashlib.sha256(file.head).hexdigest())
         while len(self._threads) < min(THREADS, len(queue)):
@@ -108,17 +125,30 @@ class Prefetch:
     def finish(self) -> None:
         """Wait until what was read is hashed. Errors: CheckpointError for a file that is not what the Hub lists."""
         with self._changed:
-            self._changed.wait_for(lambda: self.stop.is_set() or not any(digest.busy for digest in self._digests.values()))
+            self._changed.wait_for(lambda: self.stop.is_set() or not self._hashing)
             if self._failure is not None:
                 raise self._failure
 
     def close(self) -> None:
         """Stop at once; nobody waits for answers that are still under way."""
         self.stop.set()
-        for file in self._spans:
+        for file in self._attached:
             file.detach()
         with self._changed:
             self._changed.notify_all()
+
+    @property
+    def _over(self) -> bool:
+        return self._failure is not None or self.stop.is_set()
+
+    @property
+    def _hashing(self) -> bool:
+        return any(digest.pending for digest in self._digests.values())
+
+    def _span_of(self, file: HubFile, offset: int) -> _Span:
+        """The span that begins there."""
+        own = self._spans[file]
+        return own[bisect_right(own, offset, key=lambda span: span.start) - 1]
 
     def _span_at(self, file: HubFile, offset: int, length: int) -> tuple[_Span | None, int]:
         """The span that holds this byte, claimed for the caller where it has not begun; and how much of `length` it or the gap before the next holds."""
@@ -135,21 +165,25 @@ class Prefetch:
 
     def _take(self, span: _Span, buffer: memoryview, offset: int) -> None:
         with self._changed:
-            if span.state is _State.PLANNED:
+            # what is read faster than it is hashed waits for the hash; all else that has not begun is fetched at once
+            self._changed.wait_for(lambda: span.state is not _State.PLANNED or self.free > 0 or self._over or not self._hashing)
+            if span.state is _State.PLANNED and not self._over:
                 self._claim(span)
                 threading.Thread(target=self._fetch, args=(span,), name="prefetch", daemon=True).start()  # which nobody waits for after a failure
-            self._changed.wait_for(lambda: span.state in (_State.HERE, _State.GONE) or self._failure is not None or self.stop.is_set())
+            self._changed.wait_for(lambda: span.state in (_State.HERE, _State.GONE) or self._over)
             if self._failure is not None:
                 raise self._failure
             if self.stop.is_set():
                 raise Unreachable(f"{span.file.place}: reading was stopped")
-            data = span.data
-        if data is None:
+            here = span.state is _State.HERE
+            span.readers += here
+        if not here:
             span.file.fetch(buffer, offset)  # somebody else has read all of it
             return
         start = offset - span.start
-        buffer[:] = memoryview(data)[start : start + len(buffer)]
+        buffer[:] = span.data[start : start + len(buffer)]
         with self._changed:
+            span.readers -= 1
             span.unread -= len(buffer)
             self._release(span)
 
@@ -166,27 +200,30 @@ class Prefetch:
     def _may_begin(self) -> bool:
         while self._next < len(self._queue) and self._queue[self._next].state is not _State.PLANNED:
             self._next += 1
-        return self._next < len(self._queue) and self._queue[self._next].size <= self.free
+        return self._next < len(self._queue) and self.free > 0
 
     def _claim(self, span: _Span) -> None:
         span.state = _State.COMING
-        self.free -= span.size
+        self.free -= 1
 
     def _fetch(self, span: _Span) -> None:
-        data = bytearray(span.size)
+        with self._changed:
+            span.buffer = self._buffers.pop() if self._buffers else None
+        if span.buffer is None:
+            span.buffer = np.empty(self.limit, np.uint8).data
         try:
-            span.file.fetch(memoryview(data), span.start)
+            span.file.fetch(span.data, span.start)
         except Exception as error:
             with self._changed:
                 self._failure = self._failure or error
                 self._changed.notify_all()
             return
         with self._changed:
-            span.data, span.state = data, _State.HERE
+            span.state = _State.HERE
             digest = self._digests.get(span.file) if span.unhashed else None
             if digest is not None:
                 digest.early[span.start] = span
-                if sum(early.size for early in digest.early.values()) > self.total // 2:  # they come in another order; it will not be known
+                if len(digest.early) > self.slots and self._span_of(span.file, digest.position).state is _State.PLANNED:  # they come in another order
                     self._forget(span.file)
                     digest = None
             self._release(span)
@@ -203,12 +240,13 @@ class Prefetch:
         while True:
             with self._changed:
                 span = digest.early.pop(digest.position, None)
-                if span is None or span.data is None:
+                if span is None:
                     self._settle(file, digest)
                     digest.busy = False
                     self._changed.notify_all()
                     return
-            digest.sha.update(span.data)
+                data = span.data
+            digest.sha.update(data)
             with self._changed:
                 digest.position = span.stop
                 span.unhashed = False
@@ -216,25 +254,27 @@ class Prefetch:
 
     def _settle(self, file: HubFile, digest: _Digest) -> None:
         try:
-            if digest.position == file.size:
+            if digest.known and digest.position == file.size:
                 file.settle(digest.sha.hexdigest())
         except CheckpointError as error:
             self._failure = self._failure or error
 
     def _forget(self, file: HubFile) -> None:
-        del self._digests[file]
+        digest = self._digests.pop(file)
+        digest.known = False
+        digest.early.clear()
         for span in self._spans[file]:
             span.unhashed = False
             self._release(span)
 
     def _release(self, span: _Span) -> None:
-        if span.state is _State.HERE and span.unread <= 0 and not span.unhashed:
-            self._let_go(span)
-
-    def _let_go(self, span: _Span) -> None:
-        if span.state is _State.HERE:
-            span.state, span.data = _State.GONE, None
-            self.free += span.size
+        """Let it go once everybody is done with it."""
+        if span.state is _State.HERE and span.unread <= 0 and not span.unhashed and not span.readers:
+            span.state = _State.GONE
+            self.free += 1
+            if span.buffer is not None and len(self._buffers) < self.slots:
+                self._buffers.append(span.buffer)
+            span.buffer = None
             self._changed.notify_all()
 
 

@@ -16,16 +16,16 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..digests import Digests
-from ..errors import CheckpointError, CompressError, OutputError, ReadError
+from ..errors import CheckFailed, CheckpointError, CompressError, OutputError, ReadError
 from ..progress import Progress
 from .blob import Blob, File
 from .checkpoint import Checkpoint, ParallelMap, Plan, Recall, Rows, Step, execute, of_inner, proportional
@@ -39,9 +39,10 @@ from .prefetch import Prefetch
 from .shards import Abandoned, ShardFile, index_json, known_prefix
 from .spec import TensorSpec
 from .stage import Stage, was_published
+from .upload import Upload
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
-ENVIRONMENT = (OSError, OutputError, ReadError, KeyboardInterrupt, SystemExit, *OUT_OF_MEMORY)  # what may go better the next time
+ENVIRONMENT = (OSError, OutputError, ReadError, CheckFailed, KeyboardInterrupt, SystemExit, *OUT_OF_MEMORY)  # what may go better the next time
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,16 @@ class Manifest:
         return {"tool": f"mergekit-plus {__version__}", "inputs": self.inputs, "places": self.places, "outputs": self.outputs}
 
 
-Describe = Callable[[Manifest], Mapping[str, bytes]]  # further small files, once the digests are known
+Describe = Callable[[Manifest, Path], Mapping[str, bytes]]  # further small files, once the digests are known and everything else is in that folder
+Publish = Callable[[Path, Manifest], None]  # makes a folder visible somewhere else
 
 
-def save(checkpoint: Checkpoint, out: Path, options: SaveOptions | None = None, describe: Describe | None = None) -> Manifest:
+def save(
+    checkpoint: Checkpoint, out: Path, options: SaveOptions | None = None, describe: Describe | None = None, publish: Publish | None = None
+) -> Manifest:
     """Write a checkpoint to a folder, or to one file where `out` ends in `.safetensors`; all or nothing.
 
+    With `publish`, which is called when all is written, nothing gets the name `out`: only the partial folder beside it is used, and removed.
     Whatever goes wrong, what was there before stays. A save without `options.job` then leaves nothing behind; one with a job keeps what it has
     finished when the environment failed it, or when it was killed, and `options.resume` goes on from there to the same bytes.
     Errors: OutputError where the output exists or cannot be written; CheckpointError where an input is not what it seemed (cut short,
@@ -72,7 +77,7 @@ def save(checkpoint: Checkpoint, out: Path, options: SaveOptions | None = None, 
     options = options or SaveOptions()
     out = out.resolve()  # a link to a folder on another disk: stage, and rename, there
     resume = options.resume and options.job is not None
-    if not (resume and was_published(out)):
+    if publish is None and not (resume and was_published(out)):
         check_target(out, options.overwrite, checkpoint)
     layout = plan_save(checkpoint, out, options)
     carried = {} if is_file(out) else {name: checkpoint.file(name) for name in checkpoint.files}
@@ -84,10 +89,15 @@ def save(checkpoint: Checkpoint, out: Path, options: SaveOptions | None = None, 
             if not stage.done.publishing:
                 manifest = _write_all(checkpoint, inputs, layout, stage, options)
                 manifest = _write_small_files(carried, layout, stage, manifest, describe)
-                check_target(out, options.overwrite, checkpoint)  # hours later, it may have come to exist
             else:
                 manifest = _written_manifest(stage)
-            stage.publish()
+            if publish is not None:
+                publish(stage.files, manifest)
+                stage.keep = False
+            else:
+                if not stage.done.publishing:
+                    check_target(out, options.overwrite, checkpoint)  # hours later, it may have come to exist
+                stage.publish()
         except BaseException as error:
             told = _explained(error, out, stage.give_up(isinstance(error, ENVIRONMENT)))
             if told is error:
@@ -117,7 +127,7 @@ def _explained(error: BaseException, out: Path, kept: str) -> BaseException:
         return error
     if isinstance(error, KeyboardInterrupt):
         return KeyboardInterrupt(f"{out}: {kept}")
-    if isinstance(error, CompressError):
+    if isinstance(error, CompressError | CheckFailed):
         return type(error)(f"{error}; {kept}")
     return OutputError(f"{out}: out of memory; {kept}, and a smaller --memory") if isinstance(error, OUT_OF_MEMORY) else error
 
@@ -165,7 +175,8 @@ def _write_all(checkpoint: Checkpoint, inputs: Mapping[str, Sequence[Blob]], lay
                 for number, measured in enumerate(layout.measurements):
                     with options.progress.phase(measured.label or "measuring", None):
                         measured.get(parallel=parallel, recall=_recall(str(number), stage))
-                output_digests = [output_pool.submit(_output_digest, file, stage, lambda: _abandon(files, stop)) for file in files]
+                uploads = options.upload.uploads if options.upload else []
+                output_digests = [output_pool.submit(_output_digest, file, stage, options.upload, lambda: _abandon(files, stop)) for file in files]
                 where = {name: file for file in files for name in file.shard.offsets}
                 units = [unit for unit in layout.units if not _is_finished(*unit, where)]
                 done = _bytes_of(layout.units) - _bytes_of(units)
@@ -175,7 +186,9 @@ def _write_all(checkpoint: Checkpoint, inputs: Mapping[str, Sequence[Blob]], lay
                         _write_unit(*unit, where, options)
 
                     parallel(work, units)
-                    digests = _results(output_digests)
+                    wait(output_digests)
+                with options.progress.phase("uploading", None) if options.upload else nullcontext():
+                    digests = _results(output_digests, uploads)
                 with options.progress.phase("checking inputs", None):
                     found = {blob.place: digest_of(blob, input_digests[blob.place]) for blob in blobs}
             finally:
@@ -280,12 +293,15 @@ def _input_digest(blob: Blob, digests: Digests, stage: Stage) -> Future[str]:
     return future
 
 
-def _output_digest(file: ShardFile, stage: Stage, abandon: Callable[[], None]) -> str:
-    """Follow a file as it is written, hash it, and note in the journal what is on the disk."""
+def _output_digest(file: ShardFile, stage: Stage, upload: Upload | None, abandon: Callable[[], None]) -> str:
+    """Follow a file as it is written, hash it, note in the journal what is on the disk, and send it up when it is finished."""
 
     journal = stage.journal
     try:
-        return file.digest(None if journal is None else lambda position, digest: journal.add(shard=file.shard.name, bytes=position, sha256=digest))
+        digest = file.digest(None if journal is None else lambda position, digest: journal.add(shard=file.shard.name, bytes=position, sha256=digest))
+        if upload is not None:
+            upload.add(file.path, digest, abandon)
+        return digest
     except BaseException:
         abandon()
         raise
@@ -298,9 +314,9 @@ def _abandon(files: Iterable[ShardFile], stop: threading.Event) -> None:
         file.abandon()
 
 
-def _results(digests: Iterable[Future[str]]) -> list[str]:
-    """Their results; of several errors the one that was first in the chain."""
-    errors = [error for future in digests if (error := future.exception()) is not None]
+def _results(digests: Iterable[Future[str]], uploads: Iterable[Future[None]]) -> list[str]:
+    """The digests, when all is uploaded; of several errors the one that was first in the chain."""
+    errors = [error for future in chain[Future[Any]](digests, uploads) if (error := future.exception()) is not None]  # each digest adds an upload
     if errors:
         raise next((error for error in errors if not isinstance(error, Abandoned)), errors[0])
     return [future.result() for future in digests]
@@ -368,14 +384,16 @@ def _parallel(pool: ThreadPoolExecutor, stop: threading.Event, budget: _Budget, 
 def _write_small_files(carried: Mapping[str, bytes], layout: Layout, stage: Stage, manifest: Manifest, describe: Describe | None) -> Manifest:
     """Index, config, tokenizer, and what `describe` adds; the manifest last."""
     small = dict(carried)
-    if not is_file(stage.out):
-        if len(layout.shards) > 1:
-            small[INDEX] = json.dumps(index_json(layout.shards), indent=2).encode() + b"\n"
-        small |= describe(manifest) if describe else {}
-    outputs = dict(manifest.outputs)
+    if not is_file(stage.out) and len(layout.shards) > 1:
+        small[INDEX] = json.dumps(index_json(layout.shards), indent=2).encode() + b"\n"
     for name, content in small.items():
         _write_file(stage.files / name, content)
-        outputs[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    if describe is not None and not is_file(stage.out):
+        for name, content in describe(manifest, stage.files).items():
+            _write_file(stage.files / name, content)
+            small[name] = content
+    outputs = dict(manifest.outputs)
+    outputs |= {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in small.items()}
     manifest = replace(manifest, outputs=outputs)
     _write_file(stage.files / manifest_name(stage.out), json.dumps(manifest.as_json(), indent=2).encode() + b"\n")
     sync_folder(stage.files)

@@ -154,7 +154,7 @@ def test_transformers_loads_what_is_saved(tmp_path: Path, shard_size: int) -> No
 
 def test_the_manifest_holds_the_digest_of_every_file(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "in", TENSORS, 3)
-    manifest = save(doubled(folder), tmp_path / "out", SaveOptions(max_shard_size=5000, allow_nonfinite=True), lambda manifest: {"README.md": b"card"})
+    manifest = save(doubled(folder), tmp_path / "out", SaveOptions(max_shard_size=5000, allow_nonfinite=True), lambda manifest, folder: {"README.md": b"card"})
     written = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert written == manifest.as_json()
 
@@ -171,7 +171,7 @@ def test_the_manifest_holds_the_digest_of_every_file(tmp_path: Path) -> None:
 
 def test_describe_sees_the_digests_of_the_shards(tmp_path: Path) -> None:
     seen = []
-    save(Checkpoint.from_tensors(TENSORS), tmp_path / "out", SaveOptions(allow_nonfinite=True), lambda manifest: seen.append(manifest.outputs) or {})  # type: ignore[func-returns-value]
+    save(Checkpoint.from_tensors(TENSORS), tmp_path / "out", SaveOptions(allow_nonfinite=True), lambda manifest, folder: seen.append(manifest.outputs) or {})  # type: ignore[func-returns-value]
     assert list(seen[0]) == ["model.safetensors"]
 
 

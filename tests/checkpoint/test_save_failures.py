@@ -146,7 +146,7 @@ def test_an_error_in_a_measurement_is_the_error_of_the_save(place: Path, whole_m
 
 def test_an_error_in_describe_is_the_error_of_the_save(place: Path) -> None:
     with pytest.raises(ZeroDivisionError):
-        save(Checkpoint.open(place / "in"), place / "out", SaveOptions(overwrite=True), lambda manifest: {"README.md": b"%d" % (1 // 0)})
+        save(Checkpoint.open(place / "in"), place / "out", SaveOptions(overwrite=True), lambda manifest, folder: {"README.md": b"%d" % (1 // 0)})
 
 
 @pytest.mark.parametrize("call", ["pwrite", "fsync", "posix_fallocate", "preadv", "pwrite after a while"])

@@ -147,7 +147,7 @@ def test_modes_follow_the_umask(tmp_path: Path, umask: int, folder_mode: int, fi
     folder = write_model(tmp_path / "in", NEW)
     before = os.umask(umask)
     try:
-        save(Checkpoint.open(folder), tmp_path / "out", SaveOptions(max_shard_size=1), lambda manifest: {"README.md": b""})
+        save(Checkpoint.open(folder), tmp_path / "out", SaveOptions(max_shard_size=1), lambda manifest, folder: {"README.md": b""})
         save(new(), tmp_path / "x.safetensors")
         assert os.umask(umask) == umask
     finally:
