@@ -51,20 +51,20 @@ class Blob(Protocol):
         ...
 
     def facts(self, sha256: str) -> dict[str, Any]:
-        """What a manifest says of it once everything is read."""
+        """What a manifest says of it once everything is read. Errors: CheckpointError for a file that is not what it must be."""
         ...
 
 
 class File:
-    """A regular file open for positional reads; closed when nobody refers to it any more."""
+    """A regular file open for positional reads; closed when nobody refers to it any more. `sha256`: what it must be, where that is known."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, sha256: str = "") -> None:
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror}") from None
         self._finalizer = weakref.finalize(self, os.close, self.fd)
-        self.path, self.name, self.place = path, path.name, str(path)
+        self.path, self.name, self.place, self._sha256 = path, path.name, str(path), sha256
         status = os.fstat(self.fd)
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{path} is not a regular file")
@@ -95,14 +95,9 @@ class File:
         return digests.of(self.fd)
 
     def facts(self, sha256: str) -> dict[str, Any]:
+        if self._sha256 not in ("", sha256):
+            raise CheckpointError(f"{self.path} is not the file that the Hub lists (its SHA-256 differs); delete it, and run again")
         return {"bytes": self.size, "sha256": sha256}
-
-
-def read_whole(blob: Blob) -> bytes:
-    """All of its bytes."""
-    content = bytearray(blob.size)
-    blob.read_into(memoryview(content), 0)
-    return bytes(content)
 
 
 def check_small(place: str, size: int) -> None:

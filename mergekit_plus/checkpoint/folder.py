@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import CheckpointError, Unreachable, nearest
-from .blob import Blob, File, check_small, read_whole
+from .blob import Blob, File, check_small
 from .checkpoint import Checkpoint, FileSource, SmallFile
 from .hub import HubFolder, Reference, cached_snapshot, download, in_cache, parse_reference, pin
 from .safetensors import MAX_HEADER, PICKLE_HELP, read_header
@@ -30,7 +30,7 @@ CARRIED = (
     "preprocessor_config.json", "processor_config.json", "image_processor_config.json", "video_preprocessor_config.json",
     "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
 )  # fmt: skip
-WANTED = (SINGLE, INDEX, "model-*.safetensors", ADAPTER, *CARRIED, ADAPTER_CONFIG)  # what of a repository is read, and cached
+IN_CACHE = (SINGLE, INDEX, "model-*.safetensors", ADAPTER, *CARRIED, ADAPTER_CONFIG)  # what a snapshot must not lack where the Hub cannot say
 
 
 class Listing(Protocol):
@@ -56,10 +56,13 @@ class Listing(Protocol):
 
 
 class LocalFolder:
-    """A folder on a disk. A link in it may lead to a file of the folder itself or, as in the Hub's cache, to the blobs of its repository."""
+    """A folder on a disk. A link in it may lead to a file of the folder itself or, as in the Hub's cache, to the blobs of its repository.
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.place = path, str(path)
+    digests: the SHA-256 that files of it must have, by name, where that is known.
+    """
+
+    def __init__(self, path: Path, digests: Mapping[str, str] | None = None) -> None:
+        self.path, self.place, self._digests = path, str(path), digests or {}
         self.names = tuple(entry.name for entry in path.iterdir() if entry.is_file())
         real = path.resolve()
         self._inside = [real]
@@ -72,7 +75,7 @@ class LocalFolder:
         return path
 
     def open(self, name: str) -> File:
-        return File(self._own(name))
+        return File(self._own(name), self._digests.get(name, ""))
 
     def _own(self, name: str) -> Path:
         """The path of a file, if it is one of this folder: what a small one holds is copied into every output, which may be published."""
@@ -108,7 +111,7 @@ def _open_on_hub(there: Reference, label: str, cache: bool) -> Checkpoint:
     """Open a repository, a folder or a file in it: from the local cache where it is whole there, else by range requests."""
     pinned = pin(there)
     if pinned is None:
-        snapshot = cached_snapshot(there, WANTED)
+        snapshot = cached_snapshot(there, IN_CACHE)
         if snapshot is None:
             raise Unreachable(f"{there.repo}: not a local path, and the Hub cannot be reached; nor is it in the local cache")
         return _open_snapshot(replace(there, revision=snapshot.name), snapshot, label)
@@ -123,18 +126,31 @@ def _open_on_hub(there: Reference, label: str, cache: bool) -> Checkpoint:
         folder = HubFolder(there, files)
         if not folder.names:
             raise CheckpointError(f"{there} holds no files.{nearest(there.path, files)}")
-        wanted = [name for name in folder.names if any(fnmatch(name, known) for known in WANTED)]
+        wanted = _wanted(folder.names)
     if cache and not in_cache(folder, wanted):
         download(folder, wanted, revision)
     if snapshot := in_cache(folder, wanted):
-        return _open_snapshot(there, snapshot, label)
+        return _open_snapshot(there, snapshot, label, {name: folder.sha256(name) for name in wanted})
     if there.path in files:
         return Checkpoint(label, _source([folder.open(wanted[0])]), pinned=str(there))
     return replace(open_listing(folder, label), pinned=str(there))
 
 
-def _open_snapshot(there: Reference, snapshot: Path, label: str) -> Checkpoint:
-    return replace(_open(snapshot / there.path, snapshot / there.path, cache=False), label=label, pinned=str(there))
+def _wanted(names: Collection[str]) -> list[str]:
+    """The files of a model folder that opening and saving it may read."""
+    weights = [SINGLE] if SINGLE in names else [INDEX, "model-*.safetensors"] if INDEX in names else [ADAPTER, ADAPTER_CONFIG]
+    if INDEX in weights and not any(fnmatch(name, weights[1]) for name in names):  # shards with names of their own
+        weights[1] = "*.safetensors"
+    return [name for name in names if any(fnmatch(name, known) for known in (*weights, *CARRIED))]
+
+
+def _open_snapshot(there: Reference, snapshot: Path, label: str, digests: Mapping[str, str] | None = None) -> Checkpoint:
+    path = snapshot / there.path
+    if path.is_file():
+        return Checkpoint(label, _source([LocalFolder(path.parent, digests).open(path.name)]), pinned=str(there))
+    if not path.is_dir():
+        raise CheckpointError(f"{there}: the local cache has no {there.path} of it, and the Hub cannot be reached")
+    return replace(open_listing(LocalFolder(path, digests), label), pinned=str(there))
 
 
 def open_listing(folder: Listing, label: str) -> Checkpoint:
@@ -169,7 +185,7 @@ def _source(files: Sequence[Blob]) -> FileSource:
 
 def _indexed(folder: Listing) -> FileSource:
     index = f"{folder.place}/{INDEX}"
-    weight_map = _weight_map(folder.open(INDEX), index)
+    weight_map = _weight_map(folder, index)
     shards = sorted(set(weight_map.values()))
     for shard in shards:
         if not SHARD_NAME.fullmatch(shard):
@@ -186,7 +202,7 @@ def _indexed(folder: Listing) -> FileSource:
     return source
 
 
-def _weight_map(file: Blob, index: str) -> Mapping[str, str]:
+def _weight_map(folder: Listing, index: str) -> Mapping[str, str]:
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
@@ -194,9 +210,9 @@ def _weight_map(file: Blob, index: str) -> Mapping[str, str]:
         return table
 
     try:
-        if file.size > MAX_HEADER:
+        if folder.open(INDEX).size > MAX_HEADER:
             raise ValueError(f"it is longer than {MAX_HEADER} bytes")
-        parsed = json.loads(read_whole(file), object_pairs_hook=refuse_duplicates)
+        parsed = json.loads(folder.small(INDEX).read_bytes(), object_pairs_hook=refuse_duplicates)
         weight_map = parsed["weight_map"]
         if not all(isinstance(shard, str) for shard in weight_map.values()):
             raise ValueError("weight_map must give a file name for each tensor")

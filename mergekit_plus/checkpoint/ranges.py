@@ -41,8 +41,9 @@ def patiently(place: str, once: Callable[[], T], stop: threading.Event | None = 
 
     Errors: Unreachable naming the place and the last reason; at once when `stop` is set.
     """
-    waited = 0.0
-    for attempt in range(1, attempts + 1):
+    waited, attempt = 0.0, 0
+    while True:
+        attempt += 1
         try:
             return once()
         except Again as again:
@@ -53,7 +54,6 @@ def patiently(place: str, once: Callable[[], T], stop: threading.Event | None = 
                 raise Unreachable(f"{place} cannot be read: {again.reason}, the last of {attempts} tries; run again when the Hub can be reached") from None
             waited += pause
             _sleep(place, pause, stop)
-    raise AssertionError("unreachable")
 
 
 def _sleep(place: str, seconds: float, stop: threading.Event | None) -> None:

@@ -11,10 +11,10 @@ import torch
 from checkpoint_toys import python, same_bits, write_model
 from hub_client import compress
 from hub_server import TOKEN, Hub
-from safetensors.torch import save
+from safetensors.torch import save as serialize
 
 import mergekit_plus.checkpoint.ranges as ranges
-from mergekit_plus.checkpoint import Checkpoint
+from mergekit_plus.checkpoint import Checkpoint, save
 from mergekit_plus.checkpoint.hub import Reference, parse_reference
 from mergekit_plus.errors import CheckpointError, Unreachable
 
@@ -118,7 +118,7 @@ def toy(own_hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     write_model(tmp_path / "m", TENSORS, 3)
     write_model(tmp_path / "m" / "sub" / "half", {name: tensor / 2 for name, tensor in TENSORS.items()})
     (tmp_path / "m" / "adapter").mkdir()
-    (tmp_path / "m" / "adapter" / "adapter_model.safetensors").write_bytes(save({"base_model.model.q.lora_A.weight": torch.ones(2, 4)}))
+    (tmp_path / "m" / "adapter" / "adapter_model.safetensors").write_bytes(serialize({"base_model.model.q.lora_A.weight": torch.ones(2, 4)}))
     (tmp_path / "m" / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     own_hub.commit("org/name", tmp_path / "m")
     return own_hub
@@ -200,7 +200,7 @@ def test_a_cached_repository_is_read_from_the_cache(toy: Hub) -> None:
     assert len(toy.requests("resolve")) == before  # asked for the commit's name, and for nothing else
     assert str(checkpoint.files["config.json"]).startswith(folder)
     assert checkpoint.pinned == f"org/name@{toy.repositories['org/name'].branches['main']}"
-    toy.commit("org/name", {"model.safetensors": save({"new": torch.ones(1)})})
+    toy.commit("org/name", {"model.safetensors": serialize({"new": torch.ones(1)})})
     assert list(Checkpoint.open("org/name").specs) == ["new"]  # the branch has moved on, the cache has not
 
 
@@ -212,6 +212,36 @@ def test_cache_brings_the_files_to_the_disk_once_and_no_others(toy: Hub) -> None
     assert all(same_bits(checkpoint.read(name), tensor) for name, tensor in TENSORS.items())
     assert len(Checkpoint.open("org/name", cache=True).specs) == 3
     assert len(toy.requests("resolve")) == before
+
+
+def test_shards_with_names_of_their_own_are_cached_too_and_a_second_copy_of_the_weights_is_not(toy: Hub, tmp_path: Path) -> None:
+    files = {path.name.replace("model-", "part-"): path.read_bytes().replace(b"model-", b"part-") for path in (tmp_path / "m").iterdir() if path.is_file()}
+    toy.commit("org/parts", files)
+    assert len(Checkpoint.open("org/parts", cache=True).specs) == 3
+    before = len(toy.requests("resolve"))
+    assert len(Checkpoint.open("org/parts").specs) == 3
+    assert len(toy.requests("resolve")) == before
+    toy.commit("org/both", {**files, "model.safetensors": serialize({"whole": torch.ones(1)})})
+    assert list(Checkpoint.open("org/both", cache=True).specs) == ["whole"]
+    assert not toy.requests("org/both/resolve/.*part-")
+
+
+def test_a_file_that_the_cache_holds_with_a_wrong_byte_fails_the_save(toy: Hub, tmp_path: Path) -> None:
+    toy.fault("GET .*model-00002", flip=200)  # huggingface_hub looks at the size alone
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors is not the file that the Hub lists \(its SHA-256 differs\)"):
+        save(Checkpoint.open("org/name", cache=True), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_and_a_folder_open_from_the_cache_too(toy: Hub) -> None:
+    for _ in range(2):
+        assert list(Checkpoint.open("org/name/model-00002-of-00003.safetensors", cache=True).specs) == ["model.layers.1.weight"]
+        assert float(Checkpoint.open("org/name/sub/half", cache=True).read("model.layers.2.weight")[0, 0]) == 1.0
+    toy.fault("GET /api/", status=503, times=99)
+    assert list(Checkpoint.open("org/name/model-00002-of-00003.safetensors").specs) == ["model.layers.1.weight"]
+    assert len(Checkpoint.open("org/name@main/sub/half").specs) == 3
+    with pytest.raises(CheckpointError, match="the Hub cannot be reached"):
+        Checkpoint.open("org/name/adapter")
 
 
 def test_a_cache_in_which_a_file_is_missing_is_not_read(toy: Hub) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ from checkpoint_toys import files_in, random_tensor, write_model
 from hub_client import compress, python
 from hub_server import TOKEN, Hub
 
+import mergekit_plus.checkpoint.layout as layout
+import mergekit_plus.checkpoint.ranges as ranges
 from mergekit_plus.checkpoint import Checkpoint, SaveOptions, save
+from mergekit_plus.errors import Unreachable
 from mergekit_plus.merge import METHODS
 from mergekit_plus.merge.plan import MergeOptions, merge
 from mergekit_plus.recipe import check, plan, run
@@ -116,6 +120,27 @@ def test_the_recipe_of_the_output_names_the_commit_and_runs_again(models: Hub, t
     again = compress(models, "run", "out/recipe.yaml", "-o", "again", home=tmp_path / "home", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert files_in(tmp_path / "again") == files_in(tmp_path / "out")
+
+
+def test_a_merge_that_the_network_interrupts_goes_on_later_and_reads_only_the_rest(models: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "PAUSE", 0.001)
+    monkeypatch.setattr(layout, "AHEAD", 8 << 16)  # eight spans of 64 KiB
+    recipe = check({"inputs": {"a": "org/a", "b": "org/b"}, "steps": [{"merge": {"models": ["a", "b"]}}]}, tmp_path, "a test")
+    options = SaveOptions(workers=1, memory=400 << 20, max_shard_size=400_000)
+    run(recipe, Execution(options, out=tmp_path / "whole"))
+    data = "GET .*-of-00003.safetensors$"
+    read = models.sent(data)
+    fault = models.fault(data, skip=45, status=503, times=999)
+    with pytest.raises(Unreachable, match="the Hub answers 503, the last of 6 tries.*--resume"):
+        run(recipe, Execution(options, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    fault.times = 0
+    models.log.clear()
+    run(recipe, Execution(replace(options, resume=True), out=tmp_path / "out"))
+    assert {name: facts for name, facts in files_in(tmp_path / "out").items() if name.endswith(".safetensors")} == {
+        name: facts for name, facts in files_in(tmp_path / "whole").items() if name.endswith(".safetensors")
+    }
+    assert models.sent(data) < read
 
 
 def test_a_digest_in_a_recipe_holds_for_a_file_that_nobody_had_to_read(models: Hub, tmp_path: Path) -> None:
