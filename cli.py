@@ -29,14 +29,23 @@ app = typer.Typer(
 adapter = typer.Typer(help="Merge LoRA adapters, or extract one from a fine-tune; MODEL+ADAPTER is a model everywhere.", no_args_is_help=True)
 app.add_typer(adapter, name="adapter")
 
-Model = Annotated[str, typer.Argument(help="a model folder, a .safetensors file, or org/name[@revision] on the Hub; MODEL+ADAPTER applies a LoRA adapter")]
+Model = Annotated[
+    str, typer.Argument(help="a model folder, a .safetensors file, or org/name[@revision][/folder] on the Hub; MODEL+ADAPTER applies a LoRA adapter")
+]
 Folder = Annotated[Path | None, typer.Option("--out", "-o", help="folder to write")]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="folder to write, or a file where it ends in .safetensors")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="folder to write, a file where it ends in .safetensors, or hf://org/name[@branch]")]
+Push = Annotated[str | None, typer.Option("--push", metavar="ORG/NAME[@BRANCH]", help="put the output folder on the Hub too, in one commit")]
+Private = Annotated[bool, typer.Option("--private", help="make the repository private, where it has to be created")]
 Set = Annotated[
     list[str], typer.Option("--set", "-s", metavar="NAME=VALUE", help="option of the method, as `compress methods` lists them; a,b,c: one for each model")
 ]
 Exclude = Annotated[list[str], typer.Option("--exclude", metavar="PATTERN", help="tensors to leave as they are; shell pattern, may be repeated")]
+Include = Annotated[
+    list[str], typer.Option("--include", metavar="PATTERN", help="write only these tensors, as in 'layers.3.*'; shell pattern, may be repeated")
+]
+Cache = Annotated[bool, typer.Option("--cache", help="bring models on the Hub into the local Hub cache first, in place of reading ranges of them")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an output that exists")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on where an interrupted run of the same command stopped")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be read, written and needed; write nothing")]
 Memory = Annotated[str | None, typer.Option("--memory", help="bytes in flight, as in 2GB (default: half of what is free)")]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="threads that compute (default: one for each core)")]
@@ -61,6 +70,7 @@ def merge(
     base: Annotated[str | None, typer.Option("--base", "-b", help="the model the others were tuned from")] = None,
     set_: Set = [],  # noqa: B006
     exclude: Exclude = [],  # noqa: B006
+    include: Include = [],  # noqa: B006
     seed: Annotated[int, typer.Option("--seed", help="seed of the methods that draw at random")] = 0,
     search: Search = None,
     text: Texts = [],  # noqa: B006
@@ -75,6 +85,7 @@ def merge(
     ] = None,
     out: Out = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
     dry_run: DryRun = False,
     memory: Memory = None,
     workers: Workers = None,
@@ -82,14 +93,17 @@ def merge(
     dtype: Dtype = None,
     device: Device = "cpu",
     allow_nonfinite: NonFinite = False,
+    cache: Cache = False,
+    push: Push = None,
+    private: Private = False,
     as_json: Json = False,
 ) -> None:
     """Merge models: `compress merge a.safetensors b.safetensors`."""
-    digests = _hash_early(*models, *([base] if base else []))
+    digests = None if resume else _hash_early(*models, *([base] if base else []))  # what was hashed before is not hashed again
     from mergekit_plus.recipe import check
 
     names = _distinct(models)
-    step: dict[str, Any] = {"method": method, "models": list(names), "exclude": exclude, "seed": seed, "dtype": dtype, **_settings(set_)}
+    step: dict[str, Any] = {"method": method, "models": list(names), "exclude": exclude, "include": include, "seed": seed, "dtype": dtype, **_settings(set_)}
     inputs = dict(names)
     if search is not None:
         from mergekit_plus.search.space import parse_axes
@@ -105,10 +119,10 @@ def merge(
         inputs.setdefault(step["base"], base)
     step["tokenizer"] = _tokenizer(tokenizer, pad_to_multiple_of, chat_template, inputs)
     recipe = check({"inputs": inputs, "steps": [{"merge": step}]}, Path(), "compress merge")
-    single = all(Path(ref).is_file() for ref in models)
+    single = all(Path(ref).is_file() or (ref.endswith(".safetensors") and not Path(ref).is_dir()) for ref in models)
     default = Path("merged.safetensors" if single else "merged")
-    how = _execution(out or default, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, digests)
-    _carry_out(recipe, how, dry_run, as_json)
+    how = _execution(out or default, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, digests, resume, cache)
+    _carry_out(recipe, how, dry_run, as_json, push, private)
 
 
 @adapter.command("merge")
@@ -118,14 +132,18 @@ def merge_adapters(
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="rank of the result (default: the sum for linear, else the largest)")] = None,
     set_: Set = [],  # noqa: B006
     seed: Annotated[int, typer.Option("--seed", help="seed of the methods that draw at random")] = 0,
-    out: Folder = None,
+    out: Out = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
     dry_run: DryRun = False,
     memory: Memory = None,
     workers: Workers = None,
     dtype: Dtype = None,
     device: Device = "cpu",
     allow_nonfinite: NonFinite = False,
+    cache: Cache = False,
+    push: Push = None,
+    private: Private = False,
     as_json: Json = False,
 ) -> None:
     """Merge adapters into one: `compress adapter merge ./code-lora ./docs-lora`."""
@@ -134,8 +152,8 @@ def merge_adapters(
     names = _distinct(adapters)
     step = {"method": method, "models": list(names), "rank": rank, "seed": seed, "dtype": dtype, **_settings(set_)}
     recipe = check({"inputs": names, "steps": [{"merge_adapters": step}]}, Path(), "compress adapter merge")
-    how = _execution(out or Path("merged-adapter"), overwrite, memory, workers, "5GB", allow_nonfinite, device)
-    _carry_out(recipe, how, dry_run, as_json)
+    how = _execution(out or Path("merged-adapter"), overwrite, memory, workers, "5GB", allow_nonfinite, device, resume=resume, cache=cache)
+    _carry_out(recipe, how, dry_run, as_json, push, private)
 
 
 @adapter.command()
@@ -148,9 +166,11 @@ def extract(
     exclude: Exclude = [],  # noqa: B006
     out: Folder = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
     dry_run: DryRun = False,
     memory: Memory = None,
     workers: Workers = None,
+    cache: Cache = False,
     dtype: Annotated[str, typer.Option("--dtype", help="float dtype of the factors")] = "float32",
     as_json: Json = False,
 ) -> None:
@@ -164,7 +184,7 @@ def extract(
 
     step = {"base": "base", "tuned": "tuned", "rank": rank, "energy": energy, "save_rest": save_rest, "exclude": exclude, "dtype": dtype}
     recipe = check({"inputs": {"base": base, "tuned": tuned}, "steps": [{"extract_adapter": step}]}, Path(), "compress adapter extract")
-    how = _execution(out or _beside(tuned, "adapter", "folder"), overwrite, memory, workers, "5GB")
+    how = _execution(out or _beside(tuned, "adapter", "folder"), overwrite, memory, workers, "5GB", resume=resume, cache=cache)
     if dry_run:
         facts = plan(recipe, how)
         _print(facts, plan_lines(facts), as_json)
@@ -179,18 +199,22 @@ def moe(
     config: Annotated[Path, typer.Argument(help="base_model and experts with their prompts, in the schema of mergekit-moe")],
     out: Out = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
     dry_run: DryRun = False,
     memory: Memory = None,
     workers: Workers = None,
     max_shard_size: ShardSize = "5GB",
     allow_nonfinite: NonFinite = False,
+    cache: Cache = False,
+    push: Push = None,
+    private: Private = False,
     as_json: Json = False,
 ) -> None:
     """Make a mixture of experts of dense models: Mixtral, or Qwen2-MoE with a shared expert."""
     from mergekit_plus.recipe import load
 
-    how = _execution(out, overwrite, memory, workers, max_shard_size, allow_nonfinite)
-    _carry_out(load(config), how, dry_run, as_json)
+    how = _execution(out, overwrite, memory, workers, max_shard_size, allow_nonfinite, resume=resume, cache=cache)
+    _carry_out(load(config), how, dry_run, as_json, push, private)
 
 
 @app.command()
@@ -203,25 +227,33 @@ def quantize(
     format_: Annotated[str, typer.Option("--format", help="pack-quantized (compressed-tensors), or dense: the dequantized weights")] = "pack-quantized",
     set_: Set = [],  # noqa: B006
     exclude: Exclude = [],  # noqa: B006
+    include: Include = [],  # noqa: B006
     out: Out = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
     dry_run: DryRun = False,
     memory: Memory = None,
     workers: Workers = None,
     max_shard_size: ShardSize = "5GB",
     device: Device = "cpu",
     allow_nonfinite: NonFinite = False,
+    cache: Cache = False,
+    push: Push = None,
+    private: Private = False,
     as_json: Json = False,
 ) -> None:
     """Quantize a model's linear layers: `compress quantize --bits 4` in its folder."""
-    digests = _hash_early(model)
+    digests = None if resume else _hash_early(model)
     from mergekit_plus.recipe import check
 
-    step = {"bits": bits, "group_size": group_size, "symmetric": not asymmetric, "method": method, "format": format_, "exclude": exclude, **_settings(set_)}
+    step = {
+        "bits": bits, "group_size": group_size, "symmetric": not asymmetric, "method": method, "format": format_, "exclude": exclude, "include": include,
+        **_settings(set_),
+    }  # fmt: skip
     recipe = check({"inputs": {"model": model}, "steps": [{"quantize": step}]}, Path(), "compress quantize")
     default = _beside(model, f"{bits}bit-dense", "file") if format_ == "dense" else _beside(model, f"{bits}bit", "folder")
-    how = _execution(out or default, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, digests)
-    _carry_out(recipe, how, dry_run, as_json)
+    how = _execution(out or default, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, digests, resume, cache)
+    _carry_out(recipe, how, dry_run, as_json, push, private)
 
 
 @app.command()
@@ -229,18 +261,22 @@ def dequantize(
     model: Model = ".",
     out: Out = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
     dry_run: DryRun = False,
     memory: Memory = None,
     workers: Workers = None,
     max_shard_size: ShardSize = "5GB",
+    cache: Cache = False,
+    push: Push = None,
+    private: Private = False,
     as_json: Json = False,
 ) -> None:
     """Turn a packed (compressed-tensors) model back into a dense one."""
     from mergekit_plus.recipe import check
 
     recipe = check({"inputs": {"model": model}, "steps": [{"dequantize": {}}]}, Path(), "compress dequantize")
-    how = _execution(out or _beside(model, "dense", "file"), overwrite, memory, workers, max_shard_size)
-    _carry_out(recipe, how, dry_run, as_json)
+    how = _execution(out or _beside(model, "dense", "file"), overwrite, memory, workers, max_shard_size, resume=resume, cache=cache)
+    _carry_out(recipe, how, dry_run, as_json, push, private)
 
 
 @app.command()
@@ -249,20 +285,24 @@ def run(
     mergekit_lenient: Annotated[bool, typer.Option("--mergekit-lenient", help="warn of keys that mergekit ignores instead of refusing them")] = False,
     out: Out = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
     dry_run: DryRun = False,
     memory: Memory = None,
     workers: Workers = None,
     max_shard_size: ShardSize = "5GB",
     device: Device = "cpu",
     allow_nonfinite: NonFinite = False,
+    cache: Cache = False,
+    push: Push = None,
+    private: Private = False,
     as_json: Json = False,
 ) -> None:
     """Carry out a YAML recipe; exit code 1 when a check of it fails."""
     from mergekit_plus.recipe import load
 
     loaded = load(recipe, mergekit_lenient)
-    how = _execution(out, overwrite, memory, workers, max_shard_size, allow_nonfinite, device)
-    _carry_out(loaded, how, dry_run, as_json)
+    how = _execution(out, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, resume=resume, cache=cache)
+    _carry_out(loaded, how, dry_run, as_json, push, private)
 
 
 @app.command()
@@ -293,6 +333,25 @@ def diff(a: Model, b: Model, as_json: Json = False) -> None:
     text.append("the same" if found.same else f"{sum(t.changed > 0 for t in found.tensors)} of {len(found.tensors)} common tensors differ in value")
     _print({**asdict(found), "same": found.same}, text, as_json)
     if not found.same:
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(help="an output: its folder, or its .safetensors file")],
+    inputs: Annotated[bool, typer.Option("--inputs", help="check the files that it was made of too, where they were then")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare an output with its manifest; exit code 1 when a file is missing or not what was written."""
+    from dataclasses import asdict
+
+    from mergekit_plus.progress import on
+    from mergekit_plus.show import verification_lines
+    from mergekit_plus.verify import verify as check
+
+    facts = asdict(check(out, inputs, on()))
+    _print(facts, verification_lines(facts), as_json)
+    if facts["problems"]:
         raise typer.Exit(1)
 
 
@@ -358,16 +417,23 @@ def _open(ref: str) -> Checkpoint:
     return Checkpoint.open(ref)
 
 
-def _carry_out(recipe: Recipe, how: Execution, dry_run: bool, as_json: bool) -> None:
+def _carry_out(recipe: Recipe, how: Execution, dry_run: bool, as_json: bool, push: str | None = None, private: bool = False) -> None:
+    from dataclasses import replace
+
     from mergekit_plus.recipe import plan
     from mergekit_plus.recipe import run as carry_out
     from mergekit_plus.show import outcome_facts, outcome_lines, plan_lines
 
+    how = replace(how, push=push, private=private)
     if dry_run:
         facts = plan(recipe, how)
         _print(facts, plan_lines(facts), as_json)
         return
-    outcome = carry_out(recipe, how)
+    try:
+        outcome = carry_out(recipe, how)
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(["compress: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
+        raise typer.Exit(130) from None
     _print(outcome_facts(outcome), outcome_lines(outcome), as_json)
     outcome.raise_failures()
 
@@ -392,6 +458,8 @@ def _execution(
     allow_nonfinite: bool = False,
     device: str = "cpu",
     digests: Digests | None = None,
+    resume: bool = False,
+    cache: bool = False,
 ) -> Execution:
     from mergekit_plus.checkpoint import SaveOptions
     from mergekit_plus.checkpoint.shards import parse_size
@@ -399,7 +467,7 @@ def _execution(
     from mergekit_plus.steps import Execution
 
     budget = parse_size(memory) if memory else None
-    return Execution(SaveOptions(overwrite, parse_size(max_shard_size), budget, workers, allow_nonfinite, on(), digests), device, out)
+    return Execution(SaveOptions(overwrite, parse_size(max_shard_size), budget, workers, allow_nonfinite, on(), digests, resume=resume), device, out, cache)
 
 
 def _tokenizer(source: str | None, multiple: int | None, template: str | None, inputs: dict[str, str]) -> dict[str, Any] | None:
@@ -420,16 +488,15 @@ def _tokenizer(source: str | None, multiple: int | None, template: str | None, i
 
 def _settings(assignments: list[str]) -> dict[str, Any]:
     """`name=value` pairs; values are read as YAML, commas make a list (one value for each model)."""
-    import yaml
-
     from mergekit_plus.errors import OptionError
+    from mergekit_plus.safe_yaml import parse
 
     settings: dict[str, Any] = {}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals or not name:
             raise OptionError(f"-s {assignment}: write name=value")
-        settings[name] = [yaml.safe_load(part) for part in value.split(",")] if "," in value else yaml.safe_load(value)
+        settings[name] = [parse(part, f"-s {name}") for part in value.split(",")] if "," in value else parse(value, f"-s {name}")
     return settings
 
 
@@ -461,24 +528,26 @@ def _beside(model: str, suffix: str, of_file: Literal["file", "folder"]) -> Path
     path = Path(model)
     if path.is_file():
         return Path(f"{path.stem}-{suffix}{'.safetensors' if of_file == 'file' else ''}")
-    name = path.resolve().name if path.is_dir() else model.split("@")[0].split("/")[-1]
+    name = path.resolve().name if path.is_dir() else model.split("@")[0].split("/")[-1].removesuffix(".safetensors")
     return Path(f"{name}-{suffix}")
 
 
 def _print(data: dict[str, Any], text: list[str], as_json: bool) -> None:
-    print(json.dumps(data, indent=2, default=str) if as_json else "\n".join(text))
+    from mergekit_plus.errors import printable
+
+    print(json.dumps(data, indent=2, default=str) if as_json else "\n".join(map(printable, text)))
 
 
 def main() -> None:
     """Run the program: one line on stderr and exit code 2 for the user's mistakes, 1 where a check failed."""
-    from mergekit_plus.errors import CheckFailed, CompressError
+    from mergekit_plus.errors import CheckFailed, CompressError, printable
 
-    warnings.formatwarning = lambda message, *_: f"compress: warning: {message}\n"
+    warnings.formatwarning = lambda message, *_: printable(f"compress: warning: {message}") + "\n"
     try:
         app()
     except CompressError as error:
-        print(f"compress: {error}", file=sys.stderr)
+        print(printable(f"compress: {error}"), file=sys.stderr)
         sys.exit(2)
     except CheckFailed as error:
-        print(f"compress: check failed: {error}", file=sys.stderr)
+        print(printable(f"compress: check failed: {error}"), file=sys.stderr)
         sys.exit(1)

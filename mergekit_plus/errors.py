@@ -2,6 +2,8 @@
 
     CompressError            the user's to mend; one line on stderr, exit code 2
       CheckpointError        a file or folder that cannot be read as a checkpoint, or inputs that do not fit together
+        ReadError            an input that could not be read this time: the disk or the network failed; trying again may help
+          Unreachable        the Hub, or a file on it, cannot be had just now
       OptionError            a value, a name or a combination of options that cannot be
       RecipeError            a recipe file; holds every problem found, not the first
       OutputError            the output exists, or cannot be written
@@ -20,6 +22,14 @@ class CompressError(Exception):
 
 class CheckpointError(CompressError):
     """A checkpoint that cannot be read, or checkpoints that do not fit together."""
+
+
+class ReadError(CheckpointError):
+    """An input that could not be read this time, through no fault of its own."""
+
+
+class Unreachable(ReadError):
+    """The Hub cannot be reached, or refuses what it gave before."""
 
 
 class OptionError(CompressError):
@@ -45,3 +55,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     if close:
         return f" Did you mean '{close[0]}'?"
     return f" Known: {', '.join(known)}." if known else ""
+
+
+def printable(text: str) -> str:
+    """One line without control characters: names and messages out of a file must not steer a terminal or look like lines of their own."""
+    return "".join(char if char.isprintable() else " " if char.isspace() else "\ufffd" for char in text)

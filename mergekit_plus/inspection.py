@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from .checkpoint import Checkpoint
-from .checkpoint.save import input_files
+from .checkpoint.inputs import input_files
 from .checkpoint.spec import natural_order
 from .evaluate import size
 from .model import describe, quantized_reason
@@ -25,7 +25,7 @@ def inspect(checkpoint: Checkpoint, tensors: bool = False) -> dict[str, Any]:
         "label": checkpoint.label,
         "architecture": (checkpoint.config.get("architectures") or ["no config.json"])[0],
         "tensors": len(specs),
-        "files": sum(path.suffix == ".safetensors" for paths in input_files(checkpoint).values() for path in paths),
+        "files": sum(blob.name.endswith(".safetensors") for blobs in input_files(checkpoint).values() for blob in blobs),
         "bytes": checkpoint.nbytes,
         "parameters": measured.parameters,
         "bits_per_weight": measured.bits_per_weight,

@@ -12,16 +12,16 @@ SHORT = 1.0  # seconds; a phase that took less is not worth a line in a log
 
 
 class Progress(Protocol):
-    """Phases of work, each advanced by bytes (or by what `unit` says)."""
+    """Phases of work, each advanced by bytes (or by what `unit` says), from what is `done` already."""
 
-    def phase(self, label: str, total: int | None, unit: str = "B") -> AbstractContextManager[None]: ...
+    def phase(self, label: str, total: int | None, unit: str = "B", done: int = 0) -> AbstractContextManager[None]: ...
 
     def advance(self, amount: int) -> None: ...
 
 
 class _Quiet:
     @contextmanager
-    def phase(self, label: str, total: int | None, unit: str = "B") -> Iterator[None]:
+    def phase(self, label: str, total: int | None, unit: str = "B", done: int = 0) -> Iterator[None]:
         yield
 
     def advance(self, amount: int) -> None:
@@ -35,11 +35,11 @@ class _Lines(_Quiet):
         self.stream = stream
 
     @contextmanager
-    def phase(self, label: str, total: int | None, unit: str = "B") -> Iterator[None]:
+    def phase(self, label: str, total: int | None, unit: str = "B", done: int = 0) -> Iterator[None]:
         start = time.monotonic()
         yield
         seconds = time.monotonic() - start
-        size = "" if not total else f" {total / 1e6:.0f} MB" if unit == "B" else f" {total}{unit}"
+        size = "" if not total else f" {(total - done) / 1e6:.0f} MB" if unit == "B" else f" {total - done}{unit}"
         if seconds >= SHORT:
             print(f"{label}:{size} in {seconds:.1f} s", file=self.stream)
 
@@ -51,10 +51,10 @@ class _Bars(_Quiet):
         self.stream = stream
 
     @contextmanager
-    def phase(self, label: str, total: int | None, unit: str = "B") -> Iterator[None]:
+    def phase(self, label: str, total: int | None, unit: str = "B", done: int = 0) -> Iterator[None]:
         from tqdm import tqdm
 
-        with tqdm(desc=label, total=total, unit=unit, unit_scale=True, file=self.stream, leave=False) as self._bar:
+        with tqdm(desc=label, total=total, initial=done, unit=unit, unit_scale=True, file=self.stream, leave=False) as self._bar:
             yield
 
     def advance(self, amount: int) -> None:
@@ -66,6 +66,7 @@ def quiet() -> Progress:
     return _Quiet()
 
 
-def on(stream: TextIO = sys.stderr) -> Progress:
-    """Bars on a terminal, lines elsewhere."""
+def on(stream: TextIO | None = None) -> Progress:
+    """Bars on a terminal, lines elsewhere; on stderr by default."""
+    stream = stream or sys.stderr
     return _Bars(stream) if stream.isatty() else _Lines(stream)

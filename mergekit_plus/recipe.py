@@ -13,6 +13,8 @@ Paths in a recipe are relative to the recipe's folder; `out` is relative to wher
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import warnings
@@ -24,14 +26,20 @@ from typing import Any
 import yaml
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
+from .card import CARD, card
 from .checkpoint import Checkpoint, Manifest, SaveOptions, save, steps_of
 from .checkpoint.checkpoint import is_copy
 from .checkpoint.folder import ADAPTER_CONFIG
+from .checkpoint.hub import HubFile, parse_reference
+from .checkpoint.inputs import check_target, input_files
+from .checkpoint.layout import DEFAULT_SHARD_SIZE, MANIFEST, plan_save
 from .checkpoint.references import split_reference
-from .checkpoint.save import DEFAULT_SHARD_SIZE, check_target, plan_save
 from .checkpoint.shards import parse_size
+from .checkpoint.stage import partial_of
+from .checkpoint.upload import Target, Upload, parse_target
 from .checks import Checks, measure_and_compare
-from .errors import CheckFailed, CheckpointError, RecipeError, nearest
+from .errors import CheckFailed, CheckpointError, CompressError, OutputError, RecipeError, nearest
+from .safe_yaml import read_all
 from .steps import Execution, MergeStep, StepOptions, Strict, only_input, order_problems, parse_step, parse_steps, schema_problems
 
 RECIPE = "recipe.yaml"
@@ -98,13 +106,14 @@ class Recipe(Strict):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run wrote and measured; `failures` are the limits that were not kept."""
+    """What a run wrote and measured; `failures` are the limits that were not kept, `published` is where on the Hub it is, and its commit there."""
 
-    out: Path
+    out: Path | Target
     manifest: Manifest
     table: list[dict[str, Any]]
     failures: list[str]
     searched: list[dict[str, Any]] = field(default_factory=list)  # the record of each search
+    published: tuple[Target, str] | None = None
 
     def raise_failures(self) -> None:
         """CheckFailed where a limit was not kept."""
@@ -117,12 +126,7 @@ def load(path: Path, lenient: bool = False) -> Recipe:
 
     Errors: RecipeError with every problem found.
     """
-    try:
-        documents = [document for document in yaml.safe_load_all(path.read_text(encoding="utf-8")) if document is not None]
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    documents = [document for document in read_all(path) if document is not None]
     if any(isinstance(document, dict) and "merge_method" in document for document in documents):
         return _of_mergekit(documents, str(path), lenient)
     if len(documents) != 1 or not isinstance(documents[0], dict):
@@ -181,7 +185,7 @@ def build(recipe: Recipe, how: Execution | None = None) -> Built:
     Errors: those of opening a checkpoint and of the operations, before any tensor is read.
     """
     how = how or Execution()
-    inputs = {name: replace(Checkpoint.open(recipe.resolve(source.ref)), label=source.ref) for name, source in recipe.inputs.items()}
+    inputs = {name: replace(Checkpoint.open(recipe.resolve(source.ref), how.cache), label=source.ref) for name, source in recipe.inputs.items()}
     stages: dict[str, Checkpoint] = {}
     result: Checkpoint | None = None
     for number, step in enumerate(recipe.steps, 1):
@@ -202,12 +206,22 @@ def with_found(recipe: Recipe, inputs: Mapping[str, Checkpoint], how: Execution)
 
 
 def run(recipe: Recipe, how: Execution | None = None) -> Outcome:
-    """Search where the recipe says so, build, save and check. The output stays where a check fails; `outcome.failures` tells.
+    """Search where the recipe says so, build, save, check and publish.
 
-    Errors: RecipeError without an output; whatever `build` and `save` refuse.
+    The output stays where a check fails, and nothing is published then; `outcome.failures` tells.
+
+    Errors: RecipeError without an output; CheckFailed where a check keeps what has no other output from the Hub; whatever `build` and `save` refuse.
     """
     how = how or Execution()
-    out = _target(recipe, how)
+    out, target = _target(recipe, how)
+    if target is None:
+        return _run(recipe, how, out, None)
+    with Upload(target, how.private) as upload:
+        upload.begin(how.save.overwrite, partial_of(out.resolve()) / "files" / MANIFEST if how.save.resume else None)
+        return _run(recipe, how, out, upload)
+
+
+def _run(recipe: Recipe, how: Execution, out: Path, upload: Upload | None) -> Outcome:
     built = build(recipe, how)
     _check_out(recipe, built.result, out)
     if recipe.searches:
@@ -215,40 +229,88 @@ def run(recipe: Recipe, how: Execution | None = None) -> Outcome:
         recipe = with_found(recipe, built.inputs, how)
         built = build(recipe, how)
     searched = [options.searched for step in recipe.steps for options in step.values() if isinstance(options, MergeStep) and options.searched]
+    measured: tuple[list[dict[str, Any]], list[str]] | None = None
+    unmeasured: CompressError | None = None
+    published = None
 
-    def describe(manifest: Manifest) -> Mapping[str, bytes]:
+    def measure(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+        if not (recipe.checks.texts or recipe.checks.limits.model_fields_set):
+            return [], []
+        result = replace(Checkpoint.open(folder), label=str(out))
+        return measure_and_compare(recipe.checks, recipe.folder, built.inputs, built.stages, result, how.save.progress)
+
+    def describe(manifest: Manifest, folder: Path) -> Mapping[str, bytes]:
+        nonlocal measured, unmeasured
         _check_digests(recipe, built.inputs, manifest)
-        return {RECIPE: resolved(recipe, built.inputs, manifest, out, options.max_shard_size)}
+        try:
+            measured = measure(folder)
+        except CompressError as error:  # hours of work do not go because of it
+            unmeasured = error
+        text = resolved(recipe, built.inputs, manifest, out, options.max_shard_size)
+        refs = [built.inputs[name].pinned or source.ref for name, source in recipe.inputs.items()]
+        models = [there.repo for model in built.inputs.values() if (there := parse_reference(model.pinned))]
+        return {RECIPE: text, CARD: card(out.name, refs, models, _plain_steps(recipe), text.decode(), measured[0] if measured else [])}
 
-    options = _save_options(recipe, how)
-    manifest = save(built.result, out, options, describe)
-    if recipe.checks.texts or recipe.checks.limits.model_fields_set:
-        table, failures = measure_and_compare(recipe.checks, recipe.folder, built.inputs, built.stages, Checkpoint.open(out), how.save.progress)
-        return Outcome(out, manifest, table, failures, searched)
-    return Outcome(out, manifest, [], [], searched)
+    def publish(folder: Path, manifest: Manifest) -> None:
+        nonlocal published
+        assert upload is not None
+        if unmeasured or (measured and measured[1]):
+            raise CheckFailed(f"{unmeasured or '; '.join(measured[1] if measured else [])}; nothing was published")
+        with how.save.progress.phase("publishing", None):
+            digests = {name: facts["sha256"] for name, facts in manifest.outputs.items()}
+            published = upload.target, upload.commit(folder, digests, MANIFEST)
+
+    options = replace(_save_options(recipe, how), job=_job(recipe, how), upload=upload)
+    manifest = save(built.result, out, options, describe, publish if upload and how.push is None else None)
+    if unmeasured:
+        raise unmeasured
+    measured = measured or measure(out)
+    if upload and how.push and not measured[1]:
+        try:
+            publish(out, manifest)
+        except OutputError as error:
+            raise OutputError(f"{error}; {out} is complete, and `hf upload {upload.target.repo} {out}` sends it") from None
+    return Outcome(out if upload is None or how.push else upload.target, manifest, *measured, searched, published)
 
 
 def plan(recipe: Recipe, how: Execution | None = None) -> dict[str, Any]:
-    """What `run` would do, from headers alone: what is read and written, and what memory and disk that takes."""
+    """What `run` would do, from headers alone: what is read and written, how often, and what memory, disk and network that takes."""
     how = how or Execution()
-    out = _target(recipe, how)
-    result = build(recipe, how).result
+    out, target = _target(recipe, how)
+    result = build(recipe, replace(how, cache=False)).result
     _check_out(recipe, result, out)
-    check_target(out, how.save.overwrite, result)
+    if target is not None:
+        with Upload(target) as upload:
+            upload.check(how.save.overwrite)
+    if target is None or how.push:
+        check_target(out, how.save.overwrite, result)
     layout = plan_save(result, out, _save_options(recipe, how))
+    cached = sum(blob.size for blobs in input_files(result).values() for blob in blobs if isinstance(blob, HubFile)) if how.cache else 0
     copies = sum(len(step.writes) for step in steps_of(result) if is_copy(step))
     return {
-        "out": str(out), "files": len(layout.shards), "tensors": {"computed": len(result.specs) - copies, "copied": copies},
-        "bytes_read": layout.bytes_read, "bytes_written": layout.bytes_written, "measurements": len(layout.measurements),
-        "memory": layout.memory, "workers": layout.workers, "largest_unit": layout.largest_unit,
-        "disk_free": shutil.disk_usage(out.parent).free,
+        "out": str(out if target is None or how.push else target), "files": len(layout.shards),
+        "tensors": {"computed": len(result.specs) - copies, "copied": copies},
+        "bytes_read": layout.bytes_read, "bytes_measured": layout.bytes_measured, "bytes_written": layout.bytes_written,
+        "measurements": len(layout.measurements),
+        "memory": layout.memory, "workers": layout.workers, "largest_unit": layout.largest_unit, "peak_memory": layout.peak_memory,
+        "from_hub": {"bytes": cached or layout.from_hub[0], "requests": layout.from_hub[1] * (not cached)},
+        "cached": cached, "disk_needed": layout.bytes_written, "disk_free": shutil.disk_usage(out.parent).free,
     }  # fmt: skip
 
 
-def _target(recipe: Recipe, how: Execution) -> Path:
-    if how.out is None and recipe.out is None:
+def _target(recipe: Recipe, how: Execution) -> tuple[Path, Target | None]:
+    """The output, and where on the Hub it goes: as well (`how.push`), or instead, where the output names it; it is then only made beside that path."""
+    named = str(how.out or recipe.out or "")
+    if not named:
         raise RecipeError("the recipe names no output; give one with -o, or `out:` in the recipe")
-    return how.out or Path(recipe.out or "")
+    target = parse_target(named)
+    if target is not None and how.push:
+        raise RecipeError(f"-o {target} and --push {how.push}: give one of them, or a local folder with -o")
+    if target is None and how.push:
+        if Path(named).suffix == ".safetensors":
+            raise RecipeError(f"--push: a repository is a folder; write to the folder {Path(named).with_suffix('')} with -o")
+        return Path(named), parse_target(how.push, bare=True)
+    return (Path(named), None) if target is None else (target.folder, target)
 
 
 def _check_out(recipe: Recipe, result: Checkpoint, out: Path) -> None:
@@ -272,16 +334,21 @@ def _save_options(recipe: Recipe, how: Execution) -> SaveOptions:
 
 
 def resolved(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manifest, out: Path, shard_size: int = DEFAULT_SHARD_SIZE) -> bytes:
-    """The recipe as the output holds it: paths relative to the output, every input with its digests, and the size of shards where it was chosen."""
+    """The recipe as the output holds it: paths relative to the output, every input with its digests, and the size of shards where it was chosen.
+
+    A repository that it went to is left out: whoever runs it again has another.
+    """
     content = recipe.model_dump(mode="json", exclude_defaults=True)
+    if parse_target(content.get("out", "")):
+        del content["out"]
     content["inputs"] = {
         name: {
-            "ref": _relative(recipe.resolve(source.ref), out),
+            "ref": inputs[name].pinned or _relative(recipe.resolve(source.ref), out),
             "sha256": _digests(recipe.resolve(source.ref), inputs[name], manifest),
         }
         for name, source in recipe.inputs.items()
     }
-    content["steps"] = [{name: options.model_dump(mode="json", exclude_none=True) for name, options in step.items()} for step in recipe.steps]
+    content["steps"] = _plain_steps(recipe)
     if shard_size != DEFAULT_SHARD_SIZE:
         content["max_shard_size"] = str(shard_size)
     if "checks" in content and recipe.checks.texts:
@@ -298,6 +365,21 @@ class _Dumper(yaml.SafeDumper):
         return super().represent_mapping(tag, mapping, inline or flow_style)
 
 
+def _plain_steps(recipe: Recipe) -> list[dict[str, dict[str, Any]]]:
+    return [{name: options.model_dump(mode="json", exclude_none=True) for name, options in step.items()} for step in recipe.steps]
+
+
+def _job(recipe: Recipe, how: Execution) -> str:
+    """What the bytes of the output follow from, beside the contents of the inputs: the same text for the same work, wherever it is written to."""
+    refs = {name: recipe.resolve(source.ref) for name, source in recipe.inputs.items()}
+    content = {
+        "inputs": {name: os.path.abspath(ref) if Path(ref).exists() else ref for name, ref in refs.items()},
+        "steps": [{name: options.model_dump(mode="json") for name, options in step.items()} for step in recipe.steps],
+        "device": how.device,
+    }
+    return json.dumps(content, sort_keys=True)
+
+
 def _relative(ref: str, out: Path) -> str:
     if len(parts := split_reference(ref)) > 1:
         return "+".join(_relative(part, out) for part in parts)
@@ -306,8 +388,8 @@ def _relative(ref: str, out: Path) -> str:
 
 def _digests(ref: str, opened: Checkpoint, manifest: Manifest) -> dict[str, str]:
     """The digest of each file of an input; those of `model+adapter` have the number of their part before the name."""
-    parts = split_reference(ref)
-    labels = [("", opened.label)] if len(parts) == 1 else [(f"{number}/", part) for number, part in enumerate(parts)]
+    parts = split_reference(opened.pinned or ref)
+    labels = [("", opened.ref)] if len(parts) == 1 else [(f"{number}/", part) for number, part in enumerate(parts)]
     return {f"{prefix}{file}": facts["sha256"] for prefix, label in labels for file, facts in manifest.inputs.get(label, {}).items()}
 
 
@@ -315,5 +397,7 @@ def _check_digests(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: M
     for name, source in recipe.inputs.items():
         found = _digests(recipe.resolve(source.ref), inputs[name], manifest)
         for file, digest in source.sha256.items():
+            if file not in found and file in inputs[name].files:  # on the Hub, and nobody had to read it
+                found[file] = hashlib.sha256(inputs[name].file(file)).hexdigest()
             if found.get(file) != digest:
                 raise CheckpointError(f"input '{name}': {file} is not the file that the recipe was made with (its SHA-256 differs)")

@@ -62,14 +62,30 @@ def inspection_lines(facts: Mapping[str, Any]) -> list[str]:
     return lines + [f"  {t['name']}  {t['dtype']} {tuple(t['shape'])}  {t['role']}" for t in facts.get("list", [])]
 
 
+def verification_lines(facts: Mapping[str, Any]) -> list[str]:
+    """`compress verify`."""
+    found = [f"{each['file']}: {each['problem']}" for each in facts["problems"]] + [f"note: {note}" for note in facts["notes"]]
+    checked = f"{facts['files']} file{'s' * (facts['files'] != 1)}, {size(facts['bytes'])}"
+    return [*found, f"{facts['out']}: {checked}; " + (f"{len(facts['problems'])} not as recorded" if facts["problems"] else "all as recorded")]
+
+
 def plan_lines(facts: Mapping[str, Any]) -> list[str]:
     """`--dry-run`."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in facts["tensors"].items())
+    times = 1 + facts["bytes_measured"] / max(1, facts["bytes_read"])
+    again = f", {times:.2g} times in all to measure the whole model first" if facts["measurements"] else ""
+    hub = []
+    if facts["cached"]:
+        hub = [f"brings {size(facts['cached'])} from the Hub into its local cache"]
+    elif facts["from_hub"]["bytes"]:
+        advice = "; --cache brings the models to the disk and reads them once" if facts["measurements"] else ""
+        hub = [f"from the Hub: {size(facts['from_hub']['bytes'])} in {facts['from_hub']['requests']} requests{advice}"]
     return [
         f"would write {facts['out']}: {kinds}; {size(facts['bytes_written'])} in {facts['files']} file{'s' * (facts['files'] != 1)}",
-        f"reads {size(facts['bytes_read'])}{' and ' + str(facts['measurements']) + ' pass over the whole model before' if facts['measurements'] else ''}; "
-        f"at most {size(facts['memory'])} in flight ({facts['workers']} workers, largest unit {size(facts['largest_unit'])}); "
-        f"{size(facts['disk_free'])} free on the disk",
+        f"reads {size(facts['bytes_read'])}{again}; "
+        f"at most {size(facts['peak_memory'])} in flight ({facts['workers']} workers, largest unit {size(facts['largest_unit'])}); "
+        f"needs {size(facts['disk_needed'])} on the disk, {size(facts['disk_free'])} are free",
+        *hub,
     ]
 
 
@@ -121,7 +137,8 @@ def kept_lines(tensors: Sequence[Kept]) -> list[str]:
 def outcome_facts(outcome: Outcome) -> dict[str, Any]:
     """A run as data."""
     return {
-        "out": str(outcome.out), "bytes": sum(file["bytes"] for file in outcome.manifest.outputs.values()),
+        "out": str(outcome.out), "commit": outcome.published and outcome.published[1],
+        "bytes": sum(file["bytes"] for file in outcome.manifest.outputs.values()),
         "outputs": outcome.manifest.outputs, "inputs": outcome.manifest.inputs, "measured": outcome.table, "failures": outcome.failures,
         "searched": outcome.searched,
     }  # fmt: skip
@@ -132,4 +149,9 @@ def outcome_lines(outcome: Outcome) -> list[str]:
     lines = [line for record in outcome.searched for line in search_lines(record)]
     lines += [*table(outcome.table), ""] if outcome.table else []
     total = sum(file["bytes"] for name, file in outcome.manifest.outputs.items() if name.endswith(".safetensors"))
-    return [*lines, f"wrote {outcome.out}: {size(total)}"]
+    if not outcome.published or outcome.published[0] != outcome.out:
+        lines.append(f"wrote {outcome.out}: {size(total)}")
+    if outcome.published:
+        target, commit = outcome.published
+        lines.append(f"published {target}: {size(total)}, commit {commit[:7]}")
+    return lines

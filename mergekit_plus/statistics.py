@@ -38,6 +38,10 @@ class Scan(Protocol):
         """`function(base, models)` of every piece, in order; with `sample`, of about a sixteenth of the pieces' rows."""
         ...
 
+    def recall(self, compute: Callable[[], Any]) -> Any:
+        """`compute()`, which is plain JSON; or what it was, where an interrupted save got as far and noted it."""
+        ...
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -69,6 +73,11 @@ def order_statistics(
             raise IndexError(f"rank {rank} of {size} elements")
     if not any(ranks):
         return [[] for _ in ranks]
+    elements: list[list[float]] = scan.recall(lambda: _order_statistics(scan, values, ranks, size, gather, cap))
+    return elements
+
+
+def _order_statistics(scan: Scan, values: Values, ranks: Sequence[Sequence[int]], size: int, gather: int, cap: int) -> list[list[float]]:
     if size <= gather:
         return [_select(row, wanted) for row, wanted in zip(_everything(scan, values), ranks, strict=True)]
     found = iter(_search(scan, values, [(row, rank) for row, wanted in enumerate(ranks) for rank in wanted], size, cap))
@@ -77,6 +86,10 @@ def order_statistics(
 
 def largest(scan: Scan, values: Values, counts: Sequence[int], *, gather: int = GATHER, cap: int = CAP) -> list[Cut]:
     """Where to cut so that exactly the `counts[i] >= 1` largest elements of row i stay; of equal ones, the first ones stay."""
+    return [Cut(*cut) for cut in scan.recall(lambda: [[cut.threshold, cut.last, cut.tied] for cut in _largest(scan, values, counts, gather, cap)])]
+
+
+def _largest(scan: Scan, values: Values, counts: Sequence[int], gather: int, cap: int) -> list[Cut]:
     size = scan.size
     if size <= gather:
         return [_cut(row, count) for row, count in zip(_everything(scan, values), counts, strict=True)]
@@ -107,7 +120,8 @@ def largest(scan: Scan, values: Values, counts: Sequence[int], *, gather: int = 
 
 def sums(scan: Scan, function: Callable[[Tensor | None, Sequence[Tensor]], Sequence[float]]) -> list[float]:
     """The sums over all pieces of the numbers that `function` gives for each, folded without rounding between pieces."""
-    return [math.fsum(column) for column in zip(*scan.map(function), strict=True)]
+    totals: list[float] = scan.recall(lambda: [math.fsum(column) for column in zip(*scan.map(function), strict=True)])
+    return totals
 
 
 @dataclass

@@ -32,6 +32,9 @@ class Execution:
     save: SaveOptions = field(default_factory=SaveOptions)
     device: str = "cpu"
     out: Path | None = None
+    cache: bool = False  # bring what lies on the Hub into the local cache first
+    push: str | None = None  # a repository to which the output goes as well
+    private: bool = False  # where it has to be created
 
 
 class MergeStep(BaseModel):
@@ -45,6 +48,7 @@ class MergeStep(BaseModel):
     dtype: str | None = None
     input_dtype: str | None = None
     exclude: list[str] = Field(default_factory=list)
+    include: list[str] = Field(default_factory=list)
     seed: int = 0
     search: SearchOptions | None = None  # options to be found before the merge
     searched: dict[str, Any] | None = None  # the record of the search that found these options
@@ -106,7 +110,7 @@ class MergeStep(BaseModel):
         options = MergeOptions(
             parse_float_dtype(self.dtype) if self.dtype else None,
             parse_float_dtype(self.input_dtype) if self.input_dtype else None,
-            tuple(self.exclude), self.seed, how.device, how.save.allow_nonfinite,
+            tuple(self.exclude), tuple(self.include), self.seed, how.device, how.save.allow_nonfinite,
         )  # fmt: skip
         parts: Mapping[str, Checkpoint] = {name: inputs[name] for name in (*self.models, *([self.base] if self.base else []))}
         if self.tokenizer:
@@ -130,7 +134,7 @@ class MergeAdaptersStep(MergeStep):
         for name in self.models:
             if name not in inputs:
                 yield f"merge_adapters: '{name}' is not an input.{nearest(name, inputs)}"
-        for key in ("base", "exclude", "input_dtype"):
+        for key in ("base", "exclude", "include", "input_dtype", "tokenizer", "search"):
             if getattr(self, key):
                 yield f"merge_adapters: '{key}' is for models; adapters are merged without"
         for problem in adapter_problems(self.method, self.options(), len(self.models), self.rank):
@@ -141,7 +145,9 @@ class MergeAdaptersStep(MergeStep):
         from .adapters import read_adapter
         from .merge.adapters import merge_adapters
 
-        options = MergeOptions(parse_float_dtype(self.dtype) if self.dtype else None, None, (), self.seed, how.device, how.save.allow_nonfinite)
+        options = MergeOptions(
+            parse_float_dtype(self.dtype) if self.dtype else None, seed=self.seed, device=how.device, allow_nonfinite=how.save.allow_nonfinite
+        )
         return merge_adapters([read_adapter(inputs[name]) for name in self.models], self.method, self.options(), self.rank, options)
 
 
@@ -184,6 +190,7 @@ class QuantizeStep(BaseModel):
     method: str = "rtn"
     format: str = "pack-quantized"
     exclude: list[str] = Field(default_factory=list)
+    include: list[str] = Field(default_factory=list)
     of: str | None = None  # an input; by default what the step before made, or the only input
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
@@ -202,7 +209,7 @@ class QuantizeStep(BaseModel):
         source = inputs[self.of] if self.of else only_input(inputs, previous, "quantize")
         return quantize(
             source, scheme, self.method, self.model_extra or {}, self.format,
-            exclude=tuple(self.exclude), device=how.device, allow_nonfinite=how.save.allow_nonfinite,
+            exclude=tuple(self.exclude), include=tuple(self.include), device=how.device, allow_nonfinite=how.save.allow_nonfinite,
         )  # fmt: skip
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from mergekit_plus.checkpoint import Checkpoint, Plan, Step, TensorSpec, copy_step
 from mergekit_plus.checkpoint.finite import is_finite, nonfinite
+from mergekit_plus.checkpoint.spec import check_patterns, matches
 from mergekit_plus.errors import CheckpointError, OptionError, nearest
 from mergekit_plus.model import ModelMap, adapter_reason, describe, quantized_reason
 
@@ -43,10 +43,12 @@ def quantize(
     format_name: str = "pack-quantized",
     *,
     exclude: Sequence[str] = (),
+    include: Sequence[str] = (),
     device: str = "cpu",
     allow_nonfinite: bool = False,
 ) -> Checkpoint:
-    """The checkpoint with the weights of its linear layers quantised; heads, embeddings, norms and what `exclude` matches stay as they are.
+    """The checkpoint with the weights of its linear layers quantised; heads, embeddings, norms and what `exclude` matches stay as they are,
+    and what `include` does not match is left out.
 
     Errors: OptionError for impossible options; CheckpointError where the checkpoint is quantised already, a layer does not fit the scheme,
     or `exclude` tears apart layers that servers fuse.
@@ -56,12 +58,16 @@ def quantize(
     if reason := quantized_reason(checkpoint) or adapter_reason(checkpoint):
         raise CheckpointError(reason)
     roles = describe(checkpoint)
-    chosen, notes = _choose(checkpoint, roles, exclude)
+    check_patterns("--include", include, checkpoint.specs)
+    kept = {name for name in checkpoint.specs if not include or matches(name, include)}
+    chosen, notes = _choose(checkpoint, roles, exclude, kept)
     _check_fit(checkpoint, chosen, scheme)
-    _check_fused(roles, chosen)
+    _check_fused(roles, chosen, kept)
 
     steps: list[Step] = []
     for name, spec in checkpoint.specs.items():
+        if name not in kept:
+            continue
         if name not in chosen:
             steps.append(copy_step(checkpoint, name))
             continue
@@ -73,7 +79,7 @@ def quantize(
         steps.append(Step(((checkpoint, name),), rows, run, layout.row_unit(scheme)))
         steps += [_constant(write, fixed[write.name.removeprefix(prefix)]) for write in writes if write not in rows]
     result = Checkpoint(f"{checkpoint.label} in {scheme}", Plan(steps), checkpoint.files, (*checkpoint.notes, *notes))
-    config = layout.config({roles.tensors[name].module: scheme for name in chosen}, _dense_modules(checkpoint, roles, chosen))
+    config = layout.config({roles.tensors[name].module: scheme for name in chosen}, _dense_modules(checkpoint, roles, chosen, kept))
     if config is None:
         return result
     if not result.config:  # a bare file: the packed tensors cannot be read without knowing how they were packed
@@ -146,14 +152,12 @@ def _constant(spec: TensorSpec, value: Tensor) -> Step:
     return Step((), (spec,), lambda tensors, first_row, measured: (value,))
 
 
-def _choose(checkpoint: Checkpoint, roles: ModelMap, exclude: Sequence[str]) -> tuple[set[str], list[str]]:
+def _choose(checkpoint: Checkpoint, roles: ModelMap, exclude: Sequence[str], kept: Collection[str]) -> tuple[set[str], list[str]]:
     """The weights to quantise, and a note for linear layers that stay as they are."""
-    wanted = [name for name in roles.linears if not any(fnmatchcase(name, pattern) for pattern in exclude)]
+    check_patterns("--exclude", exclude, checkpoint.specs)
+    wanted = [name for name in roles.linears if name in kept and not matches(name, exclude)]
     turned = [name for name in wanted if roles.tensors[name].transposed]
     notes = [*roles.notes] + ([f"{len(turned)} layers store their weights [in, out] ('{turned[0]}') and stay as they are"] if turned else [])
-    for pattern in exclude:
-        if not any(fnmatchcase(name, pattern) for name in checkpoint.specs):
-            raise OptionError(f"--exclude '{pattern}' matches no tensor.{nearest(pattern, checkpoint.specs) if len(checkpoint.specs) < 1000 else ''}")
     chosen = {name for name in wanted if name not in turned and checkpoint.specs[name].is_float}
     if not chosen:
         reason = "; ".join(["no matrix named *.weight that is one", *notes])
@@ -174,20 +178,21 @@ def _check_fit(checkpoint: Checkpoint, chosen: set[str], scheme: Scheme) -> None
     raise CheckpointError(f"{checkpoint.label}: {name} {misfits[name].partition(';')[0]}{others}; {advice}")
 
 
-def _check_fused(roles: ModelMap, chosen: set[str]) -> None:
+def _check_fused(roles: ModelMap, chosen: set[str], kept: Collection[str]) -> None:
     for group in roles.fused:
         inside = [name for name in group if name in chosen]
-        if inside and len(inside) < len(group):
-            outside = next(name for name in group if name not in chosen)
+        outside = next((name for name in group if name in kept and name not in chosen), None)
+        if inside and outside:
             raise OptionError(f"servers fuse {inside[0]} and {outside}: quantize both or neither (--exclude)")
 
 
-def _dense_modules(checkpoint: Checkpoint, roles: ModelMap, chosen: set[str]) -> list[str]:
+def _dense_modules(checkpoint: Checkpoint, roles: ModelMap, chosen: set[str], kept: Collection[str]) -> list[str]:
     """Modules that are, or may be, linear layers and are not quantised; tied heads, which have no tensor of their own, among them."""
     tied = [name for group in roles.tied for name in group if name not in checkpoint.specs]
+    rest = {name: meaning for name, meaning in roles.tensors.items() if name in kept and name not in chosen}
     dense = [
         name
-        for name, meaning in roles.tensors.items()
-        if name not in chosen and name.endswith(".weight") and len(checkpoint.specs[name].shape) == 2 and meaning.role in ("linear", "head", "other")
+        for name, meaning in rest.items()
+        if name.endswith(".weight") and len(checkpoint.specs[name].shape) == 2 and meaning.role in ("linear", "head", "other")
     ]
     return [name.removesuffix(".weight") for name in (*dense, *tied)]

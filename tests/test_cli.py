@@ -141,6 +141,10 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(tmp_path: Path) -> 
     assert facts["bytes_written"] == pytest.approx(2_892_000, rel=0.01)
     assert facts["bytes_read"] == pytest.approx(3 * 2_886_912)
     assert facts["measurements"] == 1
+    assert facts["bytes_measured"] == 2 * facts["bytes_read"]
+    assert facts["disk_needed"] == facts["bytes_written"]
+    assert 0 < facts["peak_memory"] <= facts["memory"]
+    assert facts["from_hub"] == {"bytes": 0, "requests": 0}
     assert os.listdir(tmp_path) == []
 
 

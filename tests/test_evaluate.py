@@ -48,7 +48,7 @@ class Recorder:
         self.done = 0
 
     @contextmanager
-    def phase(self, label: str, total: int | None, unit: str = "B") -> Iterator[None]:
+    def phase(self, label: str, total: int | None, unit: str = "B", done: int = 0) -> Iterator[None]:
         self.phases.append((label, total))
         yield
 

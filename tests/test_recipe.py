@@ -139,7 +139,7 @@ def test_what_a_step_makes_is_never_lost(folder: Path) -> None:
     ("text", "message"),
     [
         ("[1, 2]", "is not a recipe: it must be a table with inputs and steps"),
-        ("inputs: {a: a", "recipe.yaml is not YAML: while parsing"),
+        ("inputs: {a: a", "recipe.yaml is not YAML that can be read: while parsing"),
         ("inputs: {a: a, b: b}", "steps: there is nothing to do"),
         ("inputs: [a]\nsteps: []", "inputs: Input should be a valid dictionary"),
         ("inputs: {a: a}\nsteps: {quantize: {bits: 4}}", "steps: Input should be a valid list"),
@@ -168,7 +168,7 @@ def test_paths_are_relative_to_the_recipe_and_out_to_where_one_stands(folder: Pa
     recipe = written(folder, MERGE + "out: merged")
     monkeypatch.chdir(elsewhere)
     outcome = run(recipe)
-    assert sorted(os.listdir(elsewhere / "merged")) == ["config.json", "manifest.json", "model.safetensors", "recipe.yaml"]
+    assert sorted(os.listdir(elsewhere / "merged")) == ["README.md", "config.json", "manifest.json", "model.safetensors", "recipe.yaml"]
     assert outcome.out == Path("merged")
     assert Checkpoint.open(elsewhere / "merged").read("up_proj.weight")[0, 0] == 2.0
 

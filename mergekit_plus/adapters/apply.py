@@ -30,13 +30,15 @@ from .product import block_rows, blocks, working_dtype
 Change = Callable[[Checkpoint, TensorSpec, TensorSpec], Step]  # a checkpoint, a tensor of it, and what is to be written
 
 
-def open_adapted(ref: str) -> Checkpoint:
+def open_adapted(ref: str, cache: bool = False) -> Checkpoint:
     """Open `model+adapter+adapter`: the base with these adapters applied, in this order.
 
     Errors: CheckpointError where one of them cannot be opened, or where they do not fit together.
     """
     base, *adapters = split_reference(ref)
-    return apply(Checkpoint.open(base), [open_adapter(adapter) for adapter in adapters])
+    opened, changes = Checkpoint.open(base, cache), [open_adapter(adapter, cache) for adapter in adapters]
+    pins = [opened.pinned, *(adapter.checkpoint.pinned for adapter in changes)]
+    return replace(apply(opened, changes), pinned="+".join(pins) if all(pins) else "")
 
 
 def apply(base: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:

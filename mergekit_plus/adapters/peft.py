@@ -62,12 +62,12 @@ class Adapter:
         return self.checkpoint.label
 
 
-def open_adapter(ref: str | Path) -> Adapter:
+def open_adapter(ref: str | Path, cache: bool = False) -> Adapter:
     """Open the folder of a PEFT adapter, its adapter_model.safetensors, or `org/name[@revision]` on the Hub; reads headers only.
 
     Errors: CheckpointError where it cannot be opened, and as `read_adapter`.
     """
-    return read_adapter(Checkpoint.open(ref))
+    return read_adapter(Checkpoint.open(ref, cache))
 
 
 def read_adapter(checkpoint: Checkpoint) -> Adapter:

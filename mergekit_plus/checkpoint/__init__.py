@@ -1,7 +1,8 @@
 """Checkpoints: opened from files, computed lazily, saved all or nothing."""
 
 from .checkpoint import Checkpoint, Measured, Plan, Scan, Step, TensorSource, TensorTable, copy_step, renamed, steps_of
-from .save import Manifest, SaveOptions, save
+from .layout import SaveOptions
+from .save import Manifest, save
 from .spec import TensorSpec
 
 __all__ = [

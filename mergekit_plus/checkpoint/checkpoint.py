@@ -20,15 +20,22 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, nearest
+from .blob import Blob
 from .dtypes import TAGS, TORCH_DTYPES
 from .rows import pick_rows
-from .safetensors import File
 from .spec import TensorSpec, natural_order
 
 PIECE = 1 << 20  # elements given to a step's function at once: few enough for the caches, enough that threads do not queue for Python's lock
 SLAB = 1 << 22  # elements of a tensor read and written at once
+MAX_CONFIG = 16 << 20  # bytes of a config.json
 
 Rows = slice  # start and stop always set
+
+
+class SmallFile(Protocol):
+    """A file that is read whole: a Path, or a file on the Hub."""
+
+    def read_bytes(self) -> bytes: ...
 
 
 class TensorSource(Protocol):
@@ -50,19 +57,26 @@ class Checkpoint:
 
     label: str
     source: TensorSource
-    files: Mapping[str, bytes | Path] = field(default_factory=dict)
+    files: Mapping[str, bytes | SmallFile] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what whoever made it should know
+    pinned: str = ""  # the reference that opens exactly this again, where the label may not: a repository at its commit
+
+    def __post_init__(self) -> None:
+        for name in self.files:
+            if "/" in name or name in ("", ".", "..") or not name.isprintable():  # it is written under that name
+                raise CheckpointError(f"{self.label}: {name!r} is not the name of a file beside the weights")
 
     @classmethod
-    def open(cls, ref: str | Path) -> Checkpoint:
+    def open(cls, ref: str | Path, cache: bool = False) -> Checkpoint:
         """Open a `.safetensors` file, a model folder, or `org/name[@revision]` on the Hub; reads headers only. `model+adapter` is a model with a
         PEFT adapter applied.
 
-        Errors: CheckpointError saying what is missing or malformed, and where.
+        A repository on the Hub is read by range requests, or, with `cache`, brought into the local Hub cache first.
+        Errors: CheckpointError saying what is missing or malformed, and where; Unreachable where the Hub cannot be read.
         """
         from .folder import open_checkpoint
 
-        return open_checkpoint(ref)
+        return open_checkpoint(ref, cache)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], label: str = "memory") -> Checkpoint:
@@ -85,12 +99,19 @@ class Checkpoint:
         if "config.json" not in self.files:
             return {}
         try:
-            parsed = json.loads(self.file("config.json"))
+            if len(raw := self.file("config.json")) > MAX_CONFIG:
+                raise ValueError(f"it is longer than {MAX_CONFIG} bytes")
+            parsed = json.loads(raw)
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{self.label}: config.json is not JSON ({error})") from None
+            raise CheckpointError(f"{self.label}: config.json is not JSON that can be read ({error})") from None
         if not isinstance(parsed, dict):
             raise CheckpointError(f"{self.label}: config.json is not a JSON object")
         return parsed
+
+    @property
+    def ref(self) -> str:
+        """What manifests and recipes call it."""
+        return self.pinned or self.label
 
     def file(self, name: str) -> bytes:
         """The bytes of a small file."""
@@ -119,7 +140,7 @@ class FileSource:
     """Tensors in safetensors files. `places` says in which file, and at which byte."""
 
     specs: Mapping[str, TensorSpec]
-    places: Mapping[str, tuple[File, int]]
+    places: Mapping[str, tuple[Blob, int]]
 
     def read(self, name: str, rows: Rows | None = None) -> Tensor:
         spec, (file, offset) = self.specs[name], self.places[name]
@@ -427,14 +448,17 @@ def steps_of(checkpoint: Checkpoint) -> list[Step]:
 
 Visit = Callable[[Sequence[Tensor]], Any]
 ParallelMap = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+Recall = Callable[[Callable[[], Any]], Any]  # the result of this, had from a journal where an interrupted save has noted it
 
 
 class Scan:
     """What some steps read, piece by piece, in an order that depends on nothing but the tensors' names and shapes."""
 
-    def __init__(self, steps: Sequence[Step], held: Sequence[Tensor] | None = None, parallel: ParallelMap = map) -> None:
+    def __init__(
+        self, steps: Sequence[Step], held: Sequence[Tensor] | None = None, parallel: ParallelMap = map, recall: Recall = lambda compute: compute()
+    ) -> None:
         self.steps = sorted(steps, key=lambda step: natural_order(step.writes[0].name))
-        self.held, self.parallel = held, parallel
+        self.held, self.parallel, self.recall = held, parallel, recall
         self.size = sum(step.writes[0].numel for step in steps)
 
     def map(self, visit: Visit, sample: bool = False) -> list[Any]:
@@ -463,20 +487,20 @@ def _sampled(step: Step, slab: Rows) -> list[Rows]:
 
 
 class Measured:
-    """A value computed once, from a scan of everything that some steps read, when it is first asked for."""
+    """A value computed once, from a scan of everything that some steps read, when it is first asked for; `passes`: how often it goes over that, about."""
 
-    def __init__(self, statistic: Callable[[Scan], Any], label: str = "", whole_model: bool = False) -> None:
-        self.statistic, self.label, self.whole_model = statistic, label, whole_model
+    def __init__(self, statistic: Callable[[Scan], Any], label: str = "", whole_model: bool = False, passes: int = 1) -> None:
+        self.statistic, self.label, self.whole_model, self.passes = statistic, label, whole_model, passes
         self.steps: list[Step] = []
         self._lock = threading.Lock()
         self._value: Any = None
         self._known = False
 
-    def get(self, held: Sequence[Tensor] | None = None, parallel: ParallelMap = map) -> Any:
+    def get(self, held: Sequence[Tensor] | None = None, parallel: ParallelMap = map, recall: Recall = lambda compute: compute()) -> Any:
         """The value; `held` saves reading again when the one step's tensors are in memory already."""
         with self._lock:
             if not self._known:
-                self._value = self.statistic(Scan(self.steps, None if self.whole_model else held, parallel))
+                self._value = self.statistic(Scan(self.steps, None if self.whole_model else held, parallel, recall))
                 self._known = True
             return self._value
 

@@ -7,17 +7,14 @@ here may be hostile: lengths are bounded before anything is allocated, and a hea
 from __future__ import annotations
 
 import json
-import os
 import re
-import stat
-import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, nearest
+from .blob import Blob
 from .spec import DTYPE_BITS, DTYPE_RANK, TensorSpec
 
 MAX_HEADER = 100_000_000  # bytes, the library's own limit
@@ -37,60 +34,25 @@ class Header:
     metadata: Mapping[str, str]
 
 
-class File:
-    """A regular file open for positional reads; closed when nobody refers to it any more."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror}") from None
-        self._finalizer = weakref.finalize(self, os.close, self.fd)
-        self.path = path
-        status = os.fstat(self.fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path} is not a regular file")
-        self.size = status.st_size
-        self._seen = (status.st_size, status.st_mtime_ns)
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill the buffer from this offset, or say that the file is too short."""
-        done = 0
-        while done < len(buffer):
-            try:
-                got = os.preadv(self.fd, [buffer[done:]], offset + done)
-            except OSError as error:
-                raise CheckpointError(f"{self.path} cannot be read at byte {offset + done}: {error.strerror}") from None
-            if got == 0:
-                raise CheckpointError(f"{self.path} ended at byte {offset + done} while it was being read: is it still being written?")
-            done += got
-
-    def check_unchanged(self) -> None:
-        """Refuse a file that was written to since it was opened."""
-        status = os.fstat(self.fd)
-        if (status.st_size, status.st_mtime_ns) != self._seen:
-            raise CheckpointError(f"{self.path} changed while it was being read; run again when nothing writes to it")
-
-
-def read_header(file: File) -> Header:
+def read_header(file: Blob) -> Header:
     """Read and check the header of an open file.
 
     Errors: CheckpointError naming the file and what is wrong with it.
     """
     if file.size < 8:
-        raise CheckpointError(f"{file.path} is not a safetensors file: {file.size} bytes long{_pickle_hint(file)}")
+        raise CheckpointError(f"{file.place} is not a safetensors file: {file.size} bytes long{_pickle_hint(file)}")
     prefix = bytearray(8)
     file.read_into(memoryview(prefix), 0)
     length = int.from_bytes(prefix, "little")
     if length > min(MAX_HEADER, file.size - 8):
         reason = f"its header would be {length} bytes long in a file of {file.size}{_pickle_hint(file)}"
-        raise CheckpointError(f"{file.path} is not a safetensors file, or is truncated: {reason}")
+        raise CheckpointError(f"{file.place} is not a safetensors file, or is truncated: {reason}")
     raw = bytearray(length)
     file.read_into(memoryview(raw), 8)
     try:
         return parse_header(bytes(raw), file.size)
     except ValueError as error:
-        raise CheckpointError(f"{file.path}: {error}") from None
+        raise CheckpointError(f"{file.place}: {error}") from None
 
 
 def parse_header(raw: bytes, file_size: int) -> Header:
@@ -181,7 +143,7 @@ def _is_text(text: str) -> bool:
     return True
 
 
-def _pickle_hint(file: File) -> str:
+def _pickle_hint(file: Blob) -> str:
     start = bytearray(min(4, file.size))
     file.read_into(memoryview(start), 0)
     pickled = start == b"PK\x03\x04" or start[:1] == b"\x80"

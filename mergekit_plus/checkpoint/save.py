@@ -2,7 +2,8 @@
 
 Everything that can be wrong without reading a tensor is wrong before the output is touched. Then workers take units (a run of rows of
 one step, or a whole step) in the order of the output files; each reads, computes and writes its unit inside one memory budget, while other
-threads hash the inputs and, behind the writers, the outputs. The files are staged beside the target and renamed at the end.
+threads hash the inputs and, behind the writers, the outputs. The files are staged beside the target and renamed at the end (stage.py); what is finished
+is noted in a journal (journal.py), so that a save that was killed can go on.
 The bytes written depend on the checkpoint alone: not on the number of workers, the budget, or the shards of the inputs.
 """
 
@@ -12,246 +13,123 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..digests import Digests
-from ..errors import CheckpointError, OptionError, OutputError
-from ..progress import Progress, quiet
-from .checkpoint import SLAB, Checkpoint, FileSource, Measured, ParallelMap, Plan, Rows, Step, execute, of_inner, proportional, steps_of
+from ..errors import CheckFailed, CheckpointError, CompressError, OutputError, ReadError
+from ..progress import Progress
+from .blob import Blob, File
+from .checkpoint import Checkpoint, ParallelMap, Recall, Rows, Step, execute, of_inner, proportional
 from .finite import is_finite
-from .folder import ADAPTER, ADAPTER_CONFIG, INDEX, SINGLE
-from .safetensors import File
-from .shards import Shard, ShardFile, index_json, plan_shards
+from .folder import INDEX
+from .hub import HubFile
+from .inputs import check_target, digest_of, input_files
+from .journal import sync_folder
+from .layout import Layout, SaveOptions, Unit, bytes_of, cost, is_file, manifest_name, plan_save, reads_of
+from .prefetch import Prefetch
+from .shards import Abandoned, ShardFile, index_json, known_prefix
+from .spec import TensorSpec
+from .stage import Stage, was_published
+from .upload import Upload
 
-MANIFEST = "manifest.json"
-HELD = 256 << 20  # bytes of one tensor's inputs that a worker holds, to measure them and compute from them with one reading
-FIXED_COST = 64 << 20  # bytes of temporaries that a worker may need beside what it reads and writes
-DEFAULT_SHARD_SIZE = 5 * 10**9
-
-
-@dataclass(frozen=True)
-class SaveOptions:
-    """How to save; none of these changes a byte of a tensor."""
-
-    overwrite: bool = False
-    max_shard_size: int = DEFAULT_SHARD_SIZE
-    memory: int | None = None  # bytes in flight; half of what is free by default
-    workers: int | None = None  # one for each core by default
-    allow_nonfinite: bool = False
-    progress: Progress = field(default_factory=quiet)
-    digests: Digests | None = None  # those of the inputs, where hashing has begun already
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+ENVIRONMENT = (OSError, OutputError, ReadError, CheckFailed, KeyboardInterrupt, SystemExit, *OUT_OF_MEMORY)  # what may go better the next time
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was written and what it was made of: SHA-256 and size of every file."""
+    """What was written and what it was made of: SHA-256 and size of every file, and the folders of the inputs, seen from the output's."""
 
     outputs: dict[str, dict[str, Any]]
     inputs: dict[str, dict[str, dict[str, Any]]]
+    places: dict[str, str] = field(default_factory=dict)  # of inputs on a disk
 
     def as_json(self) -> dict[str, Any]:
         from .. import __version__
 
-        return {"tool": f"mergekit-plus {__version__}", "inputs": self.inputs, "outputs": self.outputs}
+        return {"tool": f"mergekit-plus {__version__}", "inputs": self.inputs, "places": self.places, "outputs": self.outputs}
 
 
-Unit = tuple[Step, Rows | None]  # a step, and the rows of it that are computed at once
+Describe = Callable[[Manifest, Path], Mapping[str, bytes]]  # further small files, once the digests are known and everything else is in that folder
+Publish = Callable[[Path, Manifest], None]  # makes a folder visible somewhere else
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What a save would do, known from headers alone."""
-
-    shards: list[Shard]
-    units: list[Unit]
-    measurements: list[Measured]
-    bytes_read: int
-    bytes_written: int
-    largest_unit: int
-    memory: int
-    workers: int
-
-
-Describe = Callable[[Manifest], Mapping[str, bytes]]  # further small files, once the digests are known
-
-
-def plan_save(checkpoint: Checkpoint, out: Path, options: SaveOptions) -> Layout:
-    """Lay out a save without reading a tensor.
-
-    Errors: OptionError where the memory budget cannot hold the largest unit.
-    """
-    memory = options.memory or _available_memory() // 2
-    workers = options.workers or len(os.sched_getaffinity(0))
-    workers = max(1, min(workers, memory // (2 * FIXED_COST)))  # a worker that gets a few rows at a time is no help
-    shards = plan_shards(checkpoint.specs.values(), options.max_shard_size, single=_single(checkpoint, out))
-    place = {name: (number, shard.offsets[name]) for number, shard in enumerate(shards) for name in shard.offsets}
-    steps = sorted(steps_of(checkpoint), key=lambda step: min(place[spec.name] for spec in step.writes))
-    share = memory // workers
-    units = [(step, rows) for step in steps for rows in _units(step, share)]
-    found = measurements(steps)
-    scanned = [(step, step.slabs()[0]) for measured in found for step in measured.steps]
-    largest, culprit = max(((_cost(step, rows), step) for step, rows in (*units, *scanned)), key=lambda pair: pair[0], default=(0, None))
-    if culprit is not None and largest > memory:
-        raise OptionError(
-            f"--memory {memory / 1e6:.0f} MB is too little: "
-            f"{culprit.writes[0].name} needs {largest / 1e6:.0f} MB at once; give at least that"
-        )
-    read = sum(_bytes_read(step) for step in steps)
-    return Layout(shards, units, found, read, sum(shard.size for shard in shards), largest, memory, workers)
-
-
-def save(checkpoint: Checkpoint, out: Path, options: SaveOptions | None = None, describe: Describe | None = None) -> Manifest:
+def save(
+    checkpoint: Checkpoint, out: Path, options: SaveOptions | None = None, describe: Describe | None = None, publish: Publish | None = None
+) -> Manifest:
     """Write a checkpoint to a folder, or to one file where `out` ends in `.safetensors`; all or nothing.
 
+    With `publish`, which is called when all is written, nothing gets the name `out`: only the partial folder beside it is used, and removed.
+    Whatever goes wrong, what was there before stays. A save without `options.job` then leaves nothing behind; one with a job keeps what it has
+    finished when the environment failed it, or when it was killed, and `options.resume` goes on from there to the same bytes.
     Errors: OutputError where the output exists or cannot be written; CheckpointError where an input is not what it seemed (cut short,
-    changed, not finite). Whatever goes wrong, nothing is left behind and what was there before stays.
+    changed, not finite).
     """
     options = options or SaveOptions()
     out = out.resolve()  # a link to a folder on another disk: stage, and rename, there
-    check_target(out, options.overwrite, checkpoint)
+    resume = options.resume and options.job is not None
+    if publish is None and not (resume and was_published(out)):
+        check_target(out, options.overwrite, checkpoint)
     layout = plan_save(checkpoint, out, options)
-    carried = {} if _is_file(out) else {name: checkpoint.file(name) for name in checkpoint.files}
-    with _staging(out) as staged:
-        free = shutil.disk_usage(staged).free
-        if layout.bytes_written > free:
-            raise OutputError(f"{out.parent}: {layout.bytes_written / 1e9:.2f} GB to write but only {free / 1e9:.2f} GB are free")
+    carried = {} if is_file(out) else {name: checkpoint.file(name) for name in checkpoint.files}
+    inputs = input_files(checkpoint)
+    with Stage(out) as stage:
         try:
-            manifest = _write_all(checkpoint, layout, staged, options)
-            manifest = _write_small_files(carried, layout, out, staged, manifest, describe)
-            check_target(out, options.overwrite, checkpoint)  # hours later, it may have come to exist
-            _publish(staged, out)
-        except OSError as error:
-            raise OutputError(f"{out}: {error.strerror or error}; nothing was written") from error
+            job = None if options.job is None else _fingerprint(options, inputs, layout)
+            stage.begin(job, layout.bytes_written, resume, options.overwrite)
+            if not stage.done.publishing:
+                manifest = _write_all(checkpoint, inputs, layout, stage, options)
+                manifest = _write_small_files(carried, layout, stage, manifest, describe)
+            else:
+                manifest = _written_manifest(stage)
+            if publish is not None:
+                publish(stage.files, manifest)
+                stage.keep = False
+            else:
+                if not stage.done.publishing:
+                    check_target(out, options.overwrite, checkpoint)  # hours later, it may have come to exist
+                stage.publish()
+        except BaseException as error:
+            told = _explained(error, out, stage.give_up(isinstance(error, ENVIRONMENT)))
+            if told is error:
+                raise
+            raise told from error
     return manifest
 
 
-def check_target(out: Path, overwrite: bool, checkpoint: Checkpoint) -> None:
-    """Refuse an output that exists (unless it may be replaced and is nothing but a model), or that is an input or holds one.
+def _fingerprint(options: SaveOptions, inputs: Mapping[str, Sequence[Blob]], layout: Layout) -> dict[str, str]:
+    """What must be the same for a run to go on where another stopped; by part, so that a refusal can name what differs."""
+    from .. import __version__
 
-    Errors: OutputError.
-    """
-    if not out.parent.is_dir():
-        raise OutputError(f"{out}: the folder {out.parent} does not exist")
-    paths = [path for files in input_files(checkpoint).values() for path in files]
-    inputs = {place for path in paths for place in (path.resolve(), path.parent.resolve() / path.name)}  # the Hub's cache links to blobs
-    resolved = out.resolve()
-    if any(resolved in (path, *path.parents) for path in inputs):
-        raise OutputError(f"{out} is one of the inputs, or holds one; write somewhere else with -o")
-    if not out.exists():
-        return
-    if _is_file(out) != out.is_file():
-        raise OutputError(f"{out} is a {'file' if out.is_file() else 'folder'}; an output is a folder, or a file that ends in .safetensors")
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise OutputError(f"{out} exists already; name another output with -o, or replace it with --overwrite")
-    if out.is_dir() and not any((out / name).is_file() for name in (SINGLE, INDEX, ADAPTER)):
-        raise OutputError(f"{out} is a folder without a model in it; --overwrite replaces models only")
-    if out.is_dir() and (inner := next((path.name for path in out.iterdir() if path.is_dir()), None)):
-        raise OutputError(f"{out} holds the folder {inner}, which --overwrite would delete; move it away, or name another output with -o")
+    parts: dict[str, Any] = {
+        "versions": [__version__, torch.__version__],
+        "options": [options.job, options.allow_nonfinite],
+        "inputs": [[blob.name, blob.identity] for files in inputs.values() for blob in files],
+        "shards": [[shard.name, hashlib.sha256(shard.header).hexdigest()] for shard in layout.shards],
+    }
+    return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
 
 
-def measurements(steps: Iterable[Step]) -> list[Measured]:
-    """Every measurement over whole models behind these steps, those that others build on first."""
-    found: dict[int, Measured] = {}
-    seen: set[int] = set()
-
-    def visit(step: Step) -> None:
-        if id(step) in seen:
-            return
-        seen.add(id(step))
-        for inner, _ in step.behind:
-            visit(inner)
-        if step.measured is not None and step.measured.whole_model and id(step.measured) not in found:
-            for sibling in step.measured.steps:
-                for inner, _ in sibling.behind:
-                    visit(inner)
-            found[id(step.measured)] = step.measured
-
-    for step in steps:
-        visit(step)
-    return list(found.values())
-
-
-def input_files(checkpoint: Checkpoint) -> dict[str, list[Path]]:
-    """The files behind a checkpoint, under the label of the input that they belong to."""
-    found: dict[str, dict[Path, None]] = {}
-    for part, source in _inputs(checkpoint):
-        files = found.setdefault(part.label, {})
-        files.update({file.path: None for file, _ in source.places.values()})
-        files.update({path: None for path in part.files.values() if isinstance(path, Path)})
-    return {label: sorted(files) for label, files in found.items()}
-
-
-def _inputs(checkpoint: Checkpoint) -> list[tuple[Checkpoint, FileSource]]:
-    """The checkpoints that lie in files, each once, in the order in which they are met."""
-    found: dict[int, tuple[Checkpoint, FileSource]] = {}
-    seen: set[int] = set()
-
-    def visit(part: Checkpoint) -> None:
-        if id(part) in seen:
-            return
-        seen.add(id(part))
-        if isinstance(part.source, FileSource):
-            found[id(part)] = (part, part.source)
-        elif isinstance(part.source, Plan):
-            for step in part.source.steps:
-                for inner, _ in step.reads:
-                    visit(inner)
-
-    visit(checkpoint)
-    return list(found.values())
-
-
-def _open_files(checkpoint: Checkpoint) -> dict[Path, File]:
-    """The files behind a checkpoint: those that its tensors are read from, as they are open now, and the small ones."""
-    files = {file.path: file for _, source in _inputs(checkpoint) for file, _ in source.places.values()}
-    return files | {path: File(path) for paths in input_files(checkpoint).values() for path in paths if path not in files}
-
-
-def _units(step: Step, share: int) -> list[Rows | None]:
-    """How a step is cut into units for the workers; `share` is one worker's part of the memory."""
-    if not step.cut:
-        return [None]
-    if step.measures_tensor and _cost(step, None) <= min(share, HELD):
-        return [None]  # measured and computed from one reading
-    if step.measures_tensor:
-        return [slice(0, step.rows)]  # read twice, a little at a time, by one worker: the others would wait for the measurement
-    fixed = _cost(step, slice(0, 0))  # what every unit holds, however few its rows
-    row_cost = max(1, (_cost(step, None) - fixed) // max(1, step.rows))
-    elements = min(SLAB, max(1, (share - fixed) // row_cost) * step.row_elements)
-    return list(step.slabs(elements))
-
-
-def _cost(step: Step, rows: Rows | None) -> int:
-    """Bytes in memory while a unit is worked on."""
-    if rows is not None and step.measures_tensor:  # a slab to measure, or a stretch to compute
-        return FIXED_COST + _bytes_held(step, step.slabs()[0])
-    return FIXED_COST + _bytes_held(step, rows)
-
-
-def _bytes_held(step: Step, rows: Rows | None) -> int:
-    read = sum(_part(feed.spec.nbytes, step, None if feed.whole else rows) for feed in step.feeds)
-    written = sum(_part(spec.nbytes, step, rows) for spec in step.writes)
-    return read + written + sum(_bytes_held(inner, of_inner(step, inner, rows, whole)) for inner, whole in step.behind)
-
-
-def _bytes_read(step: Step) -> int:
-    own = sum(feed.spec.nbytes for feed in step.feeds if feed.step is None)
-    return own + sum(_bytes_read(inner) for inner, _ in step.behind)
-
-
-def _part(nbytes: int, step: Step, rows: Rows | None) -> int:
-    return nbytes if rows is None else nbytes * (rows.stop - rows.start) // max(1, step.rows)
+def _explained(error: BaseException, out: Path, kept: str) -> BaseException:
+    """The error as the user should see it: what happened to the output, what is kept, how to go on."""
+    if isinstance(error, OSError):
+        return OutputError(f"{out}: {error.strerror or error}; {kept or 'nothing was written'}")
+    if not kept:
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return KeyboardInterrupt(f"{out}: {kept}")
+    if isinstance(error, CompressError | CheckFailed):
+        return type(error)(f"{error}; {kept}")
+    return OutputError(f"{out}: out of memory; {kept}, and a smaller --memory") if isinstance(error, OUT_OF_MEMORY) else error
 
 
 class _Budget:
@@ -275,63 +153,177 @@ class _Budget:
                 self._freed.notify_all()
 
 
-def _write_all(checkpoint: Checkpoint, layout: Layout, staged: Path, options: SaveOptions) -> Manifest:
-    """Compute and write every tensor; hash inputs and outputs on the way."""
+def _write_all(checkpoint: Checkpoint, inputs: Mapping[str, Sequence[Blob]], layout: Layout, stage: Stage, options: SaveOptions) -> Manifest:
+    """Compute and write every tensor that is not finished; hash inputs and outputs on the way."""
     stop = threading.Event()
-    budget = _Budget(layout.memory)
-    inputs = _open_files(checkpoint)
-    digests_of = options.digests or Digests()
+    budget = _Budget(layout.memory - layout.ahead)
+    ahead = Prefetch(layout.ahead)
+    blobs = [blob for files in inputs.values() for blob in files]
     files: list[ShardFile] = []
     threads_before = torch.get_num_threads()
     torch.set_num_threads(1)  # the workers are the parallelism
     try:
+        files.extend(_shard_files(layout, stage, options.progress))  # takes their space on the disk: too little of it is known before the work
+        digests_of = options.digests or Digests()
         with (
             ThreadPoolExecutor(layout.workers, "worker") as workers,
             ThreadPoolExecutor(max(1, layout.workers // 2), "output-digest") as output_pool,
         ):
-            parallel = _parallel(workers, stop, budget)
+            parallel = _parallel(workers, stop, budget, ahead)
             try:
-                input_digests = {path: digests_of.of(file.fd) for path, file in inputs.items()}
-                for measured in layout.measurements:
+                input_digests = {blob.place: _input_digest(blob, digests_of, stage) for blob in blobs}
+                for number, measured in enumerate(layout.measurements):
                     with options.progress.phase(measured.label or "measuring", None):
-                        measured.get(parallel=parallel)
-                files.extend(ShardFile(staged, shard) for shard in layout.shards)
-                output_digests = [output_pool.submit(file.digest) for file in files]
+                        measured.get(parallel=parallel, recall=_recall(str(number), stage))
+                uploads = options.upload.uploads if options.upload else []
+                output_digests = [output_pool.submit(_output_digest, file, stage, options.upload, lambda: _abandon(files, stop)) for file in files]
                 where = {name: file for file in files for name in file.shard.offsets}
-                with options.progress.phase("writing", layout.bytes_written):
+                units = [unit for unit in layout.units if not _is_finished(*unit, where)]
+                done = _bytes_of(layout.units) - _bytes_of(units)
+                with options.progress.phase("writing", layout.bytes_written, done=done):
 
                     def work(unit: Unit) -> None:
                         _write_unit(*unit, where, options)
 
-                    parallel(work, layout.units)
-                    digests = [future.result() for future in output_digests]
+                    parallel(work, units)
+                    wait(output_digests)
+                with options.progress.phase("uploading", None) if options.upload else nullcontext():
+                    digests = _results(output_digests, uploads)
                 with options.progress.phase("checking inputs", None):
-                    found = {path: {"bytes": inputs[path].size, "sha256": _digest(path, future)} for path, future in input_digests.items()}
+                    found = {blob.place: digest_of(blob, input_digests[blob.place]) for blob in blobs}
             finally:
-                stop.set()
+                ahead.close()
                 if options.digests is None:  # the caller's own may be wanted again
                     digests_of.stop()
-                for written in files:
-                    written.abandon()
-        for file in inputs.values():
-            file.check_unchanged()
+                _abandon(files, stop)
+        for blob in blobs:
+            blob.check_unchanged()
     finally:
         torch.set_num_threads(threads_before)
         for written in files:
             written.close()
     outputs = {written.shard.name: {"bytes": written.shard.size, "sha256": digest} for written, digest in zip(files, digests, strict=True)}
-    return Manifest(outputs, {label: {path.name: found[path] for path in paths} for label, paths in input_files(checkpoint).items()})
+    return Manifest(outputs, _of_inputs(inputs, found), _places(inputs, stage.out))
 
 
-def _digest(path: Path, future: Future[str]) -> str:
+def _of_inputs(inputs: Mapping[str, Sequence[Blob]], found: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The inputs as the manifest lists them; a small file on the Hub whose digest nobody knows, because it was not read, is none."""
+    return {ref: {blob.name: found[blob.place] for blob in files if found[blob.place]["sha256"]} for ref, files in inputs.items()}
+
+
+def _places(inputs: Mapping[str, Sequence[Blob]], out: Path) -> dict[str, str]:
+    """Where each input on a disk lies, seen from the output's folder."""
+    folders = {ref: blob.path.absolute().parent for ref, blobs in inputs.items() for blob in blobs[:1] if isinstance(blob, File)}
+    return {ref: os.path.relpath(folder, out.parent if is_file(out) else out) for ref, folder in folders.items()}
+
+
+def _shard_files(layout: Layout, stage: Stage, progress: Progress) -> list[ShardFile]:
+    """The files to write, each with what an interrupted save has finished of it, if that is still what the journal says."""
+    finished = {shard.name: stage.done.shards.pop(shard.name) for shard in layout.shards if shard.name in stage.done.shards}
+    stop = threading.Event()
+
+    def advance(amount: int) -> None:
+        if stop.is_set():
+            raise Abandoned
+        progress.advance(amount)
+
+    with progress.phase("checking what is finished", sum(length for length, _ in finished.values())), ThreadPoolExecutor(layout.workers) as pool:
+        try:
+            prefixes = {name: pool.submit(known_prefix, stage.files / name, *facts, advance) for name, facts in finished.items()}
+            known = {name: prefix for name, future in prefixes.items() if (prefix := future.result()) is not None}
+        finally:
+            stop.set()
+    stage.done.shards.update((name, finished[name]) for name in known)
+    stage.retain(known)
+    needed = layout.bytes_written - sum((stage.files / name).stat().st_blocks * 512 for name in known)
+    free = shutil.disk_usage(stage.files).free
+    if needed > free:
+        raise OutputError(f"{stage.out.parent}: {needed / 1e9:.2f} GB to write but only {free / 1e9:.2f} GB are free")
+    files = [ShardFile(stage.files, shard, known.get(shard.name)) for shard in layout.shards]
+    sync_folder(stage.files)
+    return files
+
+
+def _bytes_of(units: Iterable[Unit]) -> int:
+    return sum(bytes_of(spec.nbytes, step, rows) for step, rows in units for spec in step.writes)
+
+
+def _is_finished(step: Step, rows: Rows | None, where: Mapping[str, ShardFile]) -> bool:
+    """Whether all that a unit writes lies in what an interrupted save has finished."""
+    return all(
+        file.shard.offsets[spec.name] + _first(step, rows, spec) * spec.row_bytes + bytes_of(spec.nbytes, step, rows) <= file.finished
+        for spec in step.writes
+        for file in [where[spec.name]]
+    )
+
+
+def _recall(measurement: str, stage: Stage) -> Recall:
+    """Gives the results of a measurement's passes as they were, in the order in which they are asked for, and notes new ones."""
+    calls = count()
+
+    def recall(compute: Callable[[], Any]) -> Any:
+        key = f"{measurement}.{next(calls)}"
+        if key not in stage.done.statistics:
+            value = compute()
+            if stage.journal is None:
+                return value
+            stage.journal.add(statistic=key, value=value)
+        return stage.done.statistics[key]
+
+    return recall
+
+
+def _input_digest(blob: Blob, digests: Digests, stage: Stage) -> Future[str]:
+    """An input's SHA-256; noted in the journal, so that a resumed save need not read the file for it."""
+    name = blob.place
+    if isinstance(blob, HubFile):  # the Hub has said it
+        return blob.digest(digests)
+    if name in stage.done.inputs:
+        known: Future[str] = Future()
+        known.set_result(stage.done.inputs[name])
+        return known
+
+    def note(future: Future[str]) -> None:
+        if stage.journal is not None and not future.cancelled() and future.exception() is None:
+            with suppress(OSError):  # the journal gives it to the next one, who can raise it
+                stage.journal.add(input=name, sha256=future.result())
+
+    future = blob.digest(digests)
+    future.add_done_callback(note)
+    return future
+
+
+def _output_digest(file: ShardFile, stage: Stage, upload: Upload | None, abandon: Callable[[], None]) -> str:
+    """Follow a file as it is written, hash it, note in the journal what is on the disk, and send it up when it is finished."""
+
+    journal = stage.journal
     try:
-        return future.result()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read to its end: {error.strerror}") from None
+        digest = file.digest(None if journal is None else lambda position, digest: journal.add(shard=file.shard.name, bytes=position, sha256=digest))
+        if upload is not None:
+            upload.add(file.path, digest, abandon)
+        return digest
+    except BaseException:
+        abandon()
+        raise
+
+
+def _abandon(files: Iterable[ShardFile], stop: threading.Event) -> None:
+    """Begin nothing more, and wait for nothing more."""
+    stop.set()
+    for file in files:
+        file.abandon()
+
+
+def _results(digests: Iterable[Future[str]], uploads: Iterable[Future[None]]) -> list[str]:
+    """The digests, when all is uploaded; of several errors the one that was first in the chain."""
+    errors = [error for future in chain[Future[Any]](digests, uploads) if (error := future.exception()) is not None]  # each digest adds an upload
+    if errors:
+        raise next((error for error in errors if not isinstance(error, Abandoned)), errors[0])
+    return [future.result() for future in digests]
 
 
 def _write_unit(step: Step, rows: Rows | None, where: Mapping[str, ShardFile], options: SaveOptions) -> None:
-    for part in step.slabs(SLAB, rows) if rows is not None else [None]:
+    for part in step.slabs(rows=rows) if rows is not None else [None]:
         _write_rows(step, part, where, options)
 
 
@@ -339,9 +331,13 @@ def _write_rows(step: Step, rows: Rows | None, where: Mapping[str, ShardFile], o
     for spec, tensor in zip(step.writes, execute(step, rows), strict=True):
         if not options.allow_nonfinite and spec.is_float and not is_finite(tensor):
             raise CheckpointError(_explain_nonfinite(step, rows, spec.name))
-        first = 0 if rows is None else proportional(rows, step.rows, spec.rows).start
-        where[spec.name].write(tensor, spec.name, first * spec.row_bytes)
-    options.progress.advance(sum(_part(spec.nbytes, step, rows) for spec in step.writes))
+        where[spec.name].write(tensor, spec.name, _first(step, rows, spec) * spec.row_bytes)
+    options.progress.advance(sum(bytes_of(spec.nbytes, step, rows) for spec in step.writes))
+
+
+def _first(step: Step, rows: Rows | None, spec: TensorSpec) -> int:
+    """The first row of a write that goes with these rows of its step."""
+    return 0 if rows is None else proportional(rows, step.rows, spec.rows).start
 
 
 def _explain_nonfinite(step: Step, rows: Rows | None, name: str) -> str:
@@ -357,12 +353,15 @@ def _explain_nonfinite(step: Step, rows: Rows | None, name: str) -> str:
     return f"{name}: the result has NaN or infinite values although the inputs have none: it overflows its dtype; try --dtype float32"
 
 
-def _parallel(pool: ThreadPoolExecutor, stop: threading.Event, budget: _Budget) -> ParallelMap:
+def _parallel(pool: ThreadPoolExecutor, stop: threading.Event, budget: _Budget, ahead: Prefetch) -> ParallelMap:
     """A `map` of units over the pool, inside the budget, results in order; after the first error no further unit is begun."""
 
     def run(function: Callable[[Any], Any], units: Iterable[Any]) -> Iterator[Any]:
+        units = list(units)
+        ahead.begin(read for unit in units for read in reads_of(unit))
+
         def guarded(unit: Unit) -> Any:
-            with budget.take(_cost(*unit)):
+            with budget.take(cost(*unit)):
                 return None if stop.is_set() else function(unit)
 
         futures: list[Future[Any]] = []
@@ -372,29 +371,32 @@ def _parallel(pool: ThreadPoolExecutor, stop: threading.Event, budget: _Budget) 
             for future in futures:
                 if future in done:
                     future.result()
+            ahead.finish()
         except BaseException:
             stop.set()
+            ahead.close()
             raise
         return iter([future.result() for future in futures])
 
     return run
 
 
-def _write_small_files(
-    carried: Mapping[str, bytes], layout: Layout, out: Path, staged: Path, manifest: Manifest, describe: Describe | None
-) -> Manifest:
+def _write_small_files(carried: Mapping[str, bytes], layout: Layout, stage: Stage, manifest: Manifest, describe: Describe | None) -> Manifest:
     """Index, config, tokenizer, and what `describe` adds; the manifest last."""
     small = dict(carried)
-    if not _is_file(out):
-        if len(layout.shards) > 1:
-            small[INDEX] = json.dumps(index_json(layout.shards), indent=2).encode() + b"\n"
-        small |= describe(manifest) if describe else {}
-    outputs = dict(manifest.outputs)
+    if not is_file(stage.out) and len(layout.shards) > 1:
+        small[INDEX] = json.dumps(index_json(layout.shards), indent=2).encode() + b"\n"
     for name, content in small.items():
-        _write_file(staged / name, content)
-        outputs[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    manifest = Manifest(outputs, manifest.inputs)
-    _write_file(staged / _manifest_name(out), json.dumps(manifest.as_json(), indent=2).encode() + b"\n")
+        _write_file(stage.files / name, content)
+    if describe is not None and not is_file(stage.out):
+        for name, content in describe(manifest, stage.files).items():
+            _write_file(stage.files / name, content)
+            small[name] = content
+    outputs = dict(manifest.outputs)
+    outputs |= {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in small.items()}
+    manifest = replace(manifest, outputs=outputs)
+    _write_file(stage.files / manifest_name(stage.out), json.dumps(manifest.as_json(), indent=2).encode() + b"\n")
+    sync_folder(stage.files)
     return manifest
 
 
@@ -405,87 +407,9 @@ def _write_file(path: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def _single(checkpoint: Checkpoint, out: Path) -> str:
-    """The name of the one file that must hold everything, where there is one: a file that was asked for, or an adapter's."""
-    return out.name if _is_file(out) else ADAPTER if ADAPTER_CONFIG in checkpoint.files else ""
-
-
-def _is_file(out: Path) -> bool:
-    return out.suffix == ".safetensors"
-
-
-def _manifest_name(out: Path) -> str:
-    return f"{out.stem}.{MANIFEST}" if _is_file(out) else MANIFEST
-
-
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A folder beside the target that is gone afterwards, however it ends."""
-    try:
-        staged = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    except OSError as error:
-        raise OutputError(f"{out.parent}: {error.strerror}; choose an output folder that can be written, with -o") from None
-    try:
-        yield staged
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-def _publish(staged: Path, out: Path) -> None:
-    """Rename the staged files to their final names; what was there before gives way only now."""
-    if _is_file(out):
-        os.replace(staged / out.name, out)
-        os.replace(staged / _manifest_name(out), out.parent / _manifest_name(out))
-    else:
-        staged.chmod(0o777 & ~_umask())
-        _sync_folder(staged)
-        if out.exists():
-            old = staged.with_suffix(".old")
-            os.replace(out, old)
-            try:
-                os.replace(staged, out)
-            except BaseException:
-                os.replace(old, out)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(staged, out)
-    _sync_folder(out.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-def _available_memory() -> int:
-    return min(_free_memory(), _container_limit())
-
-
-def _container_limit() -> int:
-    """What this container (cgroup) may have."""
-    try:
-        return int(Path("/sys/fs/cgroup/memory.max").read_text())
-    except (OSError, ValueError):  # no cgroup, or no limit ("max")
-        return 1 << 62
-
-
-def _free_memory() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
-
-
+def _written_manifest(stage: Stage) -> Manifest:
+    """The manifest of an output that a killed run had finished but for the renames."""
+    name = manifest_name(stage.out)
+    published = stage.out.parent / name if is_file(stage.out) else stage.out / name
+    facts = json.loads((stage.files / name if (stage.files / name).exists() else published).read_bytes())
+    return Manifest(facts["outputs"], facts["inputs"], facts["places"])

@@ -7,7 +7,7 @@ import heapq
 import os
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from .safetensors import encode_header, file_order
 from .spec import TensorSpec, natural_order
 
 READ_BACK = 4 << 20  # bytes hashed at once
+CHECKPOINT = 256 << 20  # bytes of a file after which they are put on the disk and may be told of
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,27 @@ def index_json(shards: list[Shard]) -> dict[str, object]:
     return {"metadata": {"total_size": total}, "weight_map": {name: weight_map[name] for name in sorted(weight_map)}}
 
 
-class ShardFile:
-    """A file being written at any place by any thread; `digest` follows the part that is complete from the start."""
+Finished = Callable[[int, str], None]  # the file's first bytes, so many, are on the disk and have this SHA-256
 
-    def __init__(self, folder: Path, shard: Shard) -> None:
+
+class Abandoned(RuntimeError):
+    """A file that will not be written to the end, because something else went wrong."""
+
+
+class ShardFile:
+    """A file being written at any place by any thread; `digest` follows the part that is complete from the start.
+
+    prefix: how many bytes an interrupted save has finished, and their hash; the file is then there already.
+    """
+
+    def __init__(self, folder: Path, shard: Shard, prefix: tuple[int, hashlib._Hash] | None = None) -> None:
         self.shard = shard
         self.path = folder / shard.name
-        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self.finished, self._sha = prefix or (0, hashlib.sha256())
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | (0 if prefix else os.O_CREAT | os.O_EXCL), 0o666)
         self._finalizer = weakref.finalize(self, os.close, self.fd)
         self._changed = threading.Condition()
-        self._complete = 0  # bytes written without a gap from the start
+        self._complete = self.finished  # bytes written without a gap from the start
         self._ahead: list[tuple[int, int]] = []  # written runs that begin beyond it
         self._abandoned = False
         if shard.size:
@@ -94,25 +106,33 @@ class ShardFile:
                 self._complete = max(self._complete, heapq.heappop(self._ahead)[1])
             self._changed.notify()
 
-    def digest(self) -> str:
+    def digest(self, tell: Finished | None = None) -> str:
         """The SHA-256 of the whole file, read back behind the writers; the file is on the disk when this returns.
 
-        Errors: RuntimeError when the writers gave up.
+        tell: is told now and then how far the file is on the disk.
+        Errors: Abandoned when the writers gave up.
         """
-        sha = hashlib.sha256()
+        sha = self._sha
         buffer = memoryview(bytearray(READ_BACK))
-        position = 0
+        position = told = self.finished
         while position < self.shard.size:
             with self._changed:
                 while not self._abandoned and self._complete < min(position + READ_BACK, self.shard.size):
                     self._changed.wait()
                 if self._abandoned:
-                    raise RuntimeError(f"{self.path.name} was not written to the end")
+                    raise Abandoned(f"{self.path.name} was not written to the end")
             got = os.preadv(self.fd, [buffer], position)
             sha.update(buffer[:got])
             os.posix_fadvise(self.fd, position, got, os.POSIX_FADV_DONTNEED)  # starts writing back what is still dirty
             position += got
-        os.fsync(self.fd)
+            if tell and position - told >= CHECKPOINT and position < self.shard.size:
+                os.fsync(self.fd)
+                tell(position, sha.hexdigest())
+                told = position
+        if told < self.shard.size or not self.shard.size:
+            os.fsync(self.fd)
+            if tell:
+                tell(position, sha.hexdigest())
         return sha.hexdigest()
 
     def abandon(self) -> None:
@@ -124,6 +144,20 @@ class ShardFile:
     def close(self) -> None:
         """Close the file."""
         self._finalizer()
+
+
+def known_prefix(path: Path, length: int, digest: str, advance: Callable[[int], None]) -> tuple[int, hashlib._Hash] | None:
+    """The hash of a file's first `length` bytes, where the file is there and they have this SHA-256."""
+    sha, buffer, position = hashlib.sha256(), memoryview(bytearray(READ_BACK)), 0
+    try:
+        with path.open("rb", buffering=0) as stream:
+            while position < length and (got := stream.readinto(buffer[: length - position])):
+                sha.update(buffer[:got])
+                position += got
+                advance(got)
+    except OSError:
+        return None
+    return (length, sha) if sha.hexdigest() == digest else None
 
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12, "tb": 10**12,

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from math import prod
+
+from ..errors import OptionError, nearest
 
 # Bits of an element, in the order in which the safetensors library sorts tensors inside a file (last first).
 DTYPE_BITS = {
@@ -81,3 +85,18 @@ class TensorSpec:
 def natural_order(name: str) -> tuple[list[tuple[int, int, str]], str]:
     """A sort key under which `layers.2` comes before `layers.10`; no two names share one."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)], name
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of these shell patterns matches a tensor's name, or the end of it that follows a dot: `layers.3.*` is all of `model.layers.3`."""
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}") for pattern in patterns)
+
+
+def check_patterns(option: str, patterns: Iterable[str], names: Collection[str]) -> None:
+    """Refuse a pattern that matches nothing.
+
+    Errors: OptionError.
+    """
+    for pattern in patterns:
+        if not any(matches(name, [pattern]) for name in names):
+            raise OptionError(f"{option} '{pattern}' matches no tensor.{nearest(pattern, names) if len(names) < 1000 else ''}")

@@ -153,7 +153,8 @@ def _merged_products(
     """What a merge method makes of the products `s B A`, by module, in float32."""
     zeros = Checkpoint("zeros", _Zeros({module: TensorSpec(module, "F32", shape) for module, shape in shapes.items()}))
     models = [Checkpoint(part.label, Plan([_multiplied(part, zeros, module) for module in shapes])) for part in adapters]
-    return merge(models, method, zeros if _takes_zeros(method) else None, options, MergeOptions(None, None, (), how.seed, how.device, how.allow_nonfinite))
+    how = MergeOptions(seed=how.seed, device=how.device, allow_nonfinite=how.allow_nonfinite)
+    return merge(models, method, zeros if _takes_zeros(method) else None, options, how)
 
 
 def _multiplied(part: Adapter, zeros: Checkpoint, module: str) -> Step:

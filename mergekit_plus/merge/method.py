@@ -76,6 +76,7 @@ class MergeMethod:
     unit: Unit = "element"
     check: Callable[[Mapping[str, Any]], None] | None = None  # refuses options that do not go together; before any read
     linear: tuple[str, ...] = ()
+    passes: int = 1  # how often the statistic reads everything, about
 
     @cached_property
     def inside(self) -> tuple[str, ...]:
@@ -122,6 +123,7 @@ def merge_method(
     models: tuple[int, int | None] = (1, None),
     check: Callable[[Mapping[str, Any]], None] | None = None,
     linear: tuple[str, ...] = (),
+    passes: int = 1,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a merge method.
 
@@ -129,11 +131,12 @@ def merge_method(
     names; once for each tensor (scope "tensor") or once for the whole model (scope "model"). models: least and most models besides the
     base. check: gets the function's keyword arguments, each fit on its own, and raises OptionError where they do not go together.
     linear: the options in which the result is linear (`MergeMethod.linear_in`), so that a search need not merge again.
+    passes: how often the statistic goes over everything, for plans.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         options = Options(name, function, inside=INSIDE)
-        METHODS.register(name, MergeMethod(name, function, statistic, scope, models, options, unit, check, linear))
+        METHODS.register(name, MergeMethod(name, function, statistic, scope, models, options, unit, check, linear, passes))
         return function
 
     return register

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..options import SearchRange
-from ..statistics import order_statistics
+from ..statistics import order_statistics, sums
 from .method import Lambda, PerModel, Scan, merge_method, task_vectors
 
 Ratio = Annotated[float, Field(gt=0, le=1, description="share of each whole task vector that survives"), SearchRange(0.05, 1)]
@@ -43,7 +43,7 @@ def measure(scan: Scan, *, lambda_: Sequence[float], ratio: float, winsor: float
     """
     size = scan.size
     if exclude_frozen:
-        size = sum(scan.map(lambda base, models: int(_changed(_vectors(base, models)).sum())))
+        size = sum(map(int, sums(scan, lambda base, models: [int(_changed(_vectors(base, models)).sum())])))
     if not size:
         return (None,) * len(lambda_)
 
@@ -78,7 +78,7 @@ def measure(scan: Scan, *, lambda_: Sequence[float], ratio: float, winsor: float
     return tuple(None if bound is None else Bounds(bound.low, bound.high, *next(found)) for bound in bounds)
 
 
-@merge_method("pcb", statistic=measure, scope="model", linear=("lambda",))
+@merge_method("pcb", statistic=measure, scope="model", linear=("lambda",), passes=2)
 def pcb(
     base: Tensor,
     models: Sequence[Tensor],

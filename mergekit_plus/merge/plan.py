@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from ..checkpoint import Checkpoint, Measured, Plan, Scan, Step, TensorSpec
 from ..checkpoint.checkpoint import Run, copy_step
 from ..checkpoint.dtypes import TAGS, TORCH_DTYPES, config_dtype
 from ..checkpoint.finite import is_finite, nonfinite
-from ..checkpoint.spec import natural_order
+from ..checkpoint.spec import check_patterns, matches, natural_order
 from ..errors import CheckpointError, OptionError, nearest
 from ..model import adapter_reason, quantized_reason, tied_alias, vocabulary_size
 from ..vocabulary.alignment import misalignment
@@ -30,6 +29,7 @@ class MergeOptions:
     dtype: str | None = None  # tag of the result; by default that of the inputs
     input_dtype: str | None = None  # tag to which inputs are rounded before the arithmetic (mergekit's `dtype`)
     exclude: tuple[str, ...] = ()  # shell patterns of tensors that are copied instead of merged
+    include: tuple[str, ...] = ()  # shell patterns of the tensors that the result has; all where there are none
     seed: int = 0
     device: str = "cpu"
     allow_nonfinite: bool = False
@@ -67,7 +67,7 @@ def merge(
         raise OptionError(reason)
     inputs = ((base,) if chosen.takes_base and base is not None else ()) + tuple(models)
     donor = base or models[0]
-    account_of = account(inputs, donor, how.exclude)
+    account_of = account(inputs, donor, how.exclude, how.include)
     if any(donor.specs[name].rows == vocabulary_size(donor) for name in account_of.merged if name in donor.specs) and (reason := misalignment(inputs)):
         raise CheckpointError(f"the models do not fit together: {reason}. Align them with --tokenizer union, base or a model (`tokenizer:` in a recipe)")
 
@@ -83,7 +83,7 @@ def merge(
         spec = TensorSpec(name, _result_dtype([part.specs[read] for part, read in reads], how), donor_spec(reads).shape)
         bound = bound_of(name)
         if chosen.statistic and chosen.scope == "model" and shared is None:
-            shared = Measured(bound.measure, f"{method}: measuring", whole_model=True)
+            shared = Measured(bound.measure, f"{method}: measuring", whole_model=True, passes=chosen.passes)
         measured = shared or (Measured(bound.measure) if chosen.statistic else None)
         step = Step(reads, (spec,), bound.run(spec, labels), chosen.multiple(spec), measured)
         if measured is not None:
@@ -117,8 +117,8 @@ def count_problem(method: str, models: int, base: bool) -> str | None:
     return _misfit(chosen, models - 1, True) if _starts_at_first(chosen, models, base) else _misfit(chosen, models, base)
 
 
-def account(inputs: Sequence[Checkpoint], donor: Checkpoint, exclude: Sequence[str] = ()) -> Account:
-    """Decide for every tensor of the inputs what becomes of it; `donor` gives what is copied.
+def account(inputs: Sequence[Checkpoint], donor: Checkpoint, exclude: Sequence[str] = (), include: Sequence[str] = ()) -> Account:
+    """Decide for every tensor of the inputs what becomes of it; `donor` gives what is copied, and what `include` does not match is left out.
 
     Errors: CheckpointError naming tensors that only some inputs have, or whose shapes differ, and inputs that are quantised.
     """
@@ -130,11 +130,12 @@ def account(inputs: Sequence[Checkpoint], donor: Checkpoint, exclude: Sequence[s
     problems: list[str] = []
     vocabularies = False
     names = dict.fromkeys(name for part in inputs for name in part.specs)
-    for pattern in exclude:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise OptionError(f"--exclude '{pattern}' matches no tensor.{nearest(pattern, names) if len(names) < 1000 else ''}")
+    check_patterns("--exclude", exclude, names)
+    check_patterns("--include", include, names)
     for name in names:
-        if any(fnmatchcase(name, pattern) for pattern in exclude):
+        if include and not matches(name, include):
+            continue
+        if matches(name, exclude):
             copied[name] = "excluded"
             continue
         places = [name if name in part.specs else tied_alias(part, name) or "" for part in inputs]
@@ -271,6 +272,11 @@ class _ModelScan:
         self.passes.append(not sample)
         return results
 
+    def recall(self, compute: Callable[[], Any]) -> Any:
+        result = self.scan.recall(compute)
+        self.passes.append(True)  # a result that was noted once is of values that were looked at
+        return result
+
 
 class _NotFinite(Exception):
     """A measurement met a NaN or an infinity."""
@@ -322,7 +328,7 @@ def _result_dtype(specs: Sequence[TensorSpec], how: MergeOptions) -> str:
 
 def _copied(name: str, inputs: Sequence[Checkpoint], donor: Checkpoint, how: MergeOptions) -> Step:
     holders = [part for part in inputs if name in part.specs]
-    if any(fnmatchcase(name, pattern) for pattern in how.exclude) or len(holders) == 1:
+    if matches(name, how.exclude) or len(holders) == 1:
         return copy_step(donor, name)
     reads = tuple((part, name) for part in holders)
 

@@ -6,16 +6,16 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint
+from ..checkpoint.checkpoint import SmallFile
 from .tokenizer import CONFIG, FLAGS, JSON, SLOW, Tokenizer, encode_json, is_tokenizer_file, json_file
 
 _ID = re.compile(r"(?:.*_)?token_(?:id|ids|index)|(?:begin_)?suppress_tokens")
 
 
-def tokenizer_files(owner: Checkpoint, tokenizer: Tokenizer, changed: bool) -> dict[str, bytes | Path]:
+def tokenizer_files(owner: Checkpoint, tokenizer: Tokenizer, changed: bool) -> dict[str, bytes | SmallFile]:
     """The tokenizer's files: the owner's as they are, or a new tokenizer.json without the older forms of the same, which would contradict it."""
     files = {name: content for name, content in owner.files.items() if is_tokenizer_file(name)}
     if not changed:
@@ -30,7 +30,7 @@ def tokenizer_files(owner: Checkpoint, tokenizer: Tokenizer, changed: bool) -> d
 
 
 def with_vocabulary(
-    model: Checkpoint, size: int, files: Mapping[str, bytes | Path], before: Mapping[str, int], after: Mapping[str, int], owner: Checkpoint
+    model: Checkpoint, size: int, files: Mapping[str, bytes | SmallFile], before: Mapping[str, int], after: Mapping[str, int], owner: Checkpoint
 ) -> Checkpoint:
     """The model's small files under the new tokenizer: its `files`, `size` in config.json, and the ids of special tokens by their text.
 

@@ -21,6 +21,7 @@ from mergekit_plus.checkpoint.checkpoint import row_multiple
 from mergekit_plus.checkpoint.dtypes import TAGS, TORCH_DTYPES
 
 saving = importlib.import_module("mergekit_plus.checkpoint.save")  # the module; the package's `save` is its function
+layouts = importlib.import_module("mergekit_plus.checkpoint.layout")
 
 
 def header_bytes(table: Mapping[str, Any] | bytes, data: bytes = b"") -> bytes:

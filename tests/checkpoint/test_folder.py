@@ -158,11 +158,36 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
         Checkpoint.open(folder)
 
 
-def test_shards_may_be_links_as_in_the_hubs_cache(tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "m", TENSORS)
-    (folder / SINGLE).rename(tmp_path / "blob")
-    (folder / SINGLE).symlink_to(tmp_path / "blob")
+@pytest.mark.parametrize("blobs", ["models--org--name/blobs", "blobs", "models--org--name/snapshots/0123/sub"])
+def test_a_link_may_lead_to_the_blobs_of_the_hubs_cache_or_within_its_folder(tmp_path: Path, blobs: str) -> None:
+    folder = write_model(tmp_path / "models--org--name" / "snapshots" / "0123", TENSORS, 2)
+    (tmp_path / blobs).mkdir(parents=True)
+    for path in [path for path in folder.iterdir() if path.is_file()]:
+        path.rename(tmp_path / blobs / f"{path.name} of old")
+        path.symlink_to(os.path.relpath(tmp_path / blobs / f"{path.name} of old", folder))
     assert len(Checkpoint.open(folder).specs) == 4
+    (tmp_path / "link").symlink_to(folder)
+    assert len(Checkpoint.open(tmp_path / "link").specs) == 4
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "config.json", INDEX])
+def test_a_link_that_leads_out_of_its_folder_is_not_followed(tmp_path: Path, name: str) -> None:
+    folder = write_model(tmp_path / "m", TENSORS, 2)
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=rf"{name} is a link to .*/elsewhere, outside of the model's folder; put the file itself there"):
+        Checkpoint.open(folder)
+
+
+def test_an_adapters_folder_opens_as_its_own_tensors_and_carries_its_config(tmp_path: Path) -> None:
+    save_file({"base_model.model.q_proj.lora_A.weight": torch.ones(2, 4)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    adapter = Checkpoint.open(tmp_path)
+    assert list(adapter.specs) == ["base_model.model.q_proj.lora_A.weight"]
+    assert list(adapter.files) == ["adapter_config.json"]
+    write_model(tmp_path, TENSORS)
+    assert list(Checkpoint.open(tmp_path).specs) == list(TENSORS)  # a whole model comes first, and is no adapter
+    assert list(Checkpoint.open(tmp_path).files) == ["config.json"]
 
 
 def test_the_small_files_of_a_model_travel_with_it_and_no_others(tmp_path: Path) -> None:

@@ -1,9 +1,8 @@
-"""The bytes we write are the safetensors library's own, and whatever we accept, it accepts."""
+"""The bytes we write are the safetensors library's own; fuzzing.py has the other way, that whatever we accept, it accepts."""
 
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
 import pytest
@@ -11,14 +10,12 @@ import torch
 from checkpoint_toys import header_bytes, random_tensor, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mergekit_plus.checkpoint import Checkpoint, TensorSpec, save
 from mergekit_plus.checkpoint.dtypes import TORCH_DTYPES
 from mergekit_plus.checkpoint.safetensors import encode_header, file_order, parse_header
 from mergekit_plus.checkpoint.spec import DTYPE_BITS
-from mergekit_plus.errors import CheckpointError
 
 GOLDEN = (
     b"\xc8\0\0\0\0\0\0\0"  # the header's length: 200
@@ -99,55 +96,6 @@ def test_every_header_we_write_we_read(layout: list[tuple[str, str, list[int]]])
     parsed = parse_header(header[8:], len(header) + sum(spec.nbytes for spec in specs.values()))
     assert parsed.specs == specs
     assert parsed.offsets == offsets
-
-
-TOKENS = [
-    b'"F32"', b'"F4"', b'"BF16"', b'"BOOL"', b"0", b"1", b"2", b"4", b"8", b"16", b"-0", b"1.0", b"1e0", b"00", b"[", b"]", b"{", b"}", b",", b":", b" ",
-    b'"w"', b'"a"', b'"dtype"', b'"shape"', b'"data_offsets"', b'"__metadata__"', b'"\\u0061"', b'"\\ud83e\\udd99"', b'"\\ud800"', b'"\xc3\xa9"',
-    b"null", b"true", b"NaN", b"\n", b"\t", b"\0", b"\xff", b'""', b"281474976710656", b"18446744073709551616",
-]  # fmt: skip
-
-
-def mutated(rng: random.Random) -> bytes:
-    """A small valid header with a few bytes or tokens deleted, replaced, repeated or put in."""
-    table = {
-        "__metadata__": {"format": "pt"},
-        "a": {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]},
-        "w": {"dtype": "BF16", "shape": [4], "data_offsets": [8, 16]},
-        "z": {"dtype": "U8", "shape": [0], "data_offsets": [16, 16]},
-    }
-    raw = json.dumps(table, separators=rng.choice([(",", ":"), (", ", ": ")])).encode() + b" " * rng.randrange(4)
-    for _ in range(rng.randrange(4)):
-        start = rng.randrange(len(raw))
-        stop = min(len(raw), start + rng.choice([0, 0, 1, 1, 2, 5]))
-        raw = raw[:start] + rng.choice([b"", raw[start:stop] * 2, *rng.sample(TOKENS, 3)]) + raw[stop:]
-    return raw
-
-
-def test_whatever_we_accept_the_library_accepts_with_the_same_layout(tmp_path: Path) -> None:
-    rng = random.Random(0)
-    path = tmp_path / "x.safetensors"
-    accepted = 0
-    for _ in range(1500):
-        raw = mutated(rng)
-        path.unlink(missing_ok=True)  # truncating in place makes ext4 flush
-        path.write_bytes(header_bytes(raw, bytes(range(rng.choice([16, 16, 16, 8, 17])))))
-        try:
-            ours = Checkpoint.open(path)
-        except CheckpointError:
-            continue
-        accepted += 1
-        try:
-            with safe_open(path, "pt") as theirs:
-                assert set(theirs.keys()) == set(ours.specs), raw
-                for name, spec in ours.specs.items():
-                    assert theirs.get_slice(name).get_dtype() == spec.dtype, raw
-                    assert tuple(theirs.get_slice(name).get_shape()) == spec.shape, raw
-                    if spec.dtype in TORCH_DTYPES:
-                        assert same_bits(theirs.get_tensor(name), ours.read(name)), raw
-        except SafetensorError as error:
-            pytest.fail(f"we accept what the library refuses ({error}): {raw!r}")
-    assert 150 < accepted < 1350  # the mutations neither miss nor always hit
 
 
 @settings(max_examples=200)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_toys import files_in, mapped, random_tensor, same_bits, saving, write_model
+from checkpoint_toys import files_in, layouts, mapped, random_tensor, same_bits, saving, write_model
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 
@@ -34,8 +34,8 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many units, many pieces, and a budget that a toy can fill."""
     monkeypatch.setattr(core, "PIECE", 100)
     monkeypatch.setattr(core, "SLAB", 700)
-    monkeypatch.setattr(saving, "SLAB", 700)
-    monkeypatch.setattr(saving, "FIXED_COST", 4000)
+    monkeypatch.setattr(layouts, "SLAB", 700)
+    monkeypatch.setattr(layouts, "FIXED_COST", 4000)
 
 
 def doubled(folder: Path) -> Checkpoint:
@@ -80,7 +80,7 @@ def test_the_budget_is_never_exceeded_and_every_unit_is_computed(tmp_path: Path,
 
     def watched(step, rows, where, options):  # type: ignore[no-untyped-def]
         nonlocal flying, peak
-        cost = saving._cost(step, rows)
+        cost = layouts.cost(step, rows)
         with lock:
             flying += cost
             peak = max(peak, flying)
@@ -154,7 +154,7 @@ def test_transformers_loads_what_is_saved(tmp_path: Path, shard_size: int) -> No
 
 def test_the_manifest_holds_the_digest_of_every_file(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "in", TENSORS, 3)
-    manifest = save(doubled(folder), tmp_path / "out", SaveOptions(max_shard_size=5000, allow_nonfinite=True), lambda manifest: {"README.md": b"card"})
+    manifest = save(doubled(folder), tmp_path / "out", SaveOptions(max_shard_size=5000, allow_nonfinite=True), lambda manifest, folder: {"README.md": b"card"})
     written = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert written == manifest.as_json()
 
@@ -171,7 +171,7 @@ def test_the_manifest_holds_the_digest_of_every_file(tmp_path: Path) -> None:
 
 def test_describe_sees_the_digests_of_the_shards(tmp_path: Path) -> None:
     seen = []
-    save(Checkpoint.from_tensors(TENSORS), tmp_path / "out", SaveOptions(allow_nonfinite=True), lambda manifest: seen.append(manifest.outputs) or {})  # type: ignore[func-returns-value]
+    save(Checkpoint.from_tensors(TENSORS), tmp_path / "out", SaveOptions(allow_nonfinite=True), lambda manifest, folder: seen.append(manifest.outputs) or {})  # type: ignore[func-returns-value]
     assert list(seen[0]) == ["model.safetensors"]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_toys import files_in, map_step, mapped, python, saving, write_model
+from checkpoint_toys import files_in, layouts, map_step, mapped, python, write_model
 from torch import Tensor
 
 import mergekit_plus.checkpoint.checkpoint as core
@@ -30,8 +30,8 @@ TENSORS = {f"layers.{n}.w": torch.full((100, 10), float(n)) for n in range(8)}
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core, "SLAB", 200)
-    monkeypatch.setattr(saving, "SLAB", 200)
-    monkeypatch.setattr(saving, "FIXED_COST", 1000)
+    monkeypatch.setattr(layouts, "SLAB", 200)
+    monkeypatch.setattr(layouts, "FIXED_COST", 1000)
 
 
 def soon(true: Callable[[], bool]) -> bool:
@@ -146,7 +146,7 @@ def test_an_error_in_a_measurement_is_the_error_of_the_save(place: Path, whole_m
 
 def test_an_error_in_describe_is_the_error_of_the_save(place: Path) -> None:
     with pytest.raises(ZeroDivisionError):
-        save(Checkpoint.open(place / "in"), place / "out", SaveOptions(overwrite=True), lambda manifest: {"README.md": b"%d" % (1 // 0)})
+        save(Checkpoint.open(place / "in"), place / "out", SaveOptions(overwrite=True), lambda manifest, folder: {"README.md": b"%d" % (1 // 0)})
 
 
 @pytest.mark.parametrize("call", ["pwrite", "fsync", "posix_fallocate", "preadv", "pwrite after a while"])
@@ -283,7 +283,7 @@ def test_allow_nonfinite_carries_them(tmp_path: Path) -> None:
 SAVE = """
 import resource, signal, sys
 from pathlib import Path
-from checkpoint_toys import mapped
+from checkpoint_toys import layouts, mapped
 from mergekit_plus.checkpoint import Checkpoint, save
 from mergekit_plus.errors import OutputError
 if sys.argv[3:]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_toys import header_bytes, mapped, python, saving
+from checkpoint_toys import header_bytes, layouts, mapped, python, saving
 
 import mergekit_plus.checkpoint.checkpoint as core
 from mergekit_plus.checkpoint import Checkpoint, Measured, Plan, SaveOptions, Scan, save
@@ -19,7 +19,7 @@ SAVE = """
 import sys, threading
 from pathlib import Path
 import torch
-from checkpoint_toys import mapped
+from checkpoint_toys import layouts, mapped, saving
 from mergekit_plus.checkpoint import Checkpoint, SaveOptions, save
 
 def anonymous():
@@ -95,9 +95,9 @@ class Watched(_Budget):
 @pytest.mark.parametrize("whole_model", [False, True])
 def test_what_is_measured_stays_inside_the_budget_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole_model: bool) -> None:
     monkeypatch.setattr(core, "SLAB", 256)
-    monkeypatch.setattr(saving, "SLAB", 256)
-    monkeypatch.setattr(saving, "HELD", 0)
-    monkeypatch.setattr(saving, "FIXED_COST", 1000)
+    monkeypatch.setattr(layouts, "SLAB", 256)
+    monkeypatch.setattr(layouts, "HELD", 0)
+    monkeypatch.setattr(layouts, "FIXED_COST", 1000)
     monkeypatch.setattr(saving, "_Budget", Watched)
     monkeypatch.setattr(Watched, "peak", 0)
     monkeypatch.setattr(Watched, "takes", 0)
@@ -166,5 +166,5 @@ def test_a_budget_is_given_back_by_those_that_fail() -> None:
 def test_mapped_whole_tensors_count_what_is_behind_them() -> None:
     source = Checkpoint.from_tensors({"w": torch.zeros(10, 100)})
     (step,) = mapped(mapped(source, torch.neg), torch.neg).source.steps  # type: ignore[attr-defined]
-    assert saving._bytes_held(step, None) == 4 * 4000
-    assert saving._bytes_held(step, slice(0, 5)) == 4 * 2000
+    assert layouts._bytes_held(step, None) == 4 * 4000
+    assert layouts._bytes_held(step, slice(0, 5)) == 4 * 2000

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_toys import files_in, mapped, saving, write_model
+from checkpoint_toys import files_in, layouts, mapped, write_model
 
 from mergekit_plus.checkpoint import Checkpoint, SaveOptions, save
 from mergekit_plus.errors import CheckpointError, OutputError
@@ -147,7 +147,7 @@ def test_modes_follow_the_umask(tmp_path: Path, umask: int, folder_mode: int, fi
     folder = write_model(tmp_path / "in", NEW)
     before = os.umask(umask)
     try:
-        save(Checkpoint.open(folder), tmp_path / "out", SaveOptions(max_shard_size=1), lambda manifest: {"README.md": b""})
+        save(Checkpoint.open(folder), tmp_path / "out", SaveOptions(max_shard_size=1), lambda manifest, folder: {"README.md": b""})
         save(new(), tmp_path / "x.safetensors")
         assert os.umask(umask) == umask
     finally:
@@ -195,7 +195,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monke
     synced = {name for event, name in disk.events[: renamed[0]] if event == "fsync"}
     staged = disk.events[renamed[0]][1].split(" -> ")[0]
     assert synced == {*(path.name for path in (tmp_path / "out").iterdir()), staged}
-    assert [name for _, name in disk.events[renamed[0] + 1 :]] == [tmp_path.name]
+    assert [name for _, name in disk.events[renamed[0] + 1 :]] == [".out.partial", tmp_path.name]
 
 
 def test_at_no_moment_is_there_half_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +229,7 @@ def failing_replace(monkeypatch: pytest.MonkeyPatch, fails: Callable[[Path, Path
 def test_what_was_there_comes_back_when_the_last_rename_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     out = write_model(tmp_path / "out", OLD)
     before = files_in(out)
-    failing_replace(monkeypatch, lambda source, target: source.name.endswith(".partial"), error)
+    failing_replace(monkeypatch, lambda source, target: source.name == "files", error)
     with pytest.raises((OutputError, KeyboardInterrupt), match="Input/output error; nothing was written|^$"):
         save(new(), out, OVERWRITE)
     assert files_in(out) == before
@@ -260,7 +260,7 @@ def test_a_small_file_that_is_gone_is_known_before_anything_is_computed(tmp_path
 
 
 def test_the_default_memory_is_half_of_what_is_free() -> None:
-    layout = saving.plan_save(new(), Path("out"), SaveOptions())
-    assert 0 < layout.memory <= saving._free_memory()
+    layout = layouts.plan_save(new(), Path("out"), SaveOptions())
+    assert 0 < layout.memory <= layouts._free_memory()
     assert 1 <= layout.workers <= len(os.sched_getaffinity(0))
     assert layout.bytes_read == 0 + sum(tensor.nbytes for tensor in NEW.values())

@@ -18,7 +18,7 @@ from torch import Tensor
 import mergekit_plus.checkpoint.checkpoint as core
 from mergekit_plus.checkpoint import Checkpoint, Measured, Plan, SaveOptions, Scan, Step, save
 from mergekit_plus.checkpoint.checkpoint import _sampled, execute
-from mergekit_plus.checkpoint.save import measurements
+from mergekit_plus.checkpoint.layout import measurements
 
 
 def centered(source: Checkpoint, whole_model: bool, count: list[int] | None = None) -> Checkpoint:

@@ -55,6 +55,9 @@ class MemoryScan:
                 found.append(Piece(name, first, base, [model[name][cut] for model in self.models]))
         return found
 
+    def recall(self, compute: Callable[[], Any]) -> Any:
+        return compute()
+
     def map(self, function: Callable[[Tensor | None, Sequence[Tensor]], Any], sample: bool = False) -> list[Any]:
         pieces = self.pieces[:: 16 if sample else 1]
         self.samples += sample

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mergekit_plus.checkpoint import Checkpoint, SaveOptions, save, steps_of
 from mergekit_plus.checkpoint import checkpoint as plans
+from mergekit_plus.checkpoint.spec import matches
 from mergekit_plus.errors import CheckpointError, OptionError
 from mergekit_plus.merge import METHODS
 from mergekit_plus.merge.plan import MergeOptions, account, merge, problems
@@ -99,6 +100,34 @@ def test_what_is_excluded_is_copied_from_the_base_or_else_from_the_first_model()
 def test_a_pattern_that_matches_nothing_is_a_mistake() -> None:
     with pytest.raises(OptionError, match=r"--exclude 'lm_haed.weight' matches no tensor\. Did you mean 'lm_head.weight'\?"):
         merge([of("a", lm_head__weight=[1.0])] * 2, "linear", how=MergeOptions(exclude=("lm_haed.weight",)))
+    with pytest.raises(OptionError, match=r"--include 'layers\.9\.\*' matches no tensor\."):
+        merge([of("a", lm_head__weight=[1.0])] * 2, "linear", how=MergeOptions(include=("layers.9.*",)))
+
+
+def test_what_is_not_included_is_not_in_the_result_and_need_not_fit() -> None:
+    a = of("a", model__layers__3__w=[1.0], model__layers__13__w=[1.0], only_a=[1.0])
+    b = of("b", model__layers__3__w=[3.0], model__layers__13__w=[1.0, 2.0])
+    result = merge([a, b], "linear", how=MergeOptions(include=("layers.3.*",)))
+    assert {name: result.read(name).tolist() for name in result.specs} == {"model.layers.3.w": [2.0]}
+    copied = merge([a, b], "linear", how=MergeOptions(include=("layers.3.*", "only_a"), exclude=("only_a",)))
+    assert sorted(copied.specs) == ["model.layers.3.w", "only_a"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("layers.3.*", ["model.layers.3.mlp.weight"]),
+        ("layers.?.mlp.weight", ["model.layers.3.mlp.weight"]),
+        ("model.layers.1*", ["model.layers.13.mlp.weight"]),
+        ("mlp.weight", ["model.layers.13.mlp.weight", "model.layers.3.mlp.weight"]),
+        ("head.weight", []),  # a part begins after a dot
+        ("layers.3", []),  # and goes to the end
+        ("*", ["lm_head.weight", "model.layers.13.mlp.weight", "model.layers.3.mlp.weight"]),
+    ],
+)
+def test_a_pattern_matches_a_whole_name_or_its_end_after_a_dot(pattern: str, found: list[str]) -> None:
+    names = ["model.layers.3.mlp.weight", "model.layers.13.mlp.weight", "lm_head.weight"]
+    assert sorted(name for name in names if matches(name, [pattern])) == found
 
 
 def test_integers_are_kept_where_equal_and_refused_where_not() -> None:
@@ -298,10 +327,10 @@ def test_a_plan_gives_what_the_method_gives_in_memory(method: str, dtype: torch.
 
 @pytest.mark.parametrize("method", BUSY)
 def test_pieces_workers_memory_and_shards_do_not_change_a_byte(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts, saving = family(torch.bfloat16), importlib.import_module("mergekit_plus.checkpoint.save")
+    parts, layouts = family(torch.bfloat16), importlib.import_module("mergekit_plus.checkpoint.layout")
     found: list[bytes] = []
     for shards, piece, slab, options in ((1, 1 << 18, 1 << 22, {"workers": 1}), (2, 57, 200, {"workers": 4}), (3, 19, 64, {"workers": 2, "memory": 1 << 27})):
-        for module in (plans, saving):
+        for module in (plans, layouts):
             monkeypatch.setattr(module, "SLAB", slab)
         monkeypatch.setattr(plans, "PIECE", piece)
         base, *models = (written(tmp_path / f"{shards}-{index}", part, shards) for index, part in enumerate(parts))

@@ -47,7 +47,7 @@ def same(a: Checkpoint, b: Checkpoint, names: Any = None) -> bool:
 
 
 def small_slabs(monkeypatch: pytest.MonkeyPatch, piece: int, slab: int) -> None:
-    for module in (plans, importlib.import_module("mergekit_plus.checkpoint.save")):
+    for module in (plans, importlib.import_module("mergekit_plus.checkpoint.layout")):
         monkeypatch.setattr(module, "SLAB", slab)
     monkeypatch.setattr(plans, "PIECE", piece)
 
@@ -102,6 +102,18 @@ def test_layers_that_servers_fuse_stay_together(base: Checkpoint) -> None:
 def test_a_pattern_that_matches_nothing_is_a_mistake(base: Checkpoint) -> None:
     with pytest.raises(OptionError, match=r"--exclude 'lm_haed.weight' matches no tensor\. Did you mean 'lm_head.weight'\?"):
         quantize(base, Scheme(4, 32), exclude=("lm_haed.weight",))
+    with pytest.raises(OptionError, match=r"--include 'layers.99.\*' matches no tensor"):
+        quantize(base, Scheme(4, 32), include=("layers.99.*",))
+
+
+def test_what_is_not_included_is_neither_in_the_result_nor_in_its_config(base: Checkpoint) -> None:
+    result = quantize(base, Scheme(4, 32), include=("layers.3.self_attn.q_proj.*", "layers.3.mlp.*", "lm_head.weight"), exclude=("down_proj.weight",))
+    whole = quantize(base, Scheme(4, 32))
+    packed = {f"model.layers.3.{name}.weight" for name in ("self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj")}
+    assert {name.removesuffix("_packed") for name in result.specs if name.endswith("_packed")} == packed
+    assert sorted(name for name in result.specs if "weight_" not in name) == ["lm_head.weight", "model.layers.3.mlp.down_proj.weight"]
+    assert torch.equal(result.read("model.layers.3.mlp.up_proj.weight_packed"), whole.read("model.layers.3.mlp.up_proj.weight_packed"))
+    assert set(result.config["quantization_config"]["ignore"]) == {"lm_head", "model.layers.3.mlp.down_proj"}
 
 
 def test_layers_that_are_stored_turned_stay_dense_and_a_note_says_so(tiny: Any) -> None:

@@ -1,0 +1,53 @@
+"""The model card: README.md of an output folder, whose first lines are what the Hub reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+CARD = "README.md"
+
+
+def card(
+    name: str, refs: Sequence[str], models: Sequence[str], steps: Sequence[Mapping[str, object]], recipe: str, table: Sequence[Mapping[str, Any]]
+) -> bytes:
+    """The card of a model called `name`, made from `refs`, of which these `models` are on the Hub, by these steps.
+
+    recipe: the text of it. table: what was measured, a row for each model.
+    """
+    operations = [operation for step in steps for operation in step]
+    tags = ["mergekit-plus", *(["merge"] if "merge" in operations else []), *(["quantized"] if "quantize" in operations else [])]
+    front: dict[str, Any] = {"library_name": "transformers", "tags": tags}
+    if models:
+        relation = "quantized" if "quantize" in operations else "merge" if "merge" in operations else None
+        front = {"base_model": list(dict.fromkeys(models)), **({"base_model_relation": relation} if relation else {}), **front}
+    said = ", then ".join(operations) or "copy"
+    lines = [
+        "---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(), "---", "", f"# {_inline(name)}", "",
+        f"Made by mergekit-plus ({said}) from {', '.join(map(_inline, dict.fromkeys(refs)))}.",
+        "`manifest.json` has the SHA-256 of every file and of every input.", "",
+        "## Recipe", "", "`compress run recipe.yaml` makes it again.", "", *_fenced(recipe.rstrip(), "yaml"),
+    ]  # fmt: skip
+    if table:
+        heads = list(dict.fromkeys(head for row in table for head in row))
+        cells = [heads, ["---", *["---:"] * (len(heads) - 1)], *([_cell(row.get(head)) for head in heads] for row in table)]
+        lines += ["", "## Measured", "", *("| " + " | ".join(row) + " |" for row in cells)]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _inline(text: str) -> str:
+    """Text that is not markup, whatever it holds."""
+    return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", " ".join(text.split()))
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else _inline(str(value))
+
+
+def _fenced(text: str, language: str) -> list[str]:
+    """A block of code; its fence is longer than any in it."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return [fence + language, text, fence]
