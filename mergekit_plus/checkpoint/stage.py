@@ -147,7 +147,7 @@ def _refusal(found: Done, job: Mapping[str, str] | None) -> str:
     if found.job == job:
         return f"an interrupted run finished {found.amount}; continue it with --resume, or start over with --overwrite"
     other = " and ".join(name for name in found.job if job is not None and job.get(name) != found.job[name]) or "options"
-    way = "continue that one, name another output with -o, or discard its work with --overwrite"
+    way = "continue that one, name another output with -o, or discard its work with --overwrite alone"
     return f"an interrupted run with other {other} finished {found.amount}, which this one cannot use; {way}"
 
 
