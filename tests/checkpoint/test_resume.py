@@ -48,7 +48,7 @@ def place(tmp_path: Path) -> Path:
 def run(place: Path, function: Callable[[Tensor], Tensor] = torch.neg, **options: Any) -> None:
     """Save the input through a function, as a job."""
     given = {"workers": 1, "max_shard_size": 5000, "job": "negate", **options}
-    save(mapped(Checkpoint.open(place / "in"), function), place / "out", SaveOptions(**given), lambda manifest: {"README.md": b"model"})
+    save(mapped(Checkpoint.open(place / "in"), function), place / "out", SaveOptions(**given), lambda manifest, folder: {"README.md": b"model"})
 
 
 def journal(place: Path) -> Done:
@@ -518,7 +518,7 @@ def test_a_resumed_run_fetches_only_what_it_still_needs(own_hub: Hub, place: Pat
         own_hub.log.clear()
         try:
             options = {"workers": 1, "max_shard_size": 5000, "job": "negate", **options}
-            save(mapped(Checkpoint.open("org/name"), function), place / "out", SaveOptions(**options), lambda manifest: {"README.md": b"model"})
+            save(mapped(Checkpoint.open("org/name"), function), place / "out", SaveOptions(**options), lambda manifest, folder: {"README.md": b"model"})
         finally:
             sent = own_hub.sent("resolve.*safetensors$")
         return sent
