@@ -47,7 +47,7 @@ def measured(work):
         nonlocal peak
         while not done.wait(0.01):
             peak = max(peak, anonymous())
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     begun, cpu = time.perf_counter(), time.process_time()
     nbytes = work()

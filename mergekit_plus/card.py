@@ -11,12 +11,10 @@ import yaml
 CARD = "README.md"
 
 
-def card(
-    name: str, refs: Sequence[str], models: Sequence[str], steps: Sequence[Mapping[str, object]], recipe: str, table: Sequence[Mapping[str, Any]]
-) -> bytes:
-    """The card of a model called `name`, made from `refs`, of which these `models` are on the Hub, by these steps.
+def card(refs: Sequence[str], models: Sequence[str], steps: Sequence[Mapping[str, object]], recipe: str, table: Sequence[Mapping[str, Any]]) -> bytes:
+    """The card of a model made from `refs`, of which these `models` are on the Hub, by these steps; it is the same wherever the model is written to.
 
-    recipe: the text of it. table: what was measured, a row for each model.
+    recipe: the text of it. table: what was measured, a row for each model, this one last.
     """
     operations = [operation for step in steps for operation in step]
     tags = ["mergekit-plus", *(["merge"] if "merge" in operations else []), *(["quantized"] if "quantize" in operations else [])]
@@ -26,12 +24,13 @@ def card(
         front = {"base_model": list(dict.fromkeys(models)), **({"base_model_relation": relation} if relation else {}), **front}
     said = ", then ".join(operations) or "copy"
     lines = [
-        "---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(), "---", "", f"# {_inline(name)}", "",
+        "---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(), "---", "",
         f"Made by mergekit-plus ({said}) from {', '.join(map(_inline, dict.fromkeys(refs)))}.",
         "`manifest.json` has the SHA-256 of every file and of every input.", "",
         "## Recipe", "", "`compress run recipe.yaml` makes it again.", "", *_fenced(recipe.rstrip(), "yaml"),
     ]  # fmt: skip
     if table:
+        table = [*table[:-1], {**table[-1], "model": "this model"}]
         heads = list(dict.fromkeys(head for row in table for head in row))
         cells = [heads, ["---", *["---:"] * (len(heads) - 1)], *([_cell(row.get(head)) for head in heads] for row in table)]
         lines += ["", "## Measured", "", *("| " + " | ".join(row) + " |" for row in cells)]

@@ -217,13 +217,17 @@ def run(recipe: Recipe, how: Execution | None = None) -> Outcome:
     if target is None:
         return _run(recipe, how, out, None)
     with Upload(target, how.private) as upload:
-        upload.begin(how.save.overwrite, partial_of(out.resolve()) / "files" / MANIFEST if how.save.resume else None)
         return _run(recipe, how, out, upload)
 
 
 def _run(recipe: Recipe, how: Execution, out: Path, upload: Upload | None) -> Outcome:
     built = build(recipe, how)
     _check_out(recipe, built.result, out)
+    if upload is not None:  # a repository is not made for what cannot be
+        plan_save(built.result, out, _save_options(recipe, how))
+        if how.push and not how.save.resume:
+            check_target(out, how.save.overwrite, built.result)
+        upload.begin(how.save.overwrite, partial_of(out.resolve()) / "files" / MANIFEST if how.save.resume else None)
     if recipe.searches:
         check_target(out, how.save.overwrite, built.result)
         recipe = with_found(recipe, built.inputs, how)
@@ -249,7 +253,7 @@ def _run(recipe: Recipe, how: Execution, out: Path, upload: Upload | None) -> Ou
         text = resolved(recipe, built.inputs, manifest, out, options.max_shard_size)
         refs = [built.inputs[name].pinned or source.ref for name, source in recipe.inputs.items()]
         models = [there.repo for model in built.inputs.values() if (there := parse_reference(model.pinned))]
-        return {RECIPE: text, CARD: card(out.name, refs, models, _plain_steps(recipe), text.decode(), measured[0] if measured else [])}
+        return {RECIPE: text, CARD: card(refs, models, _plain_steps(recipe), text.decode(), measured[0] if measured else [])}
 
     def publish(folder: Path, manifest: Manifest) -> None:
         nonlocal published

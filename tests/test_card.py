@@ -15,7 +15,7 @@ def front(text: bytes) -> dict[str, object]:
 
 def test_a_whole_card() -> None:
     table = [{"model": "a", "MB": 2.0, "ppl code": 15.937}, {"model": "out", "MB": 1.0}]
-    assert card("out", ["org/a@v1", "./b"], ["org/a"], [*MERGE, {"quantize": {"bits": 4}}], "inputs: {}\n", table).decode() == """---
+    assert card(["org/a@v1", "./b"], ["org/a"], [*MERGE, {"quantize": {"bits": 4}}], "inputs: {}\n", table).decode() == """---
 base_model:
 - org/a
 base_model_relation: quantized
@@ -25,8 +25,6 @@ tags:
 - merge
 - quantized
 ---
-
-# out
 
 Made by mergekit-plus (merge, then quantize) from org/a@v1, ./b.
 `manifest.json` has the SHA-256 of every file and of every input.
@@ -44,22 +42,21 @@ inputs: {}
 | model | MB | ppl code |
 | --- | ---: | ---: |
 | a | 2 | 15.94 |
-| out | 1 |  |
+| this model | 1 |  |
 """
 
 
 def test_base_models_are_those_on_the_hub_each_once() -> None:
-    assert front(card("x", [], ["org/a", "org/b", "org/a"], MERGE, "", [])) == {
+    assert front(card([], ["org/a", "org/b", "org/a"], MERGE, "", [])) == {
         "base_model": ["org/a", "org/b"], "base_model_relation": "merge", "library_name": "transformers", "tags": ["mergekit-plus", "merge"],
     }  # fmt: skip
-    assert front(card("x", ["./a"], [], MERGE, "", [])).keys() == {"library_name", "tags"}
-    assert "base_model_relation" not in front(card("x", ["org/a"], ["org/a"], [{"dequantize": {}}], "", []))
+    assert front(card(["./a"], [], MERGE, "", [])).keys() == {"library_name", "tags"}
+    assert "base_model_relation" not in front(card(["org/a"], ["org/a"], [{"dequantize": {}}], "", []))
 
 
 def test_names_and_recipes_stay_in_their_places() -> None:
-    made = card("<script>|`x`\n# y", ["[a](http://b)\n---\nlicense: mit"], [], MERGE, "a: '```\n# out'\n````", [{"model": "a|b\n"}]).decode()
-    assert "# \\<script\\>\\|\\`x\\` \\# y\n" in made
-    assert "from \\[a\\](http://b) --- license: mit.\n" in made
+    made = card(["[a](http://b)\n---\nlicense: mit", "<script>|`x`\n# y"], [], MERGE, "a: '```\n# out'\n````", [{"model": "a|b\n"}, {}]).decode()
+    assert "from \\[a\\](http://b) --- license: mit, \\<script\\>\\|\\`x\\` \\# y.\n" in made
     assert "\n`````yaml\na: '```\n# out'\n````\n`````\n" in made
     assert "| a\\|b |" in made
     assert front(made.encode()).keys() == {"library_name", "tags"}

@@ -167,6 +167,9 @@ def test_a_token_that_is_revoked_while_it_runs_ends_the_work_soon(own_hub: Hub, 
         (["--push", "org/a--b", "-o", "out"], "is not a name that a repository can have"),
         (["--push", "org/new", "-o", "out.safetensors"], "--push: a repository is a folder; write to the folder out with -o"),
         (["--push", "org/new", "-o", "hf://org/new"], "give one of them, or a local folder with -o"),
+        (["--push", "org/new", "-o", "a"], "a is one of the inputs"),
+        (["-o", "hf://org/new", "--memory", "1MB"], "--memory 1 MB is too little"),
+        (["-o", "hf://org/new", "-b", "c"], "c: no such file or folder"),
     ],
 )
 def test_what_cannot_be_is_said_before_any_work(own_hub: Hub, compress: Program, here: Path, arguments: list[str], told: str) -> None:
@@ -285,7 +288,7 @@ def test_a_check_that_fails_keeps_the_model_from_the_hub(own_hub: Hub, compress:
     assert run.returncode == 0, run.stderr
     published = own_hub.files("org/new")
     assert "model.safetensors" in published
-    assert published["README.md"].decode().endswith("| model | MB | bits/weight |\n| --- | ---: | ---: |\n| new | 25.17 | 32 |\n")
+    assert published["README.md"].decode().endswith("| model | MB | bits/weight |\n| --- | ---: | ---: |\n| this model | 25.17 | 32 |\n")
     assert "out" not in yaml.safe_load(published["recipe.yaml"])
 
 

@@ -2,7 +2,8 @@
 
 from .checkpoint import Checkpoint, Measured, Plan, Scan, Step, TensorSource, TensorTable, copy_step, renamed, steps_of
 from .layout import SaveOptions
-from .save import Manifest, save
+from .manifest import Manifest
+from .save import save
 from .spec import TensorSpec
 
 __all__ = [

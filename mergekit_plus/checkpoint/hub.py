@@ -141,7 +141,7 @@ class HubFile:
         return future
 
     def facts(self, sha256: str) -> dict[str, Any]:
-        return {"bytes": self.size, "sha256": self.sha256}
+        return {"bytes": self.size, "sha256": self.sha256, "verified": self.verified}
 
 
 def differs(place: str) -> CheckpointError:

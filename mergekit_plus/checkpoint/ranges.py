@@ -100,7 +100,7 @@ class RemoteFile:
     def __init__(self, repo: str, sha: str, path: str, size: int, etag: str, place: str) -> None:
         self.repo, self.sha, self.path, self.size, self.place, self._etag = repo, sha, path, size, place, etag
         self.stop = threading.Event()  # whoever sets it wants nothing more
-        self._etags: dict[tuple[str, str], str] = {}  # of the file, as each server that it was read from calls it
+        self._etags: dict[tuple[str, str], str] = {}  # of the first answer of each server that it was read from
         self._location, self._located = "", 0.0
         self._lock = threading.Lock()
 
@@ -190,7 +190,7 @@ class RemoteFile:
         if headers.get("Content-Encoding", "identity") != "identity":
             raise CheckpointError(f"{self.place}: the server sends the bytes encoded as {headers['Content-Encoding']}")
         server, etag = _origin(str(response.url)), _bare(headers.get("ETag", ""))
-        known = self._etags.setdefault(server, (_is_hub(str(response.url)) and self._etag) or etag)
+        known = self._etags.setdefault(server, etag)  # each server has a name of its own for the same bytes
         if etag != known:
             raise CheckpointError(f"{self.place} changed on the Hub while it was being read: its ETag is now {etag or 'missing'}, not {known}")
 

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -27,16 +25,16 @@ import torch
 from ..digests import Digests
 from ..errors import CheckFailed, CheckpointError, CompressError, OutputError, ReadError
 from ..progress import Progress
-from .blob import Blob, File
+from .blob import Blob
 from .checkpoint import Checkpoint, ParallelMap, Recall, Rows, Step, execute, of_inner, proportional
 from .finite import is_finite
-from .folder import INDEX
 from .hub import HubFile
 from .inputs import check_target, digest_of, input_files
 from .journal import sync_folder
-from .layout import Layout, SaveOptions, Unit, bytes_of, cost, is_file, manifest_name, plan_save, reads_of
+from .layout import Layout, SaveOptions, Unit, bytes_of, cost, is_file, plan_save, reads_of
+from .manifest import Describe, Manifest, input_facts, input_places, write_small_files, written_manifest
 from .prefetch import Prefetch
-from .shards import Abandoned, ShardFile, index_json, known_prefix
+from .shards import Abandoned, ShardFile, known_prefix
 from .spec import TensorSpec
 from .stage import Stage, was_published
 from .upload import Upload
@@ -44,22 +42,6 @@ from .upload import Upload
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 ENVIRONMENT = (OSError, OutputError, ReadError, CheckFailed, KeyboardInterrupt, SystemExit, *OUT_OF_MEMORY)  # what may go better the next time
 
-
-@dataclass(frozen=True)
-class Manifest:
-    """What was written and what it was made of: SHA-256 and size of every file, and the folders of the inputs, seen from the output's."""
-
-    outputs: dict[str, dict[str, Any]]
-    inputs: dict[str, dict[str, dict[str, Any]]]
-    places: dict[str, str] = field(default_factory=dict)  # of inputs on a disk
-
-    def as_json(self) -> dict[str, Any]:
-        from .. import __version__
-
-        return {"tool": f"mergekit-plus {__version__}", "inputs": self.inputs, "places": self.places, "outputs": self.outputs}
-
-
-Describe = Callable[[Manifest, Path], Mapping[str, bytes]]  # further small files, once the digests are known and everything else is in that folder
 Publish = Callable[[Path, Manifest], None]  # makes a folder visible somewhere else
 
 
@@ -88,9 +70,9 @@ def save(
             stage.begin(job, layout.bytes_written, resume, options.overwrite)
             if not stage.done.publishing:
                 manifest = _write_all(checkpoint, inputs, layout, stage, options)
-                manifest = _write_small_files(carried, layout, stage, manifest, describe)
+                manifest = write_small_files(carried, layout, stage, manifest, describe)
             else:
-                manifest = _written_manifest(stage)
+                manifest = written_manifest(stage)
             if publish is not None:
                 publish(stage.files, manifest)
                 stage.keep = False
@@ -203,18 +185,7 @@ def _write_all(checkpoint: Checkpoint, inputs: Mapping[str, Sequence[Blob]], lay
         for written in files:
             written.close()
     outputs = {written.shard.name: {"bytes": written.shard.size, "sha256": digest} for written, digest in zip(files, digests, strict=True)}
-    return Manifest(outputs, _of_inputs(inputs, found), _places(inputs, stage.out))
-
-
-def _of_inputs(inputs: Mapping[str, Sequence[Blob]], found: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """The inputs as the manifest lists them; a small file on the Hub whose digest nobody knows, because it was not read, is none."""
-    return {ref: {blob.name: found[blob.place] for blob in files if found[blob.place]["sha256"]} for ref, files in inputs.items()}
-
-
-def _places(inputs: Mapping[str, Sequence[Blob]], out: Path) -> dict[str, str]:
-    """Where each input on a disk lies, seen from the output's folder."""
-    folders = {ref: blob.path.absolute().parent for ref, blobs in inputs.items() for blob in blobs[:1] if isinstance(blob, File)}
-    return {ref: os.path.relpath(folder, out.parent if is_file(out) else out) for ref, folder in folders.items()}
+    return Manifest(outputs, input_facts(inputs, found), input_places(inputs, stage.out))
 
 
 def _shard_files(layout: Layout, stage: Stage, progress: Progress) -> list[ShardFile]:
@@ -379,37 +350,3 @@ def _parallel(pool: ThreadPoolExecutor, stop: threading.Event, budget: _Budget, 
         return iter([future.result() for future in futures])
 
     return run
-
-
-def _write_small_files(carried: Mapping[str, bytes], layout: Layout, stage: Stage, manifest: Manifest, describe: Describe | None) -> Manifest:
-    """Index, config, tokenizer, and what `describe` adds; the manifest last."""
-    small = dict(carried)
-    if not is_file(stage.out) and len(layout.shards) > 1:
-        small[INDEX] = json.dumps(index_json(layout.shards), indent=2).encode() + b"\n"
-    for name, content in small.items():
-        _write_file(stage.files / name, content)
-    if describe is not None and not is_file(stage.out):
-        for name, content in describe(manifest, stage.files).items():
-            _write_file(stage.files / name, content)
-            small[name] = content
-    outputs = dict(manifest.outputs)
-    outputs |= {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in small.items()}
-    manifest = replace(manifest, outputs=outputs)
-    _write_file(stage.files / manifest_name(stage.out), json.dumps(manifest.as_json(), indent=2).encode() + b"\n")
-    sync_folder(stage.files)
-    return manifest
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    with path.open("xb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _written_manifest(stage: Stage) -> Manifest:
-    """The manifest of an output that a killed run had finished but for the renames."""
-    name = manifest_name(stage.out)
-    published = stage.out.parent / name if is_file(stage.out) else stage.out / name
-    facts = json.loads((stage.files / name if (stage.files / name).exists() else published).read_bytes())
-    return Manifest(facts["outputs"], facts["inputs"], facts["places"])

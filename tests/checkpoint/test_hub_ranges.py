@@ -151,6 +151,11 @@ def test_a_link_that_expires_is_asked_for_again(toy: Hub, tmp_path: Path, expect
     assert any(request.status == 403 for request in toy.requests("cdn/"))
 
 
+def test_what_a_head_request_calls_a_small_file_need_not_be_what_its_bytes_are_called(toy: Hub) -> None:
+    toy.fault("HEAD .*config.json", headers={"ETag": '"another"'})
+    assert Checkpoint.open("org/name").config == {"model_type": "toy"}
+
+
 def test_a_link_that_is_old_is_not_used(toy: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     toy.cdn = True
     monkeypatch.setattr(ranges, "FRESH", -1)
