@@ -70,8 +70,9 @@ def parts_of(checkpoint: Checkpoint) -> dict[str, Part]:
     modules = _modules(model) if model is not None else {}
     decoder = _module_of(model, modules, "get_decoder")
     owned: dict[str, list[Meaning]] = {name: [] for name in modules} or {"": []}
+    home = decoder or next(reversed(owned))  # of what stands outside of all modules
     for meaning in meanings.values():
-        owned[_owner(meaning, model, modules, decoder)].append(meaning)
+        owned[_owner(meaning, model, modules, home)].append(meaning)
     order = {name: number for number, name in enumerate(model.state_dict())} if model is not None else {}
     parts = {name: _part(name, tensors, checkpoint, order, model, modules.get(name)) for name, tensors in owned.items() if tensors}
     for alias, name in (("text_decoder", decoder), ("vision_tower", _module_of(model, modules, "get_encoder", modality="image"))):
@@ -98,17 +99,17 @@ def _module_of(model: Any, modules: Mapping[str, Any], getter: str, **arguments:
     return next((name for name, module in modules.items() if module is wanted), "")
 
 
-def _owner(meaning: Meaning, model: Any, modules: Mapping[str, Any], decoder: str) -> str:
-    """The module in which a tensor stands; a head outside of them all goes with the decoder."""
+def _owner(meaning: Meaning, model: Any, modules: Mapping[str, Any], home: str) -> str:
+    """The module in which a tensor stands; a head, and what is outside of them all, goes home: with the decoder."""
     path = meaning.parameter or meaning.name
     if model is not None and model.base_model is not model:
         path = path.removeprefix(f"{model.base_model_prefix}.")
     if meaning.role == "head":
-        return decoder
+        return home
     if meaning.parameter is None:
-        return next((part for part in path.split(".") if part in modules), decoder)
+        return next((part for part in path.split(".") if part in modules), home)
     first = path.partition(".")[0]
-    return first if first in modules else decoder
+    return first if first in modules else home
 
 
 def _part(name: str, meanings: Sequence[Meaning], checkpoint: Checkpoint, order: Mapping[str, int], model: Any, module: Any) -> Part:
@@ -135,9 +136,9 @@ def _part(name: str, meanings: Sequence[Meaning], checkpoint: Checkpoint, order:
         return meaning.role == "embedding" or "embed" in meaning.name
 
     loose = [meaning for meaning in meanings if meaning.stack != stack or meaning.block is None]
-    before = tuple(meaning.name for meaning in loose if stands_before(meaning))
-    after = tuple(meaning.name for meaning in loose if meaning.name not in set(before))
-    return Part(name, stack, layers, before, after, *_said_of_layers(name, len(layers), checkpoint, model, module))
+    before = dict.fromkeys(meaning.name for meaning in loose if stands_before(meaning))
+    after = tuple(meaning.name for meaning in loose if meaning.name not in before)
+    return Part(name, stack, layers, tuple(before), after, *_said_of_layers(name, len(layers), checkpoint, model, module))
 
 
 def _said_of_layers(

@@ -79,3 +79,18 @@ def test_a_layer_that_the_architecture_does_not_know_or_misses_is_a_misfit(folde
         "model.layers.*.extra.weight": "model.layers.1.extra.weight has no place in LlamaForCausalLM as config.json describes it",
         "model.layers.*.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight is missing",
     }
+
+
+def test_a_model_of_two_encoders_has_a_part_for_each_and_places_what_is_in_neither(tmp_path: Path) -> None:
+    import transformers
+
+    tower = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision, text = {**tower, "num_hidden_layers": 3, "image_size": 8, "patch_size": 4}, {**tower, "vocab_size": 16, "max_position_embeddings": 8}
+    transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(tmp_path / "clip")
+    model = Checkpoint.open(tmp_path / "clip")
+    parts = {part.name: part for part in parts_of(model).values()}
+    assert {name: len(part.layers) for name, part in parts.items() if part.layers} == {"text_model": 2, "vision_model": 3}
+    assert (parts["text_model"].config, parts["vision_model"].config) == (("text_config",), ("vision_config",))
+    placed = [name for part in parts.values() for name in (*part.before, *part.after, *(tensor for layer in part.layers for tensor in layer))]
+    assert sorted(placed) == sorted(model.specs)
+    assert "logit_scale" in placed

@@ -54,9 +54,9 @@ def parse(given: object, lenient: bool = False) -> Parsed:
         for place in ignored:
             _drop(content, place)
     problems = top_problems(content) + problems
-    if document is not None and not problems:
-        problems = value_problems(document)
-        problems += structure_problems(document, whole=not problems)
+    if document is not None and document.merge_method in list(METHODS):
+        values = value_problems(document)
+        problems += values + structure_problems(document, whole=not values)
     if not lenient:
         problems, overlooked = overlooked + problems, []
     return Parsed(None if problems else document, content, tuple(problems), tuple(overlooked))
@@ -154,6 +154,9 @@ def structure_problems(document: Document, whole: bool) -> list[str]:
                 found.append(f"{at}models: {lonely}")
         for number, part in enumerate(body.slices):
             sources = [(source.model, source.parameters) for source in part.sources]
+            lengths = [source.layer_range[1] - source.layer_range[0] for source in part.sources]
+            if len(set(lengths)) > 1:
+                found.append(f"{at}slices.{number}: the sources of a slice must have as many layers each, not {', '.join(map(str, lengths))}")
             merges.append((f"{at}slices.{number}", sources, part.base_model or base, [part.parameters, *scopes]))
     for place, inputs, start, scopes in merges:
         names = [model for model, _ in inputs]

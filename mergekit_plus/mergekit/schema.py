@@ -110,13 +110,6 @@ class Slice(Strict):
     parameters: _Parameters = Field(default_factory=dict)
     residual_weight: float | None = None  # no effect, in mergekit neither
 
-    @model_validator(mode="after")
-    def _equally_long(self) -> Slice:
-        lengths = [source.layer_range[1] - source.layer_range[0] for source in self.sources]
-        if len(set(lengths)) > 1:
-            raise ValueError(f"the sources of a slice must have as many layers each, not {', '.join(map(str, lengths))}")
-        return self
-
 
 class Body(Strict):
     """What a document, or one module of it, is made of."""

@@ -157,6 +157,15 @@ def test_slices_that_cannot_be_are_refused(document: dict[str, Any], problem: st
         result_of(document)
 
 
+def test_everything_wrong_with_slices_is_told_at_once() -> None:
+    """A stray key, an option that is none, a value that cannot be, ranges of different lengths, a dtype that is none."""
+    wrong = [source("a", 0, 4), source("b", 0, 9, wieght=1, density=[0.5, 1.5])]
+    with pytest.raises(RecipeError) as caught:
+        result_of(stacked(wrong, method="ties", base_model="a", dtype="bf16", normalise=True))
+    for problem in ("unknown key 'normalise'", "no option 'wieght'", "density=1.5: Input", "as many layers each, not 4, 9", "unknown dtype 'bf16'"):
+        assert problem in str(caught.value)
+
+
 def test_layers_that_the_architecture_does_not_have_at_their_new_place_are_refused() -> None:
     """A layer of biases among layers without: config.json has one key for all of them."""
     llama("biased", 3, bias=True)
