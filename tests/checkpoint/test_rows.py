@@ -62,7 +62,7 @@ def picking(part: Checkpoint, pick: Tensor, multiple: int = 1) -> Step:
         numbers = torch.arange(first_row, first_row + len(tensors[0])).float()
         return (tensors[0] + numbers[:, None],)
 
-    return Step(((part, "x"),), (TensorSpec("y", "F32", (len(pick), 2)),), run, multiple, picks=(pick,))
+    return Step(((part, "x"),), (TensorSpec("y", "F32", (len(pick), 2)),), run, multiple, takes=(pick,))
 
 
 @pytest.mark.parametrize("multiple", [0, 1, 4])

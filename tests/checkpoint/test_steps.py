@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_toys import map_step, mapped, random_tensor, same_bits, saving, spec_of
+from checkpoint_toys import layouts, map_step, mapped, random_tensor, same_bits, spec_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -217,11 +217,11 @@ def test_one_tensor_may_be_read_in_rows_and_whole(tiny: None) -> None:
 def test_what_goes_whole_counts_for_every_run() -> None:
     parts = Checkpoint.from_tensors({"b": torch.ones(1000, 2, dtype=torch.int64), "a": torch.ones(2, 500, dtype=torch.int64)})
     step = product_step(parts, parts)
-    assert saving._cost(step, slice(0, 10)) - saving.FIXED_COST == 10 * 2 * 8 + 2 * 500 * 8 + 10 * 500 * 8
+    assert layouts.cost(step, slice(0, 10)) - layouts.FIXED_COST == 10 * 2 * 8 + 2 * 500 * 8 + 10 * 500 * 8
     room = 2 * 500 * 8 + 100 * (2 * 8 + 500 * 8)  # for `a` and 100 rows
-    assert saving._units(step, saving.FIXED_COST + room) == [slice(n, n + 100) for n in range(0, 1000, 100)]
+    assert layouts._units(step, layouts.FIXED_COST + room) == [slice(n, n + 100) for n in range(0, 1000, 100)]
     for computed in (product_step(parts, mapped(parts, lambda t: t)), product_step(mapped(parts, lambda t: t), parts)):
-        assert saving._cost(computed, slice(0, 10)) > saving._cost(step, slice(0, 10))
+        assert layouts.cost(computed, slice(0, 10)) > layouts.cost(step, slice(0, 10))
 
 
 def test_a_write_of_a_single_row_comes_with_every_run(tiny: None) -> None:
