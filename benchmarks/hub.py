@@ -37,6 +37,7 @@ with Hub(cdn=True) as hub:
 MEASURE = """
 import json, sys, threading, time
 from pathlib import Path
+from huggingface_hub import HfApi, get_hf_file_metadata, get_session, hf_hub_url
 
 def anonymous():
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
@@ -57,8 +58,6 @@ def measured(work):
     print(json.dumps({"seconds": seconds, "bytes": nbytes, "anon": peak - start, "cpu": cpu}))
 """
 LOOP = """
-from huggingface_hub import HfApi, get_hf_file_metadata, get_session, hf_hub_url
-
 def loop():
     buffer, total = memoryview(bytearray(16 << 20)), 0
     for repo in sys.argv[2:]:
