@@ -98,7 +98,7 @@ class Outcome:
     manifest: Manifest
     table: list[dict[str, Any]]
     failures: list[str]
-    searched: list[dict[str, Any]] = field(default_factory=list)  # the record of each search
+    searched: list[dict[str, Any]] = field(default_factory=list)  # the record of each search of this run
 
     def raise_failures(self) -> None:
         """CheckFailed where a limit was not kept."""
@@ -190,11 +190,12 @@ def run(recipe: Recipe, how: Execution | None = None) -> Outcome:
     out = _target(recipe, how)
     built = build(recipe, how)
     _check_out(recipe, built.result, out)
+    searched: list[dict[str, Any]] = []
     if recipe.searches:
         check_target(out, how.save.overwrite, built.result)
         recipe = with_found(recipe, built.inputs, how)
         built = build(recipe, how)
-    searched = [options.searched for step in recipe.steps for options in step.values() if isinstance(options, MergeStep) and options.searched]
+        searched = [options.searched for step in recipe.steps for options in step.values() if isinstance(options, MergeStep) and options.searched]
 
     def describe(manifest: Manifest) -> Mapping[str, bytes]:
         _check_digests(recipe, built.inputs, manifest)
