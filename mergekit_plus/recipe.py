@@ -112,7 +112,7 @@ class Outcome:
     manifest: Manifest
     table: list[dict[str, Any]]
     failures: list[str]
-    searched: list[dict[str, Any]] = field(default_factory=list)  # the record of each search
+    searched: list[dict[str, Any]] = field(default_factory=list)  # the record of each search of this run
     published: tuple[Target, str] | None = None
 
     def raise_failures(self) -> None:
@@ -129,7 +129,9 @@ def load(path: Path, lenient: bool = False) -> Recipe:
     documents = [document for document in read_all(path) if document is not None]
     if any(isinstance(document, dict) and "merge_method" in document for document in documents):
         return _of_mergekit(documents, str(path), lenient)
-    if len(documents) != 1 or not isinstance(documents[0], dict):
+    if len(documents) > 1:
+        raise RecipeError(f"{path} holds {len(documents)} YAML documents, where one is expected; mergekit's may be several")
+    if not documents or not isinstance(documents[0], dict):
         raise RecipeError(f"{path} is not a recipe: it must be a table with inputs and steps")
     if "experts" in documents[0]:
         from .mergekit.moe import moe_recipe
@@ -228,11 +230,12 @@ def _run(recipe: Recipe, how: Execution, out: Path, upload: Upload | None) -> Ou
         if how.push and not how.save.resume:
             check_target(out, how.save.overwrite, built.result)
         upload.begin(how.save.overwrite, partial_of(out.resolve()) / "files" / MANIFEST if how.save.resume else None)
+    searched: list[dict[str, Any]] = []
     if recipe.searches:
         check_target(out, how.save.overwrite, built.result)
         recipe = with_found(recipe, built.inputs, how)
         built = build(recipe, how)
-    searched = [options.searched for step in recipe.steps for options in step.values() if isinstance(options, MergeStep) and options.searched]
+        searched = [options.searched for step in recipe.steps for options in step.values() if isinstance(options, MergeStep) and options.searched]
     measured: tuple[list[dict[str, Any]], list[str]] | None = None
     unmeasured: CompressError | None = None
     published = None

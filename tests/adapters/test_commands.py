@@ -45,7 +45,7 @@ def test_extract_merge_and_apply(toys: Path) -> None:
     assert {tensor["kind"] for tensor in facts["kept"]} == {"low rank"}
     assert max(tensor["left"] / tensor["change"] for tensor in facts["kept"]) < 1e-4
     assert sorted(path.name for path in (toys / "tuned-adapter").iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "manifest.json", "recipe.yaml"
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json", "recipe.yaml"
     ]  # fmt: skip
     assert compress("adapter", "merge", "tuned-adapter", "two", "-s", "weight=1,0", cwd=toys).stdout.startswith("wrote merged-adapter")
     assert compress("merge", "base+merged-adapter", "tuned", "-o", "same", cwd=toys).returncode == 0
