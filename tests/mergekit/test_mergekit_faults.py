@@ -168,5 +168,5 @@ def test_what_an_earlier_run_wrote_does_not_stay_beside_the_output() -> None:
     run(load(Path("file.yaml")), Execution(SaveOptions(max_shard_size=2000), out=Path("out")))
     assert "model.safetensors.index.json" in os.listdir("out")
     run(load(Path("file.yaml")), Execution(SaveOptions(overwrite=True), out=Path("out")))
-    assert sorted(os.listdir("out")) == ["config.json", "manifest.json", "model.safetensors", "recipe.yaml"]
+    assert sorted(os.listdir("out")) == ["README.md", "config.json", "manifest.json", "model.safetensors", "recipe.yaml"]
     assert json.loads(Path("out/config.json").read_text()) == Checkpoint.open("a").config
