@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import warnings
@@ -542,6 +543,7 @@ def main() -> None:
     """Run the program: one line on stderr and exit code 2 for the user's mistakes, 1 where a check failed."""
     from mergekit_plus.errors import CheckFailed, CompressError, printable
 
+    gc.set_threshold(100_000)  # a plan is very many small objects that live until the end: looking for garbage among them takes longer than making them
     warnings.formatwarning = lambda message, *_: printable(f"compress: warning: {message}") + "\n"
     try:
         app()

@@ -8,6 +8,7 @@ grows with the square of the number (400 s for 8000 tensors, under its profiler)
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
@@ -54,6 +55,7 @@ def main() -> None:
     from mergekit_plus.checkpoint.save import SaveOptions, plan_save
     from mergekit_plus.recipe import build, load
 
+    gc.set_threshold(100_000)  # as the program does
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for model in ("a", "b"):

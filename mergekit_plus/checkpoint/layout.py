@@ -78,13 +78,16 @@ def plan_save(checkpoint: Checkpoint, out: Path, options: SaveOptions) -> Layout
     workers = options.workers or len(os.sched_getaffinity(0))
     workers = max(1, min(workers, memory // (2 * FIXED_COST)))  # a worker that gets a few rows at a time is no help
     shards = plan_shards(checkpoint.specs.values(), options.max_shard_size, single=_single(checkpoint, out))
-    steps = _in_order(steps_of(checkpoint), shards)
-    ahead = min(memory // 4, AHEAD) if any(isinstance(blob, HubFile) for step in steps for blob, _, _ in spans(step, None)) else 0
+    steps = steps_of(checkpoint)
+    on_hub = _reads_hub(steps)
+    steps = _in_order(steps, shards, on_hub)
+    ahead = min(memory // 4, AHEAD) if on_hub else 0
     share = (memory - ahead) // workers
     units = [(step, rows) for step in steps for rows in _units(step, share)]
     found = measurements(steps)
     scanned = [(step, step.slabs()[0]) for measured in found for step in measured.steps]
-    largest, culprit = max(((cost(step, rows), step) for step, rows in (*units, *scanned)), key=lambda pair: pair[0], default=(0, None))
+    first = {id(step): (step, rows) for step, rows in reversed(units)}  # the later units of a step are no larger
+    largest, culprit = max(((cost(step, rows), step) for step, rows in (*first.values(), *scanned)), key=lambda pair: pair[0], default=(0, None))
     if culprit is not None and largest > memory - ahead:
         raise OptionError(
             f"--memory {memory / 1e6:.0f} MB is too little: "
@@ -106,14 +109,32 @@ def _from_hub(units: Iterable[Unit], found: Iterable[Measured], ahead: int) -> t
     return nbytes, requests
 
 
-def _in_order(steps: Iterable[Step], shards: Sequence[Shard]) -> list[Step]:
+def _reads_hub(steps: Iterable[Step]) -> bool:
+    """Whether any of them reads a file on the Hub."""
+    sources: dict[int, FileSource] = {}
+    seen: set[int] = set()
+    waiting = list(steps)
+    while waiting:
+        step = waiting.pop()
+        for feed in step.feeds:
+            source = feed.checkpoint.source
+            if isinstance(source, FileSource):
+                sources[id(source)] = source
+            elif feed.step is not None and id(feed.step) not in seen:
+                seen.add(id(feed.step))
+                waiting.append(feed.step)
+    return any(isinstance(blob, HubFile) for source in sources.values() for blob, _ in source.places.values())
+
+
+def _in_order(steps: Iterable[Step], shards: Sequence[Shard], on_hub: bool) -> list[Step]:
     """Steps in the order in which the output has what they write; or, where they read from the Hub, in which the first file there has what they
     read: only a file that is read from its start to its end can be checked against the Hub's SHA-256."""
     place = {name: (number, shard.offsets[name]) for number, shard in enumerate(shards) for name in shard.offsets}
 
     def key(step: Step) -> tuple[str, int, tuple[int, int]]:
         written = min(place[spec.name] for spec in step.writes)
-        return next(((blob.place, start, written) for blob, start, _ in spans(step, None) if isinstance(blob, HubFile)), ("", 0, written))
+        read = spans(step, None) if on_hub else ()
+        return next(((blob.place, start, written) for blob, start, _ in read if isinstance(blob, HubFile)), ("", 0, written))
 
     return sorted(steps, key=key)
 
@@ -195,12 +216,13 @@ def _units(step: Step, share: int) -> list[Rows | None]:
     """How a step is cut into units for the workers; `share` is one worker's part of the memory."""
     if not step.cut:
         return [None]
-    if step.measures_tensor and cost(step, None) <= min(share, HELD):
+    whole = cost(step, None)
+    if step.measures_tensor and whole <= min(share, HELD):
         return [None]  # measured and computed from one reading
-    if step.measures_tensor:
-        return [slice(0, step.rows)]  # read twice, a little at a time, by one worker: the others would wait for the measurement
+    if step.measures_tensor or (whole <= share and step.rows * step.row_elements <= SLAB):
+        return [slice(0, step.rows)]  # what is measured: read twice, a little at a time, by one worker: the others would wait for the measurement
     fixed = cost(step, slice(0, 0))  # what every unit holds, however few its rows
-    row_cost = max(1, (cost(step, None) - fixed) // max(1, step.rows))
+    row_cost = max(1, (whole - fixed) // max(1, step.rows))
     elements = min(SLAB, max(1, (share - fixed) // row_cost) * step.row_elements)
     return list(step.slabs(elements))
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from math import prod
 
 from ..errors import OptionError, nearest
@@ -82,9 +83,10 @@ class TensorSpec:
         return self.shape if rows is None or not self.shape else (rows.stop - rows.start, *self.shape[1:])
 
 
-def natural_order(name: str) -> tuple[list[tuple[int, int, str]], str]:
+@lru_cache(maxsize=1 << 17)  # a plan sorts the same names several times
+def natural_order(name: str) -> tuple[tuple[tuple[int, int, str], ...], str]:
     """A sort key under which `layers.2` comes before `layers.10`; no two names share one."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)], name
+    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)), name
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
