@@ -6,15 +6,18 @@ import gc
 import json
 import sys
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
 if TYPE_CHECKING:
     from mergekit_plus.checkpoint import Checkpoint
     from mergekit_plus.digests import Digests
-    from mergekit_plus.recipe import Recipe
+    from mergekit_plus.recipe import Outcome, Recipe
     from mergekit_plus.steps import Execution
 
 app = typer.Typer(
@@ -33,7 +36,6 @@ app.add_typer(adapter, name="adapter")
 Model = Annotated[
     str, typer.Argument(help="a model folder, a .safetensors file, or org/name[@revision][/folder] on the Hub; MODEL+ADAPTER applies a LoRA adapter")
 ]
-Folder = Annotated[Path | None, typer.Option("--out", "-o", help="folder to write")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="folder to write, a file where it ends in .safetensors, or hf://org/name[@branch]")]
 Push = Annotated[str | None, typer.Option("--push", metavar="ORG/NAME[@BRANCH]", help="put the output folder on the Hub too, in one commit")]
 Private = Annotated[bool, typer.Option("--private", help="make the repository private, where it has to be created")]
@@ -64,8 +66,55 @@ Windows = Annotated[int | None, typer.Option("--windows", min=1, help="use only 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
+@dataclass(frozen=True)
+class Writing:
+    """The options of every command that writes a checkpoint."""
+
+    out: Out = None
+    overwrite: Overwrite = False
+    resume: Resume = False
+    dry_run: DryRun = False
+    memory: Memory = None
+    workers: Workers = None
+    max_shard_size: ShardSize = "5GB"
+    device: Device = "cpu"
+    allow_nonfinite: NonFinite = False
+    cache: Cache = False
+    push: Push = None
+    private: Private = False
+    as_json: Json = False
+
+
+def writes(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command whose parameter `how` stands for an option for each field of `Writing`, but for those that mean nothing to it."""
+
+    def spelt_out(function: Callable[..., None]) -> Callable[..., None]:
+        def command(**given: Any) -> None:
+            names = {field.name for field in fields(Writing)} & given.keys()
+            function(how=Writing(**{name: given.pop(name) for name in names}), **given)
+
+        hints = get_type_hints(function, include_extras=True)
+        own = [parameter.replace(annotation=hints[name]) for name, parameter in signature(function).parameters.items() if name != "how"]
+        hints = get_type_hints(Writing, include_extras=True)
+        common = [
+            Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name])
+            for field in fields(Writing)
+            if field.name not in without
+        ]
+        command.__name__, command.__doc__ = function.__name__, function.__doc__
+        parameters = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in own] + common
+        command.__signature__ = signature(function).replace(parameters=parameters, return_annotation=None)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return command
+
+    return spelt_out
+
+
 @app.command()
+@writes()
 def merge(
+    *,
+    how: Writing,
     models: Annotated[list[str], typer.Argument(help="the models to merge: files, folders or org/name")],
     method: Annotated[str, typer.Option("--method", "-m", help="see `compress methods`")] = "linear",
     base: Annotated[str | None, typer.Option("--base", "-b", help="the model the others were tuned from")] = None,
@@ -84,23 +133,10 @@ def merge(
     chat_template: Annotated[
         str | None, typer.Option("--chat-template", help="auto (the most common one), chatml, llama3, mistral, alpaca, a model, or Jinja text")
     ] = None,
-    out: Out = None,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    dry_run: DryRun = False,
-    memory: Memory = None,
-    workers: Workers = None,
-    max_shard_size: ShardSize = "5GB",
     dtype: Dtype = None,
-    device: Device = "cpu",
-    allow_nonfinite: NonFinite = False,
-    cache: Cache = False,
-    push: Push = None,
-    private: Private = False,
-    as_json: Json = False,
 ) -> None:
     """Merge models: `compress merge a.safetensors b.safetensors`."""
-    digests = None if resume else _hash_early(*models, *([base] if base else []))  # what was hashed before is not hashed again
+    digests = None if how.resume else _hash_early(*models, *([base] if base else []))  # what was hashed before is not hashed again
     from mergekit_plus.recipe import check
 
     names = _distinct(models)
@@ -122,30 +158,20 @@ def merge(
     recipe = check({"inputs": inputs, "steps": [{"merge": step}]}, Path(), "compress merge")
     single = all(Path(ref).is_file() or (ref.endswith(".safetensors") and not Path(ref).is_dir()) for ref in models)
     default = Path("merged.safetensors" if single else "merged")
-    how = _execution(out or default, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, digests, resume, cache)
-    _carry_out(recipe, how, dry_run, as_json, push, private)
+    _carry_out(recipe, how, default, digests)
 
 
 @adapter.command("merge")
+@writes("max_shard_size")
 def merge_adapters(
+    *,
+    how: Writing,
     adapters: Annotated[list[str], typer.Argument(help="LoRA adapters of one base: folders as peft writes them, or org/name")],
     method: Annotated[str, typer.Option("--method", "-m", help="linear: exact, ranks add up; svd: linear, brought to a rank; or a merge method")] = "linear",
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="rank of the result (default: the sum for linear, else the largest)")] = None,
     set_: Set = [],  # noqa: B006
     seed: Annotated[int, typer.Option("--seed", help="seed of the methods that draw at random")] = 0,
-    out: Out = None,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    dry_run: DryRun = False,
-    memory: Memory = None,
-    workers: Workers = None,
     dtype: Dtype = None,
-    device: Device = "cpu",
-    allow_nonfinite: NonFinite = False,
-    cache: Cache = False,
-    push: Push = None,
-    private: Private = False,
-    as_json: Json = False,
 ) -> None:
     """Merge adapters into one: `compress adapter merge ./code-lora ./docs-lora`."""
     from mergekit_plus.recipe import check
@@ -153,73 +179,55 @@ def merge_adapters(
     names = _distinct(adapters)
     step = {"method": method, "models": list(names), "rank": rank, "seed": seed, "dtype": dtype, **_settings(set_)}
     recipe = check({"inputs": names, "steps": [{"merge_adapters": step}]}, Path(), "compress adapter merge")
-    how = _execution(out or Path("merged-adapter"), overwrite, memory, workers, "5GB", allow_nonfinite, device, resume=resume, cache=cache)
-    _carry_out(recipe, how, dry_run, as_json, push, private)
+    _carry_out(recipe, how, Path("merged-adapter"))
 
 
 @adapter.command()
+@writes("max_shard_size", "device", "allow_nonfinite", "push", "private")
 def extract(
+    *,
+    how: Writing,
     base: Annotated[str, typer.Argument(help="the model that the other was tuned from")],
     tuned: Annotated[str, typer.Argument(help="the fine-tune")],
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="rank of every module")] = None,
     energy: Annotated[float | None, typer.Option("--energy", help="the least ranks that keep this share of each squared change, as in 0.95")] = None,
     save_rest: Annotated[bool, typer.Option("--save-rest", help="store what changed and is no linear layer whole: norms, embeddings, heads, biases")] = False,
     exclude: Exclude = [],  # noqa: B006
-    out: Folder = None,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    dry_run: DryRun = False,
-    memory: Memory = None,
-    workers: Workers = None,
-    cache: Cache = False,
     dtype: Annotated[str, typer.Option("--dtype", help="float dtype of the factors")] = "float32",
-    as_json: Json = False,
 ) -> None:
     """Extract a LoRA adapter from a fine-tune, and say what it loses: `compress adapter extract org/base ./tuned --rank 16`."""
     from dataclasses import asdict
 
     from mergekit_plus.adapters.extract import kept
-    from mergekit_plus.recipe import check, plan
-    from mergekit_plus.recipe import run as carry_out
-    from mergekit_plus.show import kept_lines, outcome_facts, outcome_lines, plan_lines
+    from mergekit_plus.recipe import check
+    from mergekit_plus.show import kept_lines, outcome_facts, outcome_lines
 
     step = {"base": "base", "tuned": "tuned", "rank": rank, "energy": energy, "save_rest": save_rest, "exclude": exclude, "dtype": dtype}
     recipe = check({"inputs": {"base": base, "tuned": tuned}, "steps": [{"extract_adapter": step}]}, Path(), "compress adapter extract")
-    how = _execution(out or _beside(tuned, "adapter", "folder"), overwrite, memory, workers, "5GB", resume=resume, cache=cache)
-    if dry_run:
-        facts = plan(recipe, how)
-        _print(facts, plan_lines(facts), as_json)
-        return
-    outcome = carry_out(recipe, how)
-    report = kept(_open(base), _open(tuned), _open(str(outcome.out)), exclude)
-    _print({**outcome_facts(outcome), "kept": [asdict(tensor) for tensor in report]}, kept_lines(report) + outcome_lines(outcome), as_json)
+    outcome = _outcome(recipe, how, _beside(tuned, "adapter", "folder"))
+    if outcome is not None:
+        report = kept(_open(base), _open(tuned), _open(str(outcome.out)), exclude)
+        _print({**outcome_facts(outcome), "kept": [asdict(tensor) for tensor in report]}, kept_lines(report) + outcome_lines(outcome), how.as_json)
 
 
 @app.command()
+@writes("device")
 def moe(
+    *,
+    how: Writing,
     config: Annotated[Path, typer.Argument(help="base_model and experts with their prompts, in the schema of mergekit-moe")],
-    out: Out = None,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    dry_run: DryRun = False,
-    memory: Memory = None,
-    workers: Workers = None,
-    max_shard_size: ShardSize = "5GB",
-    allow_nonfinite: NonFinite = False,
-    cache: Cache = False,
-    push: Push = None,
-    private: Private = False,
-    as_json: Json = False,
 ) -> None:
     """Make a mixture of experts of dense models: Mixtral, or Qwen2-MoE with a shared expert."""
     from mergekit_plus.recipe import load
 
-    how = _execution(out, overwrite, memory, workers, max_shard_size, allow_nonfinite, resume=resume, cache=cache)
-    _carry_out(load(config), how, dry_run, as_json, push, private)
+    _carry_out(load(config), how)
 
 
 @app.command()
+@writes()
 def quantize(
+    *,
+    how: Writing,
     model: Model = ".",
     bits: Annotated[int, typer.Option("--bits", help="2, 3, 4, 5, 6 or 8 bits a weight")] = 4,
     group_size: Annotated[int, typer.Option("--group-size", help="weights that share a scale; 0 for a whole output row")] = 128,
@@ -229,22 +237,9 @@ def quantize(
     set_: Set = [],  # noqa: B006
     exclude: Exclude = [],  # noqa: B006
     include: Include = [],  # noqa: B006
-    out: Out = None,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    dry_run: DryRun = False,
-    memory: Memory = None,
-    workers: Workers = None,
-    max_shard_size: ShardSize = "5GB",
-    device: Device = "cpu",
-    allow_nonfinite: NonFinite = False,
-    cache: Cache = False,
-    push: Push = None,
-    private: Private = False,
-    as_json: Json = False,
 ) -> None:
     """Quantize a model's linear layers: `compress quantize --bits 4` in its folder."""
-    digests = None if resume else _hash_early(model)
+    digests = None if how.resume else _hash_early(model)
     from mergekit_plus.recipe import check
 
     step = {
@@ -253,57 +248,35 @@ def quantize(
     }  # fmt: skip
     recipe = check({"inputs": {"model": model}, "steps": [{"quantize": step}]}, Path(), "compress quantize")
     default = _beside(model, f"{bits}bit-dense", "file") if format_ == "dense" else _beside(model, f"{bits}bit", "folder")
-    how = _execution(out or default, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, digests, resume, cache)
-    _carry_out(recipe, how, dry_run, as_json, push, private)
+    _carry_out(recipe, how, default, digests)
 
 
 @app.command()
+@writes("device", "allow_nonfinite")
 def dequantize(
+    *,
+    how: Writing,
     model: Model = ".",
-    out: Out = None,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    dry_run: DryRun = False,
-    memory: Memory = None,
-    workers: Workers = None,
-    max_shard_size: ShardSize = "5GB",
-    cache: Cache = False,
-    push: Push = None,
-    private: Private = False,
-    as_json: Json = False,
 ) -> None:
     """Turn a packed (compressed-tensors) model back into a dense one."""
     from mergekit_plus.recipe import check
 
     recipe = check({"inputs": {"model": model}, "steps": [{"dequantize": {}}]}, Path(), "compress dequantize")
-    how = _execution(out or _beside(model, "dense", "file"), overwrite, memory, workers, max_shard_size, resume=resume, cache=cache)
-    _carry_out(recipe, how, dry_run, as_json, push, private)
+    _carry_out(recipe, how, _beside(model, "dense", "file"))
 
 
 @app.command()
+@writes()
 def run(
+    *,
+    how: Writing,
     recipe: Annotated[Path, typer.Argument(help="a recipe, ours or mergekit's")],
     mergekit_lenient: Annotated[bool, typer.Option("--mergekit-lenient", help="warn of keys that mergekit ignores instead of refusing them")] = False,
-    out: Out = None,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    dry_run: DryRun = False,
-    memory: Memory = None,
-    workers: Workers = None,
-    max_shard_size: ShardSize = "5GB",
-    device: Device = "cpu",
-    allow_nonfinite: NonFinite = False,
-    cache: Cache = False,
-    push: Push = None,
-    private: Private = False,
-    as_json: Json = False,
 ) -> None:
     """Carry out a YAML recipe; exit code 1 when a check of it fails."""
     from mergekit_plus.recipe import load
 
-    loaded = load(recipe, mergekit_lenient)
-    how = _execution(out, overwrite, memory, workers, max_shard_size, allow_nonfinite, device, resume=resume, cache=cache)
-    _carry_out(loaded, how, dry_run, as_json, push, private)
+    _carry_out(load(recipe, mergekit_lenient), how)
 
 
 @app.command()
@@ -418,25 +391,32 @@ def _open(ref: str) -> Checkpoint:
     return Checkpoint.open(ref)
 
 
-def _carry_out(recipe: Recipe, how: Execution, dry_run: bool, as_json: bool, push: str | None = None, private: bool = False) -> None:
-    from dataclasses import replace
+def _carry_out(recipe: Recipe, how: Writing, default: Path | None = None, digests: Digests | None = None) -> None:
+    """Write what a recipe makes and say what came of it; `default` is the output where none is named."""
+    from mergekit_plus.show import outcome_facts, outcome_lines
 
+    outcome = _outcome(recipe, how, default, digests)
+    if outcome is not None:
+        _print(outcome_facts(outcome), outcome_lines(outcome), how.as_json)
+        outcome.raise_failures()
+
+
+def _outcome(recipe: Recipe, how: Writing, default: Path | None, digests: Digests | None = None) -> Outcome | None:
+    """What came of a recipe; None where only its plan was to be shown."""
     from mergekit_plus.recipe import plan
     from mergekit_plus.recipe import run as carry_out
-    from mergekit_plus.show import outcome_facts, outcome_lines, plan_lines
+    from mergekit_plus.show import plan_lines
 
-    how = replace(how, push=push, private=private)
-    if dry_run:
-        facts = plan(recipe, how)
-        _print(facts, plan_lines(facts), as_json)
-        return
+    execution = _execution(how, default, digests)
+    if how.dry_run:
+        facts = plan(recipe, execution)
+        _print(facts, plan_lines(facts), how.as_json)
+        return None
     try:
-        outcome = carry_out(recipe, how)
+        return carry_out(recipe, execution)
     except KeyboardInterrupt as interrupt:
         print("; ".join(["compress: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         raise typer.Exit(130) from None
-    _print(outcome_facts(outcome), outcome_lines(outcome), as_json)
-    outcome.raise_failures()
 
 
 def _hash_early(*refs: str) -> Digests:
@@ -450,25 +430,17 @@ def _hash_early(*refs: str) -> Digests:
     return digests
 
 
-def _execution(
-    out: Path | None,
-    overwrite: bool,
-    memory: str | None,
-    workers: int | None,
-    max_shard_size: str,
-    allow_nonfinite: bool = False,
-    device: str = "cpu",
-    digests: Digests | None = None,
-    resume: bool = False,
-    cache: bool = False,
-) -> Execution:
+def _execution(how: Writing, default: Path | None, digests: Digests | None) -> Execution:
     from mergekit_plus.checkpoint import SaveOptions
     from mergekit_plus.checkpoint.shards import parse_size
     from mergekit_plus.progress import on
     from mergekit_plus.steps import Execution
 
-    budget = parse_size(memory) if memory else None
-    return Execution(SaveOptions(overwrite, parse_size(max_shard_size), budget, workers, allow_nonfinite, on(), digests, resume=resume), device, out, cache)
+    save = SaveOptions(
+        how.overwrite, parse_size(how.max_shard_size), parse_size(how.memory) if how.memory else None, how.workers, how.allow_nonfinite, on(), digests,
+        resume=how.resume,
+    )  # fmt: skip
+    return Execution(save, how.device, how.out or default, how.cache, how.push, how.private)
 
 
 def _tokenizer(source: str | None, multiple: int | None, template: str | None, inputs: dict[str, str]) -> dict[str, Any] | None:
