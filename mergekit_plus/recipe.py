@@ -28,11 +28,11 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
 from .card import CARD, card
 from .checkpoint import Checkpoint, Manifest, SaveOptions, save, steps_of
-from .checkpoint.checkpoint import is_copy
 from .checkpoint.folder import ADAPTER_CONFIG
 from .checkpoint.hub import HubFile, parse_reference
 from .checkpoint.inputs import check_target, input_files
 from .checkpoint.layout import DEFAULT_SHARD_SIZE, MANIFEST, plan_save
+from .checkpoint.plan import is_copy
 from .checkpoint.references import split_reference
 from .checkpoint.shards import parse_size
 from .checkpoint.stage import partial_of

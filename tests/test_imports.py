@@ -89,7 +89,7 @@ def test_specs_and_headers_need_no_torch() -> None:
     """Whoever imports them gets torch with the package; but they must not need it, so that it can be moved out of their way."""
     for name in ("spec", "safetensors"):
         assert "\nimport torch" not in MODULES[f"mergekit_plus.checkpoint.{name}"].read_text()
-        assert not {f"mergekit_plus.checkpoint.{other}" for other in ("dtypes", "checkpoint", "save")} & imports(f"mergekit_plus.checkpoint.{name}")
+        assert not {f"mergekit_plus.checkpoint.{other}" for other in ("dtypes", "checkpoint", "plan", "save")} & imports(f"mergekit_plus.checkpoint.{name}")
 
 
 @pytest.mark.parametrize("module", ["mergekit_plus", "mergekit_plus.errors", "mergekit_plus.progress", "mergekit_plus.digests", "mergekit_plus.registry"])
