@@ -13,7 +13,10 @@ ROOT = Path(__file__).parents[1]
 # Each part may import what stands on lower lines, and its neighbours on the line; not so merge, quant and prune: they do not know each other.
 LAYERS = [
     ["cli", "mergekit_plus.__main__", "mergekit_plus.show", "mergekit_plus.listing", "mergekit_plus.report", "mergekit_plus.compare"],
-    ["mergekit_plus.recipe", "mergekit_plus.steps", "mergekit_plus.mergekit", "mergekit_plus.checks", "mergekit_plus.card", "mergekit_plus.search"],
+    [
+        "mergekit_plus.recipe", "mergekit_plus.provenance", "mergekit_plus.steps", "mergekit_plus.mergekit", "mergekit_plus.checks", "mergekit_plus.card",
+        "mergekit_plus.search",
+    ],
     ["mergekit_plus.merge", "mergekit_plus.moe", "quant", "prune"],
     [
         "mergekit_plus.training", "mergekit_plus.calibration", "mergekit_plus.evaluate", "mergekit_plus.diff", "mergekit_plus.inspection",
