@@ -91,17 +91,7 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json, empty where there is none."""
-        if "config.json" not in self.files:
-            return {}
-        try:
-            if len(raw := self.file("config.json")) > MAX_CONFIG:
-                raise ValueError(f"it is longer than {MAX_CONFIG} bytes")
-            parsed = json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{self.label}: config.json is not JSON that can be read ({error})") from None
-        if not isinstance(parsed, dict):
-            raise CheckpointError(f"{self.label}: config.json is not a JSON object")
-        return parsed
+        return self.json_file("config.json", MAX_CONFIG)
 
     @property
     def ref(self) -> str:
@@ -115,6 +105,24 @@ class Checkpoint:
             return content if isinstance(content, bytes) else content.read_bytes()
         except OSError as error:
             raise CheckpointError(f"{self.label}: {name} cannot be read any more: {error.strerror}") from None
+
+    def json_file(self, name: str, most: int | None = None) -> dict[str, Any]:
+        """The table in a small file of JSON, of at most so many bytes; empty where there is none.
+
+        Errors: CheckpointError where it is no JSON table.
+        """
+        if name not in self.files:
+            return {}
+        try:
+            raw = self.file(name)
+            if most is not None and len(raw) > most:
+                raise ValueError(f"it is longer than {most} bytes")
+            parsed = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{self.label}: {name} is not JSON that can be read ({error})") from None
+        if not isinstance(parsed, dict):
+            raise CheckpointError(f"{self.label}: {name} is not a JSON object")
+        return parsed
 
     def read(self, name: str, rows: Rows | None = None) -> Tensor:
         """A tensor, or these rows of it."""
