@@ -245,7 +245,7 @@ def _run(recipe: Recipe, how: Execution, out: Path, upload: Upload | None) -> Ou
 
 
 def _begin_upload(upload: Upload, recipe: Recipe, result: Checkpoint, how: Execution, out: Path) -> None:
-    """Make the repository, but not for what cannot be."""
+    """Make the repository; what could not be saved is refused first, so that none is made for it."""
     plan_save(result, out, _save_options(recipe, how))
     if how.push and not how.save.resume:
         check_target(out, how.save.overwrite, result)
