@@ -34,7 +34,7 @@ from .checkpoint.shards import parse_size
 from .checkpoint.stage import partial_of
 from .checkpoint.upload import Target, Upload, parse_target
 from .checks import Checks, Row, measure_and_compare
-from .errors import CheckFailed, CompressError, OutputError, RecipeError, nearest
+from .errors import CheckFailed, CompressError, OutputError, RecipeError, not_inputs
 from .provenance import check_digests, job, small_files
 from .safe_yaml import read_all
 from .steps import Execution, MergeStep, StepOptions, Strict, only_input, order_problems, parse_step, parse_steps, schema_problems
@@ -82,9 +82,8 @@ class Recipe(Strict):
         found = [problem for step in self.steps for options in step.values() for problem in options.problems(self.inputs)]
         found += [problem for step in self.searches for problem in step.search_problems(self.folder)]
         found += order_problems(self.steps, self.inputs) if of_order else []
-        for name in (*self.checks.beside, *([self.checks.against] if self.checks.against else [])):
-            if name not in self.inputs:
-                found.append(f"checks: '{name}' is not an input.{nearest(name, self.inputs)}")
+        named = [*self.checks.beside, *([self.checks.against] if self.checks.against else [])]
+        found += [f"checks: {problem}" for problem in not_inputs(named, self.inputs)]
         found += self.checks.problems(self.folder)
         if of_order and not self.steps and len(self.inputs) != 1:
             found.append("steps: there is nothing to do")
