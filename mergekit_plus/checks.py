@@ -90,7 +90,7 @@ def measure(checkpoint: Checkpoint, checks: Checks, folder: Path, progress: Prog
     row: Row = {"model": checkpoint.label, "MB": facts.nbytes / 1e6, "bits/weight": facts.bits_per_weight}
     if not checks.texts:
         return row
-    texts = {name: _read(folder / text) for name, text in checks.texts.items()}
+    texts = {name: read_text(folder / text) for name, text in checks.texts.items()}
     model = load_model(dequantize(checkpoint) if is_packed(checkpoint) else checkpoint, progress=progress)
     other = load_model(dequantize(reference) if is_packed(reference) else reference, progress=progress) if reference else None
     tokenizer = load_tokenizer(checkpoint if reference is None or _has_tokenizer(checkpoint) else reference)
@@ -147,7 +147,11 @@ def _has_tokenizer(checkpoint: Checkpoint) -> bool:
     return any("token" in name for name in checkpoint.files)
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A text, whole.
+
+    Errors: CheckpointError where it cannot be read as UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint, Scan, Step
-from .checkpoint.checkpoint import row_multiple
 from .checkpoint.dtypes import TORCH_DTYPES
+from .checkpoint.plan import row_multiple
 from .checkpoint.spec import TensorSpec, natural_order
 
 

@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class CompressError(Exception):
@@ -55,6 +55,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
     if close:
         return f" Did you mean '{close[0]}'?"
     return f" Known: {', '.join(known)}." if known else ""
+
+
+def not_inputs(names: Iterable[str], inputs: Iterable[str]) -> Iterator[str]:
+    """A sentence for each of these names that is not an input."""
+    known = list(inputs)
+    return (f"'{name}' is not an input.{nearest(name, known)}" for name in names if name not in known)
 
 
 def printable(text: str) -> str:

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .checkpoint.checkpoint import Checkpoint, Plan, Step, execute
+from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.plan import Plan, Step, execute
 from .errors import CheckpointError, CompressError, OptionError
 from .model import architecture, quantized_reason, silent_transformers
 from .progress import Progress, quiet

@@ -63,10 +63,7 @@ def parts_of(checkpoint: Checkpoint) -> dict[str, Part]:
     One part, "", where there is one stack. Reads headers and config.json only.
     """
     meanings = describe(checkpoint).tensors
-    try:
-        model = meta_model(checkpoint) if checkpoint.config else None
-    except CheckpointError:
-        model = None
+    model = _architecture(checkpoint)
     modules = _modules(model) if model is not None else {}
     decoder = _module_of(model, modules, "get_decoder")
     owned: dict[str, list[Meaning]] = {name: [] for name in modules} or {"": []}
@@ -79,6 +76,14 @@ def parts_of(checkpoint: Checkpoint) -> dict[str, Part]:
         if name in parts and modules:
             parts.setdefault(alias, parts[name])
     return parts
+
+
+def _architecture(checkpoint: Checkpoint) -> Any:
+    """The empty model of its config.json; None where nobody can tell."""
+    try:
+        return meta_model(checkpoint) if checkpoint.config else None
+    except CheckpointError:
+        return None
 
 
 def _modules(model: Any) -> dict[str, Any]:
@@ -172,11 +177,8 @@ def _said_of_layers(
 
 def layer_misfits(checkpoint: Checkpoint) -> dict[str, str]:
     """What the layers of a checkpoint have that its architecture lacks there, or lack: by the tensor's name without its number, a sentence each."""
-    try:
-        model = meta_model(checkpoint) if checkpoint.config else None
-    except CheckpointError:
-        model = None
-    if model is None:  # nobody can tell
+    model = _architecture(checkpoint)
+    if model is None:
         return {}
     tensors, expected = describe(checkpoint).tensors, dict.fromkeys(model.state_dict())
     unknown = [name for name, meaning in tensors.items() if meaning.parameter is None]

@@ -13,36 +13,31 @@ Paths in a recipe are relative to the recipe's folder; `out` is relative to wher
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
-from .card import CARD, card
 from .checkpoint import Checkpoint, Manifest, SaveOptions, save, steps_of
-from .checkpoint.checkpoint import is_copy
 from .checkpoint.folder import ADAPTER_CONFIG
-from .checkpoint.hub import HubFile, parse_reference
+from .checkpoint.hub import HubFile
 from .checkpoint.inputs import check_target, input_files
-from .checkpoint.layout import DEFAULT_SHARD_SIZE, MANIFEST, plan_save
+from .checkpoint.layout import MANIFEST, plan_save
+from .checkpoint.plan import is_copy
 from .checkpoint.references import split_reference
 from .checkpoint.shards import parse_size
 from .checkpoint.stage import partial_of
 from .checkpoint.upload import Target, Upload, parse_target
-from .checks import Checks, measure_and_compare
-from .errors import CheckFailed, CheckpointError, CompressError, OutputError, RecipeError, nearest
+from .checks import Checks, Row, measure_and_compare
+from .errors import CheckFailed, CompressError, OutputError, RecipeError, not_inputs
+from .provenance import check_digests, job, small_files
 from .safe_yaml import read_all
 from .steps import Execution, MergeStep, StepOptions, Strict, only_input, order_problems, parse_step, parse_steps, schema_problems
-
-RECIPE = "recipe.yaml"
 
 
 class Input(Strict):
@@ -87,9 +82,8 @@ class Recipe(Strict):
         found = [problem for step in self.steps for options in step.values() for problem in options.problems(self.inputs)]
         found += [problem for step in self.searches for problem in step.search_problems(self.folder)]
         found += order_problems(self.steps, self.inputs) if of_order else []
-        for name in (*self.checks.beside, *([self.checks.against] if self.checks.against else [])):
-            if name not in self.inputs:
-                found.append(f"checks: '{name}' is not an input.{nearest(name, self.inputs)}")
+        named = [*self.checks.beside, *([self.checks.against] if self.checks.against else [])]
+        found += [f"checks: {problem}" for problem in not_inputs(named, self.inputs)]
         found += self.checks.problems(self.folder)
         if of_order and not self.steps and len(self.inputs) != 1:
             found.append("steps: there is nothing to do")
@@ -225,59 +219,81 @@ def run(recipe: Recipe, how: Execution | None = None) -> Outcome:
 def _run(recipe: Recipe, how: Execution, out: Path, upload: Upload | None) -> Outcome:
     built = build(recipe, how)
     _check_out(recipe, built.result, out)
-    if upload is not None:  # a repository is not made for what cannot be
-        plan_save(built.result, out, _save_options(recipe, how))
-        if how.push and not how.save.resume:
-            check_target(out, how.save.overwrite, built.result)
-        upload.begin(how.save.overwrite, partial_of(out.resolve()) / "files" / MANIFEST if how.save.resume else None)
+    if upload is not None:
+        _begin_upload(upload, recipe, built.result, how, out)
+
     searched: list[dict[str, Any]] = []
     if recipe.searches:
         check_target(out, how.save.overwrite, built.result)
         recipe = with_found(recipe, built.inputs, how)
         built = build(recipe, how)
         searched = [options.searched for step in recipe.steps for options in step.values() if isinstance(options, MergeStep) and options.searched]
-    measured: tuple[list[dict[str, Any]], list[str]] | None = None
-    unmeasured: CompressError | None = None
-    published = None
 
-    def measure(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-        if not (recipe.checks.texts or recipe.checks.limits.model_fields_set):
-            return [], []
-        result = replace(Checkpoint.open(folder), label=str(out))
-        return measure_and_compare(recipe.checks, recipe.folder, built.inputs, built.stages, result, how.save.progress)
+    options = replace(_save_options(recipe, how), job=job(recipe, how.device), upload=upload)
+    finish = _Finish(recipe, built, options, out)
+    manifest = save(built.result, out, options, finish.describe, partial(finish.publish, upload) if upload and how.push is None else None)
 
-    def describe(manifest: Manifest, folder: Path) -> Mapping[str, bytes]:
-        nonlocal measured, unmeasured
-        _check_digests(recipe, built.inputs, manifest)
+    table, failures = finish.measurements()
+
+    if upload and how.push and not failures:
         try:
-            measured = measure(folder)
-        except CompressError as error:  # hours of work do not go because of it
-            unmeasured = error
-        text = resolved(recipe, built.inputs, manifest, out, options.max_shard_size)
-        refs = [built.inputs[name].pinned or source.ref for name, source in recipe.inputs.items()]
-        models = [there.repo for model in built.inputs.values() if (there := parse_reference(model.pinned))]
-        return {RECIPE: text, CARD: card(refs, models, _plain_steps(recipe), text.decode(), measured[0] if measured else [])}
-
-    def publish(folder: Path, manifest: Manifest) -> None:
-        nonlocal published
-        assert upload is not None
-        if unmeasured or (measured and measured[1]):
-            raise CheckFailed(f"{unmeasured or '; '.join(measured[1] if measured else [])}; nothing was published")
-        with how.save.progress.phase("publishing", None):
-            digests = {name: facts["sha256"] for name, facts in manifest.outputs.items()}
-            published = upload.target, upload.commit(folder, digests, MANIFEST)
-
-    options = replace(_save_options(recipe, how), job=_job(recipe, how), upload=upload)
-    manifest = save(built.result, out, options, describe, publish if upload and how.push is None else None)
-    if unmeasured:
-        raise unmeasured
-    measured = measured or measure(out)
-    if upload and how.push and not measured[1]:
-        try:
-            publish(out, manifest)
+            finish.publish(upload, out, manifest)
         except OutputError as error:
             raise OutputError(f"{error}; {out} is complete, and `hf upload {upload.target.repo} {out}` sends it") from None
-    return Outcome(out if upload is None or how.push else upload.target, manifest, *measured, searched, published)
+    return Outcome(out if upload is None or how.push else upload.target, manifest, table, failures, searched, finish.published)
+
+
+def _begin_upload(upload: Upload, recipe: Recipe, result: Checkpoint, how: Execution, out: Path) -> None:
+    """Make the repository; what could not be saved is refused first, so that none is made for it."""
+    plan_save(result, out, _save_options(recipe, how))
+    if how.push and not how.save.resume:
+        check_target(out, how.save.overwrite, result)
+    upload.begin(how.save.overwrite, partial_of(out.resolve()) / "files" / MANIFEST if how.save.resume else None)
+
+
+@dataclass
+class _Finish:
+    """What a run does once the weights are written: `save` calls `describe`, and `publish` where the output goes to the Hub alone."""
+
+    recipe: Recipe
+    built: Built
+    options: SaveOptions
+    out: Path
+    measured: tuple[list[Row], list[str]] | None = None
+    unmeasured: CompressError | None = None  # why it could not be measured; told at the end, for hours of work do not go because of it
+    published: tuple[Target, str] | None = None
+
+    def describe(self, manifest: Manifest, folder: Path) -> Mapping[str, bytes]:
+        """Check the inputs, measure what lies in the folder, and tell of it in the recipe and the card."""
+        check_digests(self.recipe, self.built.inputs, manifest)
+        try:
+            self.measured = self._measure(folder)
+        except CompressError as error:
+            self.unmeasured = error
+        table = self.measured[0] if self.measured else []
+        return small_files(self.recipe, self.built.inputs, manifest, self.out, self.options.max_shard_size, table)
+
+    def publish(self, upload: Upload, folder: Path, manifest: Manifest) -> None:
+        """Give the repository what lies in the folder, unless a check failed."""
+        failures = self.measured[1] if self.measured else []
+        if self.unmeasured or failures:
+            raise CheckFailed(f"{self.unmeasured or '; '.join(failures)}; nothing was published")
+        with self.options.progress.phase("publishing", None):
+            digests = {name: facts["sha256"] for name, facts in manifest.outputs.items()}
+            self.published = upload.target, upload.commit(folder, digests, MANIFEST)
+
+    def measurements(self) -> tuple[list[Row], list[str]]:
+        """The table, and the limits that were not kept; measured now where `describe` was not called (one file, or all was written already)."""
+        if self.unmeasured:
+            raise self.unmeasured
+        return self.measured or self._measure(self.out)
+
+    def _measure(self, folder: Path) -> tuple[list[Row], list[str]]:
+        checks = self.recipe.checks
+        if not (checks.texts or checks.limits.model_fields_set):
+            return [], []
+        result = replace(Checkpoint.open(folder), label=str(self.out))
+        return measure_and_compare(checks, self.recipe.folder, self.built.inputs, self.built.stages, result, self.options.progress)
 
 
 def plan(recipe: Recipe, how: Execution | None = None) -> dict[str, Any]:
@@ -338,73 +354,3 @@ def _check_out(recipe: Recipe, result: Checkpoint, out: Path) -> None:
 
 def _save_options(recipe: Recipe, how: Execution) -> SaveOptions:
     return replace(how.save, max_shard_size=parse_size(recipe.max_shard_size)) if recipe.max_shard_size else how.save
-
-
-def resolved(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manifest, out: Path, shard_size: int = DEFAULT_SHARD_SIZE) -> bytes:
-    """The recipe as the output holds it: paths relative to the output, every input with its digests, and the size of shards where it was chosen.
-
-    A repository that it went to is left out: whoever runs it again has another.
-    """
-    content = recipe.model_dump(mode="json", exclude_defaults=True)
-    if parse_target(content.get("out", "")):
-        del content["out"]
-    content["inputs"] = {
-        name: {
-            "ref": inputs[name].pinned or _relative(recipe.resolve(source.ref), out),
-            "sha256": _digests(recipe.resolve(source.ref), inputs[name], manifest),
-        }
-        for name, source in recipe.inputs.items()
-    }
-    content["steps"] = _plain_steps(recipe)
-    if shard_size != DEFAULT_SHARD_SIZE:
-        content["max_shard_size"] = str(shard_size)
-    if "checks" in content and recipe.checks.texts:
-        content["checks"]["texts"] = {name: _relative(str(recipe.folder / text), out) for name, text in recipe.checks.texts.items()}
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120).encode()
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes a table of nothing but numbers on one line: the trace of a search has many."""
-
-    def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
-        flat = [number for value in mapping.values() for number in (value if isinstance(value, list) else [value])]
-        inline = bool(flat) and all(number is None or isinstance(number, int | float) for number in flat)
-        return super().represent_mapping(tag, mapping, inline or flow_style)
-
-
-def _plain_steps(recipe: Recipe) -> list[dict[str, dict[str, Any]]]:
-    return [{name: options.model_dump(mode="json", exclude_none=True) for name, options in step.items()} for step in recipe.steps]
-
-
-def _job(recipe: Recipe, how: Execution) -> str:
-    """What the bytes of the output follow from, beside the contents of the inputs: the same text for the same work, wherever it is written to."""
-    refs = {name: recipe.resolve(source.ref) for name, source in recipe.inputs.items()}
-    content = {
-        "inputs": {name: os.path.abspath(ref) if Path(ref).exists() else ref for name, ref in refs.items()},
-        "steps": [{name: options.model_dump(mode="json") for name, options in step.items()} for step in recipe.steps],
-        "device": how.device,
-    }
-    return json.dumps(content, sort_keys=True)
-
-
-def _relative(ref: str, out: Path) -> str:
-    if len(parts := split_reference(ref)) > 1:
-        return "+".join(_relative(part, out) for part in parts)
-    return os.path.relpath(os.path.abspath(ref), os.path.realpath(out)) if Path(ref).exists() else ref
-
-
-def _digests(ref: str, opened: Checkpoint, manifest: Manifest) -> dict[str, str]:
-    """The digest of each file of an input; those of `model+adapter` have the number of their part before the name."""
-    parts = split_reference(opened.pinned or ref)
-    labels = [("", opened.ref)] if len(parts) == 1 else [(f"{number}/", part) for number, part in enumerate(parts)]
-    return {f"{prefix}{file}": facts["sha256"] for prefix, label in labels for file, facts in manifest.inputs.get(label, {}).items()}
-
-
-def _check_digests(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manifest) -> None:
-    for name, source in recipe.inputs.items():
-        found = _digests(recipe.resolve(source.ref), inputs[name], manifest)
-        for file, digest in source.sha256.items():
-            if file not in found and file in inputs[name].files:  # on the Hub, and nobody had to read it
-                found[file] = hashlib.sha256(inputs[name].file(file)).hexdigest()
-            if found.get(file) != digest:
-                raise CheckpointError(f"input '{name}': {file} is not the file that the recipe was made with (its SHA-256 differs)")

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, f
 
 from .checkpoint import Checkpoint, SaveOptions
 from .checkpoint.dtypes import parse_float_dtype
-from .errors import OptionError, RecipeError, nearest
+from .errors import OptionError, RecipeError, nearest, not_inputs
 from .merge import METHODS
 from .merge.plan import MergeOptions, merge, problems
 from .moe.config import MoeConfig
@@ -93,9 +93,7 @@ class MergeStep(BaseModel):
         return self.model_copy(update={"models": models, **values})
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
-        for name in (*self.models, *([self.base] if self.base else [])):
-            if name not in inputs:
-                yield f"merge: '{name}' is not an input.{nearest(name, inputs)}"
+        yield from (f"merge: {problem}" for problem in not_inputs((*self.models, *([self.base] if self.base else [])), inputs))
         for problem in self.tokenizer.problems(inputs) if self.tokenizer else ():
             yield f"merge, tokenizer: {problem}"
         for problem in problems(self.method, self.options(), len(self.models), self.base is not None):
@@ -131,9 +129,7 @@ class MergeAdaptersStep(MergeStep):
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
         from .merge.adapters import adapter_problems
 
-        for name in self.models:
-            if name not in inputs:
-                yield f"merge_adapters: '{name}' is not an input.{nearest(name, inputs)}"
+        yield from (f"merge_adapters: {problem}" for problem in not_inputs(self.models, inputs))
         for key in ("base", "exclude", "include", "input_dtype", "tokenizer", "search"):
             if getattr(self, key):
                 yield f"merge_adapters: '{key}' is for models; adapters are merged without"
@@ -165,9 +161,7 @@ class ExtractAdapterStep(Strict):
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
         from .adapters.extract import ExtractOptions
 
-        for name in (self.base, self.tuned):
-            if name not in inputs:
-                yield f"extract_adapter: '{name}' is not an input.{nearest(name, inputs)}"
+        yield from (f"extract_adapter: {problem}" for problem in not_inputs((self.base, self.tuned), inputs))
         for problem in ExtractOptions(self.rank, self.energy).problems():
             yield f"extract_adapter: {problem}"
         yield from _dtype_problems("extract_adapter", self.dtype)
@@ -198,8 +192,8 @@ class QuantizeStep(BaseModel):
 
         for problem in problems(self.bits, self.group_size, self.symmetric, self.method, self.format, self.model_extra or {}):
             yield f"quantize: {problem}"
-        if self.of is not None and self.of not in inputs:
-            yield f"quantize: '{self.of}' is not an input.{nearest(self.of, inputs)}"
+        if self.of is not None:
+            yield from (f"quantize: {problem}" for problem in not_inputs([self.of], inputs))
 
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
         from quant.plan import quantize
@@ -219,8 +213,8 @@ class DequantizeStep(Strict):
     of: str | None = None
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
-        if self.of is not None and self.of not in inputs:
-            yield f"dequantize: '{self.of}' is not an input.{nearest(self.of, inputs)}"
+        if self.of is not None:
+            yield from (f"dequantize: {problem}" for problem in not_inputs([self.of], inputs))
 
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
         from quant.plan import dequantize
@@ -235,8 +229,7 @@ class MergekitStep(RootModel[Any]):
         from .mergekit import read
 
         found = read(self.root)
-        yield from (f"mergekit: {problem}" for problem in found.problems)
-        yield from (f"mergekit: '{name}' is not an input.{nearest(name, inputs)}" for name in found.models if name not in inputs)
+        yield from (f"mergekit: {problem}" for problem in [*found.problems, *not_inputs(found.models, inputs)])
 
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
         from .mergekit import compose, read
@@ -248,9 +241,7 @@ class MoeStep(MoeConfig):
     """`moe:` — a mixture of experts from dense models."""
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
-        for name in self.models:
-            if name not in inputs:
-                yield f"moe: '{name}' is not an input.{nearest(name, inputs)}"
+        yield from (f"moe: {problem}" for problem in not_inputs(self.models, inputs))
         for conflict in self.conflicts():
             yield f"moe: {conflict}"
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-import mergekit_plus.checkpoint.checkpoint as core
+import mergekit_plus.checkpoint.plan as plans
 import mergekit_plus.checkpoint.shards as shards
 from mergekit_plus.checkpoint import SaveOptions
 from mergekit_plus.recipe import check, run
@@ -25,7 +25,7 @@ from mergekit_plus.steps import Execution
 
 layouts = importlib.import_module("mergekit_plus.checkpoint.layout")
 
-SMALL = [(core, "PIECE", 100), (core, "SLAB", 300), (layouts, "SLAB", 300), (shards, "READ_BACK", 500), (shards, "CHECKPOINT", 1000)]
+SMALL = [(plans, "PIECE", 100), (plans, "SLAB", 300), (layouts, "SLAB", 300), (shards, "READ_BACK", 500), (shards, "CHECKPOINT", 1000)]
 CALLS = ("mkdir", "rmdir", "unlink", "replace", "fsync", "write", "pwrite", "posix_fallocate")  # what changes a disk
 
 MERGE = {"models": ["a", "b"], "base": "base"}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mergekit_plus.checkpoint import Checkpoint
-from mergekit_plus.checkpoint import checkpoint as plans
+from mergekit_plus.checkpoint import plan as plans
 from mergekit_plus.diff import diff
 from mergekit_plus.merge.plan import merge
 

@@ -13,7 +13,10 @@ ROOT = Path(__file__).parents[1]
 # Each part may import what stands on lower lines, and its neighbours on the line; not so merge, quant and prune: they do not know each other.
 LAYERS = [
     ["cli", "mergekit_plus.__main__", "mergekit_plus.show", "mergekit_plus.listing", "mergekit_plus.report", "mergekit_plus.compare"],
-    ["mergekit_plus.recipe", "mergekit_plus.steps", "mergekit_plus.mergekit", "mergekit_plus.checks", "mergekit_plus.card", "mergekit_plus.search"],
+    [
+        "mergekit_plus.recipe", "mergekit_plus.provenance", "mergekit_plus.steps", "mergekit_plus.mergekit", "mergekit_plus.checks", "mergekit_plus.card",
+        "mergekit_plus.search",
+    ],
     ["mergekit_plus.merge", "mergekit_plus.moe", "quant", "prune"],
     [
         "mergekit_plus.training", "mergekit_plus.calibration", "mergekit_plus.evaluate", "mergekit_plus.diff", "mergekit_plus.inspection",
@@ -89,7 +92,7 @@ def test_specs_and_headers_need_no_torch() -> None:
     """Whoever imports them gets torch with the package; but they must not need it, so that it can be moved out of their way."""
     for name in ("spec", "safetensors"):
         assert "\nimport torch" not in MODULES[f"mergekit_plus.checkpoint.{name}"].read_text()
-        assert not {f"mergekit_plus.checkpoint.{other}" for other in ("dtypes", "checkpoint", "save")} & imports(f"mergekit_plus.checkpoint.{name}")
+        assert not {f"mergekit_plus.checkpoint.{other}" for other in ("dtypes", "checkpoint", "plan", "save")} & imports(f"mergekit_plus.checkpoint.{name}")
 
 
 @pytest.mark.parametrize("module", ["mergekit_plus", "mergekit_plus.errors", "mergekit_plus.progress", "mergekit_plus.digests", "mergekit_plus.registry"])

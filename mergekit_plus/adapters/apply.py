@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, Plan, Step, TensorSpec, copy_step
-from ..checkpoint.checkpoint import Take, row_multiple
 from ..checkpoint.dtypes import TAGS, TORCH_DTYPES
+from ..checkpoint.plan import Take, row_multiple
 from ..checkpoint.references import split_reference
 from ..checkpoint.spec import natural_order
 from ..errors import CheckpointError, nearest

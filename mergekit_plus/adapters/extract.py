@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, Plan, Scan, Step, TensorSpec, copy_step
-from ..checkpoint.checkpoint import row_multiple
+from ..checkpoint.plan import row_multiple
 from ..checkpoint.spec import natural_order
 from ..errors import CheckpointError, OptionError, nearest
 from ..model import Meaning, adapter_reason, describe, quantized_reason, tied_alias

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, Plan, Step, TensorSpec
-from ..checkpoint.checkpoint import Read
 from ..checkpoint.dtypes import TORCH_DTYPES
 from ..checkpoint.folder import ADAPTER_CONFIG
+from ..checkpoint.plan import Read
 from .peft import PREFIX
 
 Factorise = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]  # what a step reads -> A [rank, in], B [out, rank]

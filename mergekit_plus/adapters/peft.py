@@ -7,7 +7,6 @@ B [out, rank] and scale = alpha / rank (alpha / sqrt(rank) for rsLoRA); DoRA the
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -97,12 +96,7 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
     if ADAPTER_CONFIG not in checkpoint.files:
         what = "a model, not an adapter" if checkpoint.config else f"no adapter: there is no {ADAPTER_CONFIG} beside it"
         raise CheckpointError(f"{checkpoint.label} is {what}")
-    try:
-        config = json.loads(checkpoint.file(ADAPTER_CONFIG))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{checkpoint.label}: {ADAPTER_CONFIG} is not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{checkpoint.label}: {ADAPTER_CONFIG} is not a JSON object")
+    config = checkpoint.json_file(ADAPTER_CONFIG)
     way_out = "apply it with peft (merge_and_unload)"
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{checkpoint.label} is an adapter of type {config.get('peft_type')}; LORA is the one that is known here: {way_out}")

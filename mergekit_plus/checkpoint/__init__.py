@@ -1,9 +1,11 @@
 """Checkpoints: opened from files, computed lazily, saved all or nothing."""
 
-from .checkpoint import Checkpoint, Measured, Plan, Scan, Step, TensorSource, TensorTable, copy_step, renamed, steps_of
+from .checkpoint import Checkpoint, TensorSource, TensorTable
 from .layout import SaveOptions
 from .manifest import Manifest
+from .plan import Plan, Step, copy_step, renamed, steps_of
 from .save import save
+from .scan import Measured, Scan
 from .spec import TensorSpec
 
 __all__ = [

@@ -9,10 +9,11 @@ from typing import Any
 
 from ..errors import OutputError, ReadError
 from .blob import Blob, File
-from .checkpoint import Checkpoint, FileSource, Plan
+from .checkpoint import Checkpoint, FileSource
 from .folder import ADAPTER, INDEX, SINGLE
 from .hub import HubFile
 from .layout import is_file
+from .plan import Plan
 
 
 def input_files(checkpoint: Checkpoint) -> dict[str, list[Blob]]:

@@ -14,10 +14,12 @@ from ..digests import Digests
 from ..errors import OptionError
 from ..progress import Progress, quiet
 from .blob import Blob
-from .checkpoint import SLAB, Checkpoint, FileSource, Measured, Rows, Step, of_inner, proportional, steps_of
+from .checkpoint import Checkpoint, FileSource, Rows
 from .folder import ADAPTER, ADAPTER_CONFIG
 from .hub import HubFile
+from .plan import SLAB, Step, of_inner, proportional, steps_of
 from .prefetch import plan_spans, span_limit
+from .scan import Measured
 from .shards import Shard, plan_shards
 from .upload import Upload
 

@@ -26,14 +26,16 @@ from ..digests import Digests
 from ..errors import CheckFailed, CheckpointError, CompressError, OutputError, ReadError
 from ..progress import Progress
 from .blob import Blob
-from .checkpoint import Checkpoint, ParallelMap, Recall, Rows, Step, execute, of_inner, proportional
+from .checkpoint import Checkpoint, Rows
 from .finite import is_finite
 from .hub import HubFile
 from .inputs import check_target, digest_of, input_files
 from .journal import sync_folder
 from .layout import Layout, SaveOptions, Unit, bytes_of, cost, is_file, plan_save, reads_of
 from .manifest import Describe, Manifest, input_facts, input_places, write_small_files, written_manifest
+from .plan import Step, execute, of_inner, proportional
 from .prefetch import Prefetch
+from .scan import ParallelMap, Recall
 from .shards import Abandoned, ShardFile, known_prefix
 from .spec import TensorSpec
 from .stage import Stage, was_published

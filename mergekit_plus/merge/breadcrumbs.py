@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor
 
 from .combine import refuse_zero_sum, shares, sign_consensus, weighted_sum
-from .method import Density, Int8Mask, Lambda, Normalize, PerModel, Rescale, Scan, Weight, merge_method, task_vectors
-from .trim import Band, Trim, trimmed, trims
+from .method import Density, Int8Mask, Lambda, Normalize, PerModel, Rescale, Scan, Weight, merge_method
+from .trim import Band, Trim, trimmed_vectors, trims
 
 Gamma = Annotated[float, Field(ge=0, lt=1, description="share of the task vector that is dropped as outliers, the largest")]
 
@@ -48,7 +48,7 @@ def breadcrumbs(
     the parameters of mergekit 0.1.5. Equal models with density 1 and normalized weights give that model.
     """
     weights = [lambda_ * share for share in shares(weight, normalize)]
-    merged = weighted_sum(_crumbs(base, models, measured, first), weights)
+    merged = weighted_sum(trimmed_vectors(base, models, measured, first), weights)
     return merged.add_(base.to(merged.dtype))
 
 
@@ -72,10 +72,5 @@ def breadcrumbs_ties(
     The sign of the weighted sum is elected, zero elects +. `int8_mask` has no effect. Sources: arXiv 2312.06795 and 2306.01708, as
     mergekit 0.1.5 puts them together. Equal models with density 1 and `normalize` give that model.
     """
-    merged = sign_consensus(_crumbs(base, models, measured, first), weight, normalize)
+    merged = sign_consensus(trimmed_vectors(base, models, measured, first), weight, normalize)
     return merged.mul_(lambda_).add_(base.to(merged.dtype))
-
-
-def _crumbs(base: Tensor, models: Sequence[Tensor], measured: Sequence[Trim | None], first: int) -> Iterator[Tensor]:
-    for vector, trim in zip(task_vectors(base, models), measured, strict=True):
-        yield trimmed(vector, trim, first)

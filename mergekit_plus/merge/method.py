@@ -29,7 +29,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..checkpoint import TensorSpec
-from ..checkpoint.checkpoint import row_multiple
+from ..checkpoint.plan import row_multiple
 from ..options import Options, PerModel, SearchRange
 from ..registry import Registry
 from ..statistics import Scan

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, Measured, Plan, Scan, Step, TensorSpec
-from ..checkpoint.checkpoint import Run, copy_step
 from ..checkpoint.dtypes import TAGS, TORCH_DTYPES, config_dtype
 from ..checkpoint.finite import is_finite, nonfinite
+from ..checkpoint.plan import Run, copy_step
 from ..checkpoint.spec import check_patterns, matches, natural_order
 from ..errors import CheckpointError, OptionError, nearest
 from ..model import adapter_reason, quantized_reason, tied_alias, vocabulary_size

@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from .combine import sign_consensus
-from .method import Density, Int8Mask, Lambda, Normalize, PerModel, Rescale, Scan, Weight, merge_method, task_vectors
-from .trim import Band, Trim, thresholds, trimmed, trims
+from .method import Density, Int8Mask, Lambda, Normalize, PerModel, Rescale, Scan, Weight, merge_method
+from .trim import Band, Trim, thresholds, trimmed_vectors, trims
 
 GlobalDensity = Annotated[float, Field(gt=0, le=1, description="share of the whole model's task vector that is kept")]
 
@@ -74,6 +74,5 @@ def ties_global(
 def _elected(
     base: Tensor, models: Sequence[Tensor], measured: Sequence[Trim | None], first: int, weight: Sequence[float], normalize: bool, scale: float
 ) -> Tensor:
-    vectors = (trimmed(vector, trim, first) for vector, trim in zip(task_vectors(base, models), measured, strict=True))
-    merged = sign_consensus(vectors, weight, normalize)
+    merged = sign_consensus(trimmed_vectors(base, models, measured, first), weight, normalize)
     return merged.mul_(scale).add_(base.to(merged.dtype))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,7 +82,13 @@ def thresholds(scan: Scan, counts: Sequence[int | None]) -> tuple[Trim | None, .
     return tuple(None if count is None else Trim(Cut(next(found)[0], scan.size, 0)) for count in counts)
 
 
-def trimmed(vector: Tensor, trim: Trim | None, first: int) -> Tensor:
+def trimmed_vectors(base: Tensor, models: Sequence[Tensor], measured: Sequence[Trim | None], first: int) -> Iterator[Tensor]:
+    """The task vectors, new, each trimmed as measured; the tensors are pieces that begin at flat index `first`."""
+    for vector, trim in zip(task_vectors(base, models), measured, strict=True):
+        yield _trimmed(vector, trim, first)
+
+
+def _trimmed(vector: Tensor, trim: Trim | None, first: int) -> Tensor:
     """The piece of a task vector that begins at flat index `first`, with zeros where it does not stay."""
     if trim is None:
         return vector

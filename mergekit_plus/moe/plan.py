@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, Measured, Plan, Step, TensorSpec, copy_step
-from ..checkpoint.checkpoint import row_multiple
 from ..checkpoint.dtypes import TORCH_DTYPES, config_dtype, parse_float_dtype
+from ..checkpoint.plan import row_multiple
 from ..checkpoint.spec import natural_order
 from ..errors import CheckpointError, OptionError
 from ..model import architecture, quantized_reason

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
+from ..checks import read_text
 from ..errors import CheckpointError, OptionError
 from ..evaluate import load_model, load_tokenizer, tokenize
 from ..merge import METHODS
@@ -35,7 +36,7 @@ def search(step: MergeStep, inputs: Mapping[str, Checkpoint], folder: Path, how:
     candidates = Candidates(step, inputs, how, start)
     tokenizer = load_tokenizer(candidates.checkpoint(start))
     rows, heldout = (
-        {name: spread(candidates.at(start), tokenize(tokenizer, _read(folder / text)), spec.window, spec.windows) for name, text in texts.items()}
+        {name: spread(candidates.at(start), tokenize(tokenizer, read_text(folder / text)), spec.window, spec.windows) for name, text in texts.items()}
         for texts in (spec.texts, spec.heldout)
     )
 
@@ -86,10 +87,3 @@ def _losses(name: str, checkpoint: Checkpoint, rows: Mapping[str, Tensor], how: 
 def _plain(value: float) -> float | None:
     """As a recipe holds it: six digits after the point, nothing for what is not finite."""
     return round(value, 6) if math.isfinite(value) else None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None

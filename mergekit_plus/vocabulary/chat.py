@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, OptionError, nearest
-from .tokenizer import CONFIG, encode_json, json_file
+from .tokenizer import CONFIG, encode_json
 
 FILE = "chat_template.jinja"
 
@@ -57,7 +57,7 @@ def template_of(checkpoint: Checkpoint) -> str | None:
     if FILE in checkpoint.files:
         return checkpoint.file(FILE).decode("utf-8", "replace")
     for name in (CONFIG, "chat_template.json"):
-        found: Any = json_file(checkpoint, name).get("chat_template")
+        found: Any = checkpoint.json_file(name).get("chat_template")
         if isinstance(found, list):
             found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
         if isinstance(found, dict):
@@ -87,7 +87,7 @@ def choose_template(wanted: str, models: Mapping[str, Checkpoint], auto: Sequenc
 def with_template(checkpoint: Checkpoint, template: str) -> Checkpoint:
     """The checkpoint with this template in place of whatever it had."""
     files = {name: content for name, content in checkpoint.files.items() if name != "chat_template.json"}
-    config = json_file(checkpoint, CONFIG)
+    config = checkpoint.json_file(CONFIG)
     if config.pop("chat_template", None) is not None:
         files[CONFIG] = encode_json(config)
     return replace(checkpoint, files={**files, FILE: template.encode()})

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.checkpoint import SmallFile
-from .tokenizer import CONFIG, FLAGS, JSON, SLOW, Tokenizer, encode_json, is_tokenizer_file, json_file
+from .tokenizer import CONFIG, FLAGS, JSON, SLOW, Tokenizer, encode_json, is_tokenizer_file
 
 _ID = re.compile(r"(?:.*_)?token_(?:id|ids|index)|(?:begin_)?suppress_tokens")
 
@@ -22,7 +22,7 @@ def tokenizer_files(owner: Checkpoint, tokenizer: Tokenizer, changed: bool) -> d
         return files
     slow = [name for name in files if name in SLOW or name.endswith((".model", ".tiktoken"))]
     files = {name: content for name, content in files.items() if name not in slow}
-    config = json_file(owner, CONFIG)
+    config = owner.json_file(CONFIG)
     if "added_tokens_decoder" in config:
         config["added_tokens_decoder"] = {str(entry["id"]): {key: entry[key] for key in ("content", *FLAGS)} for entry in tokenizer.added}
         files[CONFIG] = encode_json(config)
@@ -45,10 +45,10 @@ def with_vocabulary(
     kept = {name: content for name, content in model.files.items() if not is_tokenizer_file(name)}
     for name in ("config.json", "generation_config.json"):
         if name in kept:
-            table = _followed(json_file(model, name), json_file(owner, name), follow)
+            table = _followed(model.json_file(name), owner.json_file(name), follow)
             if name == "config.json":
                 table = _sized(table, size)
-            if table != json_file(model, name):
+            if table != model.json_file(name):
                 kept[name] = encode_json(table)
     return replace(model, files=dict(sorted({**kept, **files}.items())))
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, Measured, Plan, Scan, Step, TensorSpec, copy_step
-from ..checkpoint.checkpoint import Run
 from ..checkpoint.dtypes import TAGS, TORCH_DTYPES
+from ..checkpoint.plan import Run
 from ..errors import CheckpointError
 from ..model import tied_alias, vocabulary_size
 from .spec import ModelToken, TokenRule, ZeroRow

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..errors import nearest
+from ..errors import not_inputs
 from .chat import chat_problem
 
 
@@ -76,8 +76,6 @@ class TokenizerSpec(_Strict):
     def problems(self, known: Iterable[str]) -> Iterator[str]:
         """A sentence for each name that is none of the known models."""
         names = list(known)
-        for name in dict.fromkeys(self.models()):
-            if name not in names:
-                yield f"'{name}' is not an input.{nearest(name, names)}"
+        yield from not_inputs(dict.fromkeys(self.models()), names)
         if self.chat_template is not None and (problem := chat_problem(self.chat_template, names)):
             yield problem

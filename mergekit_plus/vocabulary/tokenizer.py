@@ -63,22 +63,6 @@ def is_tokenizer_file(name: str) -> bool:
     return any(fnmatch(name, known) for known in FILES)
 
 
-def json_file(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-    """A small file's table; empty where there is none.
-
-    Errors: CheckpointError where it is no JSON table.
-    """
-    if name not in checkpoint.files:
-        return {}
-    try:
-        parsed = json.loads(checkpoint.file(name))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{checkpoint.label}: {name} is not JSON ({error})") from None
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{checkpoint.label}: {name} is not a JSON object")
-    return parsed
-
-
 def encode_json(table: Mapping[str, Any]) -> bytes:
     """A table as the bytes of a small file."""
     return json.dumps(table, indent=2, ensure_ascii=False).encode() + b"\n"
@@ -89,7 +73,7 @@ def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
 
     Errors: CheckpointError for files that cannot be read as one.
     """
-    content = json_file(checkpoint, JSON)
+    content = checkpoint.json_file(JSON)
     if not content and not any(fnmatch(name, known) for name in checkpoint.files for known in SLOW):
         return None
     content = content or _converted(checkpoint)
@@ -108,8 +92,8 @@ def _added(checkpoint: Checkpoint, content: Mapping[str, Any]) -> list[dict[str,
     entries = {entry["content"]: dict(entry) for entry in content.get("added_tokens") or []}
     vocab = content["model"]["vocab"]
     known = entries.keys() | (vocab.keys() if isinstance(vocab, dict) else {piece for piece, _ in vocab})
-    beside = {entry["content"]: (int(number), entry) for number, entry in json_file(checkpoint, CONFIG).get("added_tokens_decoder", {}).items()}
-    beside |= {token: (number, {}) for token, number in json_file(checkpoint, "added_tokens.json").items() if token not in beside}
+    beside = {entry["content"]: (int(number), entry) for number, entry in checkpoint.json_file(CONFIG).get("added_tokens_decoder", {}).items()}
+    beside |= {token: (number, {}) for token, number in checkpoint.json_file("added_tokens.json").items() if token not in beside}
     entries |= {token: added_token(token, number, flags) for token, (number, flags) in beside.items() if token not in known}
     return sorted(entries.values(), key=lambda entry: int(entry["id"]))
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_plus.adapters import apply, open_adapter
 from mergekit_plus.checkpoint import Checkpoint, SaveOptions, save
-from mergekit_plus.checkpoint.checkpoint import execute, steps_of
+from mergekit_plus.checkpoint.plan import execute, steps_of
 from mergekit_plus.checkpoint.references import split_reference
 from mergekit_plus.errors import CheckpointError
 

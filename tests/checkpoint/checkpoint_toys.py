@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_plus.checkpoint import Checkpoint, Plan, Step, TensorSpec
-from mergekit_plus.checkpoint.checkpoint import row_multiple
 from mergekit_plus.checkpoint.dtypes import TAGS, TORCH_DTYPES
+from mergekit_plus.checkpoint.plan import row_multiple
 
 saving = importlib.import_module("mergekit_plus.checkpoint.save")  # the module; the package's `save` is its function
 layouts = importlib.import_module("mergekit_plus.checkpoint.layout")

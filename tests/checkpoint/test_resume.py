@@ -21,7 +21,7 @@ from hub_server import Hub
 from torch import Tensor
 
 import mergekit_plus
-import mergekit_plus.checkpoint.checkpoint as core
+import mergekit_plus.checkpoint.plan as plans
 import mergekit_plus.checkpoint.shards as shards
 from mergekit_plus.checkpoint import Checkpoint, Measured, Plan, SaveOptions, Scan, save
 from mergekit_plus.checkpoint.journal import Done, Journal, read
@@ -33,7 +33,7 @@ TENSORS = {f"layers.{n}.w": torch.arange(1000.0).view(100, 10) + n for n in rang
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (core, layouts):
+    for module in (plans, layouts):
         monkeypatch.setattr(module, "SLAB", 200)
     monkeypatch.setattr(shards, "READ_BACK", 500)
     monkeypatch.setattr(shards, "CHECKPOINT", 1000)

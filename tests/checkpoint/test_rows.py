@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import mergekit_plus.checkpoint.checkpoint as core
+import mergekit_plus.checkpoint.plan as plans
 import mergekit_plus.checkpoint.rows as rows_module
 from mergekit_plus.checkpoint import Checkpoint, Plan, Step, TensorSpec
-from mergekit_plus.checkpoint.checkpoint import execute
+from mergekit_plus.checkpoint.plan import execute
 from mergekit_plus.checkpoint.rows import pick_rows
 
 TABLE = torch.arange(40.0).reshape(20, 2)
@@ -68,8 +68,8 @@ def picking(part: Checkpoint, pick: Tensor, multiple: int = 1) -> Step:
 @pytest.mark.parametrize("multiple", [0, 1, 4])
 def test_a_step_gets_its_rows_whatever_computes_them(monkeypatch: pytest.MonkeyPatch, multiple: int) -> None:
     """Behind a step that takes whole tensors only, or runs of four rows, as well as behind one that takes any rows."""
-    monkeypatch.setattr(core, "PIECE", 4)
-    monkeypatch.setattr(core, "SLAB", 16)
+    monkeypatch.setattr(plans, "PIECE", 4)
+    monkeypatch.setattr(plans, "SLAB", 16)
     pick = torch.tensor([19, 0, -1, 7, 8, 9, 3, 3, 1, -1, 12, 18, 2])
     doubled = mapped(Checkpoint.from_tensors({"x": TABLE}), lambda tensor: tensor * 2, multiple=multiple)
     step = picking(doubled, pick)

@@ -13,7 +13,7 @@ from checkpoint_toys import files_in, layouts, mapped, random_tensor, same_bits,
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 
-import mergekit_plus.checkpoint.checkpoint as core
+import mergekit_plus.checkpoint.plan as plans
 from mergekit_plus.checkpoint import Checkpoint, SaveOptions, save
 from mergekit_plus.checkpoint.dtypes import TORCH_DTYPES
 from mergekit_plus.checkpoint.shards import parse_size, plan_shards
@@ -32,8 +32,8 @@ TENSORS = {
 @pytest.fixture
 def cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many units, many pieces, and a budget that a toy can fill."""
-    monkeypatch.setattr(core, "PIECE", 100)
-    monkeypatch.setattr(core, "SLAB", 700)
+    monkeypatch.setattr(plans, "PIECE", 100)
+    monkeypatch.setattr(plans, "SLAB", 700)
     monkeypatch.setattr(layouts, "SLAB", 700)
     monkeypatch.setattr(layouts, "FIXED_COST", 4000)
 
@@ -105,7 +105,7 @@ def test_too_little_memory_is_an_error_before_anything_is_written(tmp_path: Path
 
 def test_the_layout_depends_on_names_and_shapes_alone() -> None:
     specs = list(Checkpoint.from_tensors(TENSORS).specs.values())
-    tied = [core.TensorSpec(name, "U8", (10,)) for name in ("a1", "a01", "a²", "a٣", "a", "10", "9")]
+    tied = [plans.TensorSpec(name, "U8", (10,)) for name in ("a1", "a01", "a²", "a٣", "a", "10", "9")]
     assert plan_shards(specs, 2000) == plan_shards(specs[::-1], 2000)
     assert plan_shards(tied, 10) == plan_shards(tied[::-1], 10)
     assert [list(shard.offsets) for shard in plan_shards(tied, 1)] == [["9"], ["10"], ["a"], ["a01"], ["a1"], ["a٣"], ["a²"]]

@@ -18,7 +18,7 @@ import torch
 from checkpoint_toys import files_in, layouts, map_step, mapped, python, write_model
 from torch import Tensor
 
-import mergekit_plus.checkpoint.checkpoint as core
+import mergekit_plus.checkpoint.plan as plans
 from mergekit_plus.checkpoint import Checkpoint, Measured, Plan, SaveOptions, save
 from mergekit_plus.checkpoint.dtypes import TORCH_DTYPES
 from mergekit_plus.digests import Digests
@@ -29,7 +29,7 @@ TENSORS = {f"layers.{n}.w": torch.full((100, 10), float(n)) for n in range(8)}
 
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "SLAB", 200)
+    monkeypatch.setattr(plans, "SLAB", 200)
     monkeypatch.setattr(layouts, "SLAB", 200)
     monkeypatch.setattr(layouts, "FIXED_COST", 1000)
 

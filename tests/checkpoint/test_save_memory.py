@@ -9,7 +9,8 @@ import pytest
 import torch
 from checkpoint_toys import header_bytes, layouts, mapped, python, saving
 
-import mergekit_plus.checkpoint.checkpoint as core
+import mergekit_plus.checkpoint.plan as plans
+import mergekit_plus.checkpoint.scan as scans
 from mergekit_plus.checkpoint import Checkpoint, Measured, Plan, SaveOptions, Scan, save
 from mergekit_plus.checkpoint.save import _Budget
 
@@ -94,7 +95,7 @@ class Watched(_Budget):
 
 @pytest.mark.parametrize("whole_model", [False, True])
 def test_what_is_measured_stays_inside_the_budget_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole_model: bool) -> None:
-    monkeypatch.setattr(core, "SLAB", 256)
+    monkeypatch.setattr(plans, "SLAB", 256)
     monkeypatch.setattr(layouts, "SLAB", 256)
     monkeypatch.setattr(layouts, "HELD", 0)
     monkeypatch.setattr(layouts, "FIXED_COST", 1000)
@@ -102,7 +103,7 @@ def test_what_is_measured_stays_inside_the_budget_too(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Watched, "peak", 0)
     monkeypatch.setattr(Watched, "takes", 0)
     lock, most = threading.Lock(), 0
-    gather = core.gather
+    gather = plans.gather
 
     def watched(step, rows):  # type: ignore[no-untyped-def]
         nonlocal most
@@ -111,7 +112,8 @@ def test_what_is_measured_stays_inside_the_budget_too(tmp_path: Path, monkeypatc
             most = max(most, sum(tensor.nbytes for tensor in tensors))
         return tensors
 
-    monkeypatch.setattr(core, "gather", watched)
+    for module in (plans, scans):
+        monkeypatch.setattr(module, "gather", watched)
     source = Checkpoint.from_tensors({f"{n}.w": torch.randn(64, 32, generator=torch.Generator().manual_seed(n)) for n in range(4)})
 
     def largest(scan: Scan) -> float:
@@ -121,7 +123,7 @@ def test_what_is_measured_stays_inside_the_budget_too(tmp_path: Path, monkeypatc
     steps = []
     for name, spec in source.specs.items():
         measured = shared if whole_model else Measured(largest)
-        step = core.Step(((source, name),), (spec,), lambda tensors, first_row, value: (tensors[0] / value,), 1, measured)
+        step = plans.Step(((source, name),), (spec,), lambda tensors, first_row, value: (tensors[0] / value,), 1, measured)
         measured.steps.append(step)
         steps.append(step)
     save(Checkpoint("scaled", Plan(steps)), tmp_path / "out", SaveOptions(workers=4, memory=13_000))

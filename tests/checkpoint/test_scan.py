@@ -15,10 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import mergekit_plus.checkpoint.checkpoint as core
+import mergekit_plus.checkpoint.plan as plans
 from mergekit_plus.checkpoint import Checkpoint, Measured, Plan, SaveOptions, Scan, Step, save
-from mergekit_plus.checkpoint.checkpoint import _sampled, execute
+from mergekit_plus.checkpoint.checkpoint import FileSource
 from mergekit_plus.checkpoint.layout import measurements
+from mergekit_plus.checkpoint.plan import execute
+from mergekit_plus.checkpoint.scan import _sampled
 
 
 def centered(source: Checkpoint, whole_model: bool, count: list[int] | None = None) -> Checkpoint:
@@ -37,7 +39,7 @@ def centered(source: Checkpoint, whole_model: bool, count: list[int] | None = No
         def run(tensors: Sequence[Tensor], first_row: int, value: Any) -> Sequence[Tensor]:
             return ((tensors[0].double() - value).to(tensors[0].dtype),)
 
-        step = Step(((source, name),), (spec,), run, core.row_multiple(spec), measured)
+        step = Step(((source, name),), (spec,), run, plans.row_multiple(spec), measured)
         measured.steps.append(step)
         steps.append(step)
     return Checkpoint("centered", Plan(steps), source.files)
@@ -56,12 +58,12 @@ TOTAL = sum(float(tensor.double().sum()) for tensor in TENSORS.values())
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "PIECE", 8)
-    monkeypatch.setattr(core, "SLAB", 24)
+    monkeypatch.setattr(plans, "PIECE", 8)
+    monkeypatch.setattr(plans, "SLAB", 24)
 
 
 def steps_in(source: Checkpoint) -> list[Step]:
-    return [core.copy_step(source, name) for name in source.specs]
+    return [plans.copy_step(source, name) for name in source.specs]
 
 
 def test_a_scan_visits_every_row_once_in_the_order_of_names(tiny: None) -> None:
@@ -86,7 +88,7 @@ def test_the_order_does_not_depend_on_the_order_of_the_steps_or_on_who_maps(tiny
 
 def test_tensors_that_are_held_are_visited_like_those_that_are_read(tiny: None) -> None:
     for name, tensor in TENSORS.items():
-        step = core.copy_step(Checkpoint.from_tensors(TENSORS), name)
+        step = plans.copy_step(Checkpoint.from_tensors(TENSORS), name)
         for sample in (False, True):
             visits = [Scan([step], held).map(lambda tensors: tensors[0].tolist(), sample) for held in (None, [tensor])]
             assert visits[0] == visits[1]
@@ -187,8 +189,8 @@ def test_measurements_that_others_build_on_come_first() -> None:
 def test_a_step_that_measures_its_tensor_reads_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Checkpoint.open(write_model(tmp_path / "in", {"w": torch.randn(3000, 10)}))
     reads: list[object] = []
-    original = core.FileSource.read
-    monkeypatch.setattr(core.FileSource, "read", lambda self, name, rows=None: reads.append(rows) or original(self, name, rows))
+    original = FileSource.read
+    monkeypatch.setattr(FileSource, "read", lambda self, name, rows=None: reads.append(rows) or original(self, name, rows))
     save(centered(source, whole_model=False), tmp_path / "out")
     assert reads == [None]
 

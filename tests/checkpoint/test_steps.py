@@ -12,18 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import mergekit_plus.checkpoint.checkpoint as core
+import mergekit_plus.checkpoint.plan as plans
 from mergekit_plus.checkpoint import Checkpoint, Plan, Scan, Step, TensorSpec, copy_step, renamed
-from mergekit_plus.checkpoint.checkpoint import execute, gather, proportional
 from mergekit_plus.checkpoint.dtypes import TORCH_DTYPES
+from mergekit_plus.checkpoint.plan import execute, gather, proportional
 from mergekit_plus.errors import CheckpointError
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut everything: pieces of 16 elements, slabs of 64."""
-    monkeypatch.setattr(core, "PIECE", 16)
-    monkeypatch.setattr(core, "SLAB", 64)
+    monkeypatch.setattr(plans, "PIECE", 16)
+    monkeypatch.setattr(plans, "SLAB", 64)
 
 
 def by_slabs(step: Step, elements: int) -> list[Tensor]:
@@ -94,7 +94,7 @@ def test_packed_rows_are_cut_in_proportion(rows: int, cols: int, elements: int) 
 def test_packing_piece_by_piece_equals_packing_at_once(rows: int, cols: int) -> None:
     w = torch.randint(0, 1000, (rows, cols), generator=torch.Generator().manual_seed(rows))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(core, "PIECE", 64)
+        patch.setattr(plans, "PIECE", 64)
         packing = Packing(Checkpoint.from_tensors({"w": w}), "w")
         packed = Checkpoint("packed", Plan([packing.step]))
         assert torch.equal(packed.read("w.low"), pack(w % 8))
@@ -145,7 +145,7 @@ def test_elementwise_steps_are_the_same_however_they_are_cut(shape: list[int], p
     outer = map_step([(inner, "s"), (parts, "a")], lambda s, a: s.float().tanh() - a.float(), "t", "F32", 2 * multiple)
     expected = (a.float() * 3 + b).half().float().tanh() - a.float()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(core, "PIECE", piece)
+        patch.setattr(plans, "PIECE", piece)
         assert same_bits(execute(outer)[0], expected)
         assert all(same_bits(result, expected.reshape(result.shape)) for result in by_slabs(outer, slab))
 
@@ -195,7 +195,7 @@ def test_what_goes_whole_goes_whole_with_every_run(rows: int, middle: int, colum
     parts = Checkpoint.from_tensors({"b": torch.arange(rows * middle).view(rows, middle), "a": torch.arange(middle * columns).view(middle, columns)})
     expected = parts.read("b") @ parts.read("a")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(core, "PIECE", 16)
+        patch.setattr(plans, "PIECE", 16)
         for step in (product_step(parts, parts), product_step(mapped(parts, lambda t: t), mapped(parts, lambda t: t, multiple=0))):
             assert step.cut == 1
             assert torch.equal(by_slabs(step, slab)[0], expected)

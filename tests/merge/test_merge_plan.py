@@ -17,7 +17,7 @@ from merge_toys import near, random
 from torch import Tensor
 
 from mergekit_plus.checkpoint import Checkpoint, SaveOptions, save, steps_of
-from mergekit_plus.checkpoint import checkpoint as plans
+from mergekit_plus.checkpoint import plan as plans
 from mergekit_plus.checkpoint.spec import matches
 from mergekit_plus.errors import CheckpointError, OptionError
 from mergekit_plus.merge import METHODS

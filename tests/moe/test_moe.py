@@ -14,7 +14,7 @@ from tiny import tiny_model
 from torch import Tensor
 
 from mergekit_plus.checkpoint import Checkpoint, SaveOptions, save
-from mergekit_plus.checkpoint import checkpoint as core
+from mergekit_plus.checkpoint import plan as plans
 from mergekit_plus.errors import CheckpointError, OptionError, RecipeError
 from mergekit_plus.evaluate import load_model
 from mergekit_plus.moe import MoeConfig, moe
@@ -81,7 +81,7 @@ def test_a_mixture_of_real_models_keeps_their_numbers(real: Mapping[str, Checkpo
     for name in ("lm_head.weight", f"{layer}.self_attn.q_proj.weight", f"{layer}.post_attention_layernorm.weight"):
         assert torch.equal(mixed.read(name), real["base"].read(name))
     assert len(mixed.specs) == 3 + 6 * (6 + 9 + 1)
-    computed = [step.writes[0].name for step in core.steps_of(mixed) if not core.is_copy(step)]
+    computed = [step.writes[0].name for step in plans.steps_of(mixed) if not plans.is_copy(step)]
     assert computed == [f"model.layers.{number}.block_sparse_moe.gate.weight" for number in range(6)]
     assert set(mixed.files) == set(real["base"].files)
 
@@ -206,8 +206,8 @@ def test_the_same_bytes_for_any_number_of_workers(real: Mapping[str, Checkpoint]
         return moe(real, MoeConfig.model_validate({"base_model": "base", "experts": experts("code", "docs", residual_scale=0.9), "gate_mode": "cheap_embed"}))
 
     save(mixed(), tmp_path / "one.safetensors", SaveOptions(workers=1))
-    monkeypatch.setattr(core, "PIECE", 1 << 10)
-    monkeypatch.setattr(core, "SLAB", 1 << 12)
+    monkeypatch.setattr(plans, "PIECE", 1 << 10)
+    monkeypatch.setattr(plans, "SLAB", 1 << 12)
     save(mixed(), tmp_path / "two.safetensors", SaveOptions(workers=2))
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
 

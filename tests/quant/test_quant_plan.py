@@ -14,7 +14,7 @@ import torch
 from tiny import tiny_model
 
 from mergekit_plus.checkpoint import Checkpoint, SaveOptions, save
-from mergekit_plus.checkpoint import checkpoint as plans
+from mergekit_plus.checkpoint import plan as plans
 from mergekit_plus.errors import CheckpointError, OptionError
 from quant import FORMATS, QUANTIZERS, Scheme
 from quant import dequantize as values_of

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from vocabulary_toys import LETTERS, A, B, C, bpe, ids, toy
 
-import mergekit_plus.checkpoint.checkpoint as core
+import mergekit_plus.checkpoint.plan as plans
 from mergekit_plus.checkpoint import Checkpoint, SaveOptions, save
 from mergekit_plus.errors import CheckpointError, OptionError
 from mergekit_plus.merge.plan import merge
@@ -63,7 +63,7 @@ def test_the_base_keeps_all_its_rows_under_a_union(models: dict[str, Checkpoint]
 
 def test_a_model_whose_rows_all_stay_is_not_touched(models: dict[str, Checkpoint]) -> None:
     view = views_of(models, source="base")["a"]
-    assert all(core.is_copy(step) for step in core.steps_of(view))
+    assert all(plans.is_copy(step) for step in plans.steps_of(view))
     assert view.files == models["a"].files
 
 
@@ -162,8 +162,8 @@ def test_the_same_bytes_however_it_is_cut(models: dict[str, Checkpoint], tmp_pat
         return merge(list(views_of(models, base, **key).values()), "linear", None, {"weight": [0.5, 0.3, 0.2]})
 
     save(merged(), tmp_path / "whole.safetensors")
-    monkeypatch.setattr(core, "PIECE", 24)
-    monkeypatch.setattr(core, "SLAB", 80)
+    monkeypatch.setattr(plans, "PIECE", 24)
+    monkeypatch.setattr(plans, "SLAB", 80)
     save(merged(), tmp_path / "cut.safetensors", SaveOptions(workers=2))
     assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "cut.safetensors").read_bytes()
 
@@ -265,7 +265,7 @@ def test_transformers_loads_the_result(models: dict[str, Checkpoint], tmp_path: 
 def test_the_tokenizers_of_real_models_are_the_same_one() -> None:
     real = {name: Checkpoint.open(Path(__file__).parents[1] / "models" / name) for name in ("base", "code")}
     views = views_of(real, base="base", source="union")
-    assert all(core.is_copy(step) for view in views.values() for step in core.steps_of(view))
+    assert all(plans.is_copy(step) for view in views.values() for step in plans.steps_of(view))
     assert views["code"].file("tokenizer.json") == real["base"].file("tokenizer.json")
 
 

@@ -1,0 +1,106 @@
+"""What an output holds of how it was made: the recipe that makes it again, with the digests of its inputs, and the model card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from .card import CARD, card
+from .checkpoint import Checkpoint, Manifest
+from .checkpoint.hub import parse_reference
+from .checkpoint.layout import DEFAULT_SHARD_SIZE
+from .checkpoint.references import split_reference
+from .checkpoint.upload import parse_target
+from .errors import CheckpointError
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+RECIPE = "recipe.yaml"
+
+
+def small_files(
+    recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manifest, out: Path, shard_size: int, table: Sequence[Mapping[str, Any]]
+) -> dict[str, bytes]:
+    """The recipe and the card of an output; `table` is what was measured."""
+    text = _resolved(recipe, inputs, manifest, out, shard_size)
+    refs = [inputs[name].pinned or source.ref for name, source in recipe.inputs.items()]
+    models = [there.repo for model in inputs.values() if (there := parse_reference(model.pinned))]
+    return {RECIPE: text, CARD: card(refs, models, _plain_steps(recipe), text.decode(), table)}
+
+
+def check_digests(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manifest) -> None:
+    """CheckpointError where an input is not what the recipe was made with."""
+    for name, source in recipe.inputs.items():
+        found = _digests(recipe.resolve(source.ref), inputs[name], manifest)
+        for file, digest in source.sha256.items():
+            if file not in found and file in inputs[name].files:  # on the Hub, and nobody had to read it
+                found[file] = hashlib.sha256(inputs[name].file(file)).hexdigest()
+            if found.get(file) != digest:
+                raise CheckpointError(f"input '{name}': {file} is not the file that the recipe was made with (its SHA-256 differs)")
+
+
+def job(recipe: Recipe, device: str) -> str:
+    """What the bytes of the output follow from, beside the contents of the inputs: the same text for the same work, wherever it is written to."""
+    refs = {name: recipe.resolve(source.ref) for name, source in recipe.inputs.items()}
+    content = {
+        "inputs": {name: os.path.abspath(ref) if Path(ref).exists() else ref for name, ref in refs.items()},
+        "steps": [{name: options.model_dump(mode="json") for name, options in step.items()} for step in recipe.steps],
+        "device": device,
+    }
+    return json.dumps(content, sort_keys=True)
+
+
+def _resolved(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manifest, out: Path, shard_size: int) -> bytes:
+    """The recipe as the output holds it: paths relative to the output, every input with its digests, and the size of shards where it was chosen.
+
+    A repository that it went to is left out: whoever runs it again has another.
+    """
+    content = recipe.model_dump(mode="json", exclude_defaults=True)
+    if parse_target(content.get("out", "")):
+        del content["out"]
+    content["inputs"] = {
+        name: {
+            "ref": inputs[name].pinned or _relative(recipe.resolve(source.ref), out),
+            "sha256": _digests(recipe.resolve(source.ref), inputs[name], manifest),
+        }
+        for name, source in recipe.inputs.items()
+    }
+    content["steps"] = _plain_steps(recipe)
+    if shard_size != DEFAULT_SHARD_SIZE:
+        content["max_shard_size"] = str(shard_size)
+    if "checks" in content and recipe.checks.texts:
+        content["checks"]["texts"] = {name: _relative(str(recipe.folder / text), out) for name, text in recipe.checks.texts.items()}
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120).encode()
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a table of nothing but numbers on one line: the trace of a search has many."""
+
+    def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
+        flat = [number for value in mapping.values() for number in (value if isinstance(value, list) else [value])]
+        inline = bool(flat) and all(number is None or isinstance(number, int | float) for number in flat)
+        return super().represent_mapping(tag, mapping, inline or flow_style)
+
+
+def _plain_steps(recipe: Recipe) -> list[dict[str, dict[str, Any]]]:
+    return [{name: options.model_dump(mode="json", exclude_none=True) for name, options in step.items()} for step in recipe.steps]
+
+
+def _relative(ref: str, out: Path) -> str:
+    if len(parts := split_reference(ref)) > 1:
+        return "+".join(_relative(part, out) for part in parts)
+    return os.path.relpath(os.path.abspath(ref), os.path.realpath(out)) if Path(ref).exists() else ref
+
+
+def _digests(ref: str, opened: Checkpoint, manifest: Manifest) -> dict[str, str]:
+    """The digest of each file of an input; those of `model+adapter` have the number of their part before the name."""
+    parts = split_reference(opened.pinned or ref)
+    labels = [("", opened.ref)] if len(parts) == 1 else [(f"{number}/", part) for number, part in enumerate(parts)]
+    return {f"{prefix}{file}": facts["sha256"] for prefix, label in labels for file, facts in manifest.inputs.get(label, {}).items()}
