@@ -3,8 +3,8 @@
     python benchmarks/merge_quality.py --models MODELS --texts TEXTS --cache results.jsonl
 
 MODELS holds `base` and the fine-tunes, TEXTS a `<fine-tune>.val.txt` and a `<fine-tune>.test.txt` of each. Options are searched on the validation
-texts (`compress merge --search`, the mean of the log perplexities over 6 windows of 256 tokens of each); the result is measured on the test texts, in
-40 windows of 256 tokens of each. Windows are spread evenly over their text. The normalised loss of a text is `(base - loss) / (base - expert)` in nats:
+texts (`compress merge --search`, the mean of the log perplexities over 3 windows of 256 tokens of each); the result is measured on the test texts, in
+16 windows of 256 tokens of each. Windows are spread evenly over their text. The normalised loss of a text is `(base - loss) / (base - expert)` in nats:
 0 is the base, 1 the text's own fine-tune. Every method that takes so many models is run; each result goes into the cache at once, and what is
 there is not computed again.
 """
@@ -30,14 +30,14 @@ from mergekit_plus.search.run import search
 from mergekit_plus.search.space import SearchOptions, parse_axes
 from mergekit_plus.steps import Execution, MergeStep
 
-WINDOW, TEST_WINDOWS, SEARCH_WINDOWS = 256, 40, 6
+WINDOW, TEST_WINDOWS, SEARCH_WINDOWS = 256, 16, 3
 # what is searched where it is not the scale and every share that has a range
 SPACES = {
     "linear": "weight:each",
     "multislerp": "weight:each",
     "task_arithmetic": "lambda",  # its density does nothing
-    "breadcrumbs": "lambda,density,gamma=0..0.4",
-    "breadcrumbs_ties": "lambda,density,gamma=0..0.4",
+    "breadcrumbs": "lambda,density,gamma=0..0.2",
+    "breadcrumbs_ties": "lambda,density,gamma=0..0.2",
     "consensus": "lambda,mask_lambda=0..1",
     "ram": "epsilon=0..0.001",
     "ramplus_tl": "r=0..2,alpha=0..1",

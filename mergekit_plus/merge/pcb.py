@@ -16,7 +16,7 @@ from ..statistics import order_statistics, sums
 from .method import Lambda, PerModel, Scan, merge_method, task_vectors
 
 Ratio = Annotated[float, Field(gt=0, le=1, description="share of each whole task vector that survives"), SearchRange(0.05, 1)]
-Winsor = Annotated[float, Field(ge=0, lt=0.5, description="share of the magnitudes clipped at either end"), SearchRange(0, 0.45)]
+Winsor = Annotated[float, Field(ge=0, lt=0.5, description="share of the magnitudes clipped at either end"), SearchRange(0, 0.3)]
 Inter = Annotated[
     Literal["sum", "normalized", "pairwise"],
     Field(description="the competition between tasks: which of the three released versions"),
