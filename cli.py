@@ -32,7 +32,6 @@ app.add_typer(adapter, name="adapter")
 Model = Annotated[
     str, typer.Argument(help="a model folder, a .safetensors file, or org/name[@revision][/folder] on the Hub; MODEL+ADAPTER applies a LoRA adapter")
 ]
-Folder = Annotated[Path | None, typer.Option("--out", "-o", help="folder to write")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="folder to write, a file where it ends in .safetensors, or hf://org/name[@branch]")]
 Push = Annotated[str | None, typer.Option("--push", metavar="ORG/NAME[@BRANCH]", help="put the output folder on the Hub too, in one commit")]
 Private = Annotated[bool, typer.Option("--private", help="make the repository private, where it has to be created")]
@@ -164,7 +163,7 @@ def extract(
     energy: Annotated[float | None, typer.Option("--energy", help="the least ranks that keep this share of each squared change, as in 0.95")] = None,
     save_rest: Annotated[bool, typer.Option("--save-rest", help="store what changed and is no linear layer whole: norms, embeddings, heads, biases")] = False,
     exclude: Exclude = [],  # noqa: B006
-    out: Folder = None,
+    out: Out = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
     dry_run: DryRun = False,
@@ -172,12 +171,15 @@ def extract(
     workers: Workers = None,
     cache: Cache = False,
     dtype: Annotated[str, typer.Option("--dtype", help="float dtype of the factors")] = "float32",
+    push: Push = None,
+    private: Private = False,
     as_json: Json = False,
 ) -> None:
     """Extract a LoRA adapter from a fine-tune, and say what it loses: `compress adapter extract org/base ./tuned --rank 16`."""
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from mergekit_plus.adapters.extract import kept
+    from mergekit_plus.checkpoint import Checkpoint
     from mergekit_plus.recipe import check, plan
     from mergekit_plus.recipe import run as carry_out
     from mergekit_plus.show import kept_lines, outcome_facts, outcome_lines, plan_lines
@@ -185,12 +187,14 @@ def extract(
     step = {"base": "base", "tuned": "tuned", "rank": rank, "energy": energy, "save_rest": save_rest, "exclude": exclude, "dtype": dtype}
     recipe = check({"inputs": {"base": base, "tuned": tuned}, "steps": [{"extract_adapter": step}]}, Path(), "compress adapter extract")
     how = _execution(out or _beside(tuned, "adapter", "folder"), overwrite, memory, workers, "5GB", resume=resume, cache=cache)
+    how = replace(how, push=push, private=private)
     if dry_run:
         facts = plan(recipe, how)
         _print(facts, plan_lines(facts), as_json)
         return
+    opened = Checkpoint.open(base, cache), Checkpoint.open(tuned, cache)  # now: a branch on the Hub may be elsewhere when the report is made
     outcome = carry_out(recipe, how)
-    report = kept(_open(base), _open(tuned), _open(str(outcome.out)), exclude)
+    report = kept(*opened, _open(str(outcome.out)), exclude)
     _print({**outcome_facts(outcome), "kept": [asdict(tensor) for tensor in report]}, kept_lines(report) + outcome_lines(outcome), as_json)
 
 
