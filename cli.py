@@ -183,7 +183,7 @@ def merge_adapters(
 
 
 @adapter.command()
-@writes("max_shard_size", "device", "allow_nonfinite", "push", "private")
+@writes("max_shard_size", "device", "allow_nonfinite")
 def extract(
     *,
     how: Writing,
@@ -199,14 +199,16 @@ def extract(
     from dataclasses import asdict
 
     from mergekit_plus.adapters.extract import kept
+    from mergekit_plus.checkpoint import Checkpoint
     from mergekit_plus.recipe import check
     from mergekit_plus.show import kept_lines, outcome_facts, outcome_lines
 
     step = {"base": "base", "tuned": "tuned", "rank": rank, "energy": energy, "save_rest": save_rest, "exclude": exclude, "dtype": dtype}
     recipe = check({"inputs": {"base": base, "tuned": tuned}, "steps": [{"extract_adapter": step}]}, Path(), "compress adapter extract")
+    opened = [Checkpoint.open(ref, how.cache) for ref in (base, tuned)]  # now: a branch on the Hub may be elsewhere when the report is made
     outcome = _outcome(recipe, how, _beside(tuned, "adapter", "folder"))
     if outcome is not None:
-        report = kept(_open(base), _open(tuned), _open(str(outcome.out)), exclude)
+        report = kept(*opened, _open(str(outcome.out)), exclude)
         _print({**outcome_facts(outcome), "kept": [asdict(tensor) for tensor in report]}, kept_lines(report) + outcome_lines(outcome), how.as_json)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, Plan, Scan, Step, TensorSpec, copy_step
+from ..checkpoint.hub import parse_reference
 from ..checkpoint.plan import row_multiple
 from ..checkpoint.spec import natural_order
 from ..errors import CheckpointError, OptionError, nearest
@@ -91,9 +92,12 @@ def extract(base: Checkpoint, tuned: Checkpoint, options: ExtractOptions, progre
         steps.append(product.step([(differences, name)], _Truncate(product.module, rank, count, meaning.transposed), options.dtype))
     saved, stored = _saved(tuned, rest, linears, module_of, meanings.tied) if options.save_rest else ([], {})
     steps += [copy_step(tuned, name, to) for to, name in stored.items()]
+    there = parse_reference(base.pinned)
+    name, revision = (there.repo, there.revision) if there and not there.path else (base.ref, None)
     return adapter_of(
-        f"adapter of {tuned.label}", products, steps, base.label, _task(base), fan_in_fan_out=any(meaning.transposed for meaning in linears.values()),
-        modules_to_save=saved, biases=any(".base_layer." in to for to in stored), tied=any(name in stored.values() for name, *_ in meanings.tied),
+        f"adapter of {tuned.label}", products, steps, name, _task(base), revision=revision,
+        fan_in_fan_out=any(meaning.transposed for meaning in linears.values()), modules_to_save=saved,
+        biases=any(".base_layer." in to for to in stored), tied=any(name in stored.values() for name, *_ in meanings.tied),
     )  # fmt: skip
 
 

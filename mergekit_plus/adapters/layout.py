@@ -59,6 +59,7 @@ def adapter_of(
     base: str | None,
     task: str | None,
     *,
+    revision: str | None = None,
     fan_in_fan_out: bool = False,
     modules_to_save: Sequence[str] = (),
     biases: bool = False,
@@ -66,13 +67,13 @@ def adapter_of(
 ) -> Checkpoint:
     """The adapter of these products, as a checkpoint: its tensors come from the steps, its adapter_config.json from here.
 
-    base: where users find the model that it belongs to. task: peft's task_type. biases: whether biases of the modules are among the tensors.
-    tied: whether embeddings are, and the head that is tied to them.
+    base: where users find the model that it belongs to, revision: its commit there. task: peft's task_type. biases: whether biases of the
+    modules are among the tensors. tied: whether embeddings are, and the head that is tied to them.
     """
     rank = max((product.rank for product in products), default=1)
     ranks = {f"^{re.escape(product.module)}": product.rank for product in products if product.rank != rank}
     config: Mapping[str, Any] = {
-        "peft_type": "LORA", "task_type": task, "base_model_name_or_path": base, "inference_mode": True,
+        "peft_type": "LORA", "task_type": task, "base_model_name_or_path": base, "revision": revision, "inference_mode": True,
         "r": rank, "lora_alpha": rank, "rank_pattern": ranks, "alpha_pattern": ranks, "use_rslora": False, "use_dora": False,
         "target_modules": [product.module for product in products], "modules_to_save": list(modules_to_save) or None,
         **({"ensure_weight_tying": True} if tied else {}),

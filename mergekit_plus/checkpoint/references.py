@@ -19,6 +19,6 @@ def split_reference(ref: str, folder: Path = Path()) -> list[str]:
             break
     else:
         head, count = words[0], 1
-    if not head:
+    if not head or words[count:] == [""]:
         raise CheckpointError(f"{ref}: a '+' stands between a model and an adapter, as in org/model+org/lora")
     return [head, *(split_reference("+".join(words[count:]), folder) if count < len(words) else [])]

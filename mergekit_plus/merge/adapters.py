@@ -73,10 +73,11 @@ def merge_adapters(
         products.append(product)
         steps.append(product.step(reads, factorise, dtype))
     label = f"{method} of {', '.join(part.label for part in adapters)}"
-    tasks, bases = ({part.config.get(key) for part in adapters} for key in ("task_type", "base_model_name_or_path"))
+    tasks, bases, revisions = ({part.config.get(key) for part in adapters} for key in ("task_type", "base_model_name_or_path", "revision"))
     turned = any(part.config.get("fan_in_fan_out") for part in adapters)
     base = adapters[0].config.get("base_model_name_or_path") if len(bases) == 1 else None
-    return adapter_of(label, products, steps, base, tasks.pop() if len(tasks) == 1 else None, fan_in_fan_out=turned)
+    revision = adapters[0].config.get("revision") if base and len(revisions) == 1 else None
+    return adapter_of(label, products, steps, base, tasks.pop() if len(tasks) == 1 else None, revision=revision, fan_in_fan_out=turned)
 
 
 def _takes_zeros(method: str) -> bool:
