@@ -208,7 +208,7 @@ def extract(
     opened = [Checkpoint.open(ref, how.cache) for ref in (base, tuned)]  # now: a branch on the Hub may be elsewhere when the report is made
     outcome = _outcome(recipe, how, _beside(tuned, "adapter", "folder"))
     if outcome is not None:
-        report = kept(*opened, _open(str(outcome.out)), exclude)
+        report = kept(opened[0], opened[1], _open(str(outcome.out)), exclude)
         _print({**outcome_facts(outcome), "kept": [asdict(tensor) for tensor in report]}, kept_lines(report) + outcome_lines(outcome), how.as_json)
 
 
