@@ -40,7 +40,7 @@ Out = Annotated[Path | None, typer.Option("--out", "-o", help="folder to write, 
 Push = Annotated[str | None, typer.Option("--push", metavar="ORG/NAME[@BRANCH]", help="put the output folder on the Hub too, in one commit")]
 Private = Annotated[bool, typer.Option("--private", help="make the repository private, where it has to be created")]
 Set = Annotated[
-    list[str], typer.Option("--set", "-s", metavar="NAME=VALUE", help="option of the method, as `compress methods` lists them; a,b,c: one for each model")
+    list[str], typer.Option("--set", "-s", metavar="NAME=VALUE", help="option of the method, as `compress methods` lists them; a,b,c: one value for each model")
 ]
 Exclude = Annotated[list[str], typer.Option("--exclude", metavar="PATTERN", help="tensors to leave as they are; shell pattern, may be repeated")]
 Include = Annotated[
@@ -447,6 +447,11 @@ def _execution(how: Writing, default: Path | None, digests: Digests | None) -> E
 
 def _tokenizer(source: str | None, multiple: int | None, template: str | None, inputs: dict[str, str]) -> dict[str, Any] | None:
     """The tokenizer key of a merge step; a model that is no input yet becomes one."""
+    from mergekit_plus.errors import OptionError
+    from mergekit_plus.vocabulary.spec import source_problem
+
+    if source is not None and (problem := source_problem(source, inputs)):
+        raise OptionError(f"--tokenizer: {problem}")
     given = {"source": source, "pad_to_multiple_of": multiple, "chat_template": template}
     named = {ref: name for name, ref in inputs.items()}
     for key, ref in given.items():
@@ -522,7 +527,7 @@ def main() -> None:
     try:
         app()
     except CompressError as error:
-        print(printable(f"compress: {error}"), file=sys.stderr)
+        print(printable(f"compress: {str(error).removeprefix('compress ')}"), file=sys.stderr)  # a recipe made of arguments goes by its command
         sys.exit(2)
     except CheckFailed as error:
         print(printable(f"compress: check failed: {error}"), file=sys.stderr)

@@ -48,13 +48,19 @@ class CheckFailed(Exception):
     """A check of a recipe measured something outside its bound."""
 
 
+SHOWN = 30  # names in one line; every registry fits, the tensors of a model do not
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the closest of `names`, or all of them where none is close."""
+    """` Did you mean 'x'?` for the closest of `names` in any case, or all of them (the first few of many) where none is close."""
     known = list(names)
+    in_lower = {one.lower(): one for one in reversed(known)}
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    close = close or [in_lower[one] for one in difflib.get_close_matches(name.lower(), in_lower, n=1, cutoff=0.6)]
     if close:
         return f" Did you mean '{close[0]}'?"
-    return f" Known: {', '.join(known)}." if known else ""
+    more = f", and {len(known) - SHOWN} more" if len(known) > SHOWN else ""
+    return f" Known: {', '.join(known[:SHOWN])}{more}." if known else ""
 
 
 def not_inputs(names: Iterable[str], inputs: Iterable[str]) -> Iterator[str]:

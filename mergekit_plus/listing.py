@@ -20,13 +20,17 @@ def list_methods(name: str | None = None) -> dict[str, Any]:
     for kind, entries in ((METHODS.kind, METHODS), (QUANTIZERS.kind, QUANTIZERS)):
         for key, entry in entries.items():
             options = [
-                {"name": option.name, "default": _plain(option.default), "required": option.required, "per_model": option.per_model, "help": option.help}
+                {
+                    "name": option.name, "default": _plain(option.default), "required": option.required, "per_model": option.per_model,
+                    "choices": list(option.choices), "help": option.help,
+                }
                 for option in entry.options.table.values()
             ]
             found[key] = {"kind": kind, "summary": entry.summary, "options": options}
             if isinstance(entry, MergeMethod):
                 found[key]["needs_base"] = entry.needs_base
                 found[key]["takes_base"] = entry.takes_base
+                found[key]["from_first"] = entry.needs_base and entry.models == (1, 1)  # two models without a base: the first is where it starts
     if name is None:
         return found
     if name not in found:

@@ -51,6 +51,7 @@ class Option:
     per_model: bool
     number: type[int] | type[float] | None = None  # what it counts in; None for what is no number
     search: tuple[float, float] | None = None  # where a search looks; None where bounds must be given
+    choices: tuple[object, ...] = ()  # all of its values, where they are a few names
 
     @property
     def keyword(self) -> str:
@@ -87,6 +88,7 @@ class Options:
                 _is_per_model(hint),
                 _number(hint),
                 _search_range(hint),
+                _choices(hint),
             )
             for name, (hint, parameter) in self._parameters.items()
         }
@@ -108,7 +110,7 @@ class Options:
         try:
             values = self._model.model_validate(known)
         except ValidationError as error:
-            for problem in error.errors():
+            for problem in {(one["loc"][0], one["msg"]): one for one in error.errors()}.values():  # a list may be wrong in the same way twice
                 name = str(problem["loc"][0])
                 if problem["type"] == "missing":
                     found.append(f"{self.owner} needs the option '{name}': {self.table[name].help}")
@@ -163,6 +165,13 @@ def _number(hint: object) -> type[int] | type[float] | None:
         return float if hint is float else int
     inner = () if get_origin(hint) is Literal else get_args(hint)
     return next((found for part in inner if (found := _number(part))), None)
+
+
+def _choices(hint: object) -> tuple[object, ...]:
+    """The values of a `Literal`; none for one that is part of a wider type."""
+    if get_origin(hint) is Annotated:
+        return _choices(get_args(hint)[0])
+    return get_args(hint) if get_origin(hint) is Literal else ()
 
 
 def _search_range(hint: object) -> tuple[float, float] | None:

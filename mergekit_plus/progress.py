@@ -41,7 +41,7 @@ class _Lines(_Quiet):
         seconds = time.monotonic() - start
         size = "" if not total else f" {(total - done) / 1e6:.0f} MB" if unit == "B" else f" {total - done}{unit}"
         if seconds >= SHORT:
-            print(f"{label}:{size} in {seconds:.1f} s", file=self.stream)
+            print(f"{label}{size and f':{size}'} in {seconds:.1f} s", file=self.stream)
 
 
 class _Bars(_Quiet):

@@ -38,10 +38,12 @@ def method_lines(facts: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     for name, entry in facts.items():
         base = ", needs --base" if entry.get("needs_base") else ", takes --base" if entry.get("takes_base") else ""
+        base = ", from --base, or the first of two models" if entry.get("from_first") else base
         lines.append(f"{name} ({entry['kind']}{base}): {entry['summary']}")
         for option in entry["options"]:
             default = "required" if option["required"] else f"default {option['default']}"
-            lines.append(f"    -s {option['name']}=  {option['help']} ({default}{', one for each model' if option['per_model'] else ''})")
+            about = ", ".join(map(str, option["choices"])) + "; " if option["choices"] else ""
+            lines.append(f"    -s {option['name']}=  {option['help']} ({about}{default}{'; one value, or one for each model' if option['per_model'] else ''})")
     return lines
 
 
@@ -51,7 +53,7 @@ def inspection_lines(facts: Mapping[str, Any]) -> list[str]:
         f"{facts['label']}: {facts['architecture']}, {facts['tensors']} tensors in {facts['files']} file{'s' * (facts['files'] != 1)}, {size(facts['bytes'])}",
         f"{facts['parameters'] / 1e6:.2f} M parameters, {facts['bits_per_weight']:.3g} bits a weight; "
         + ", ".join(f"{dtype} {size(nbytes)}" for dtype, nbytes in facts["dtypes"].items()),
-        "roles: " + ", ".join(f"{count} {role}" for role, count in facts["roles"].items()) + f"; {facts['blocks']} blocks",
+        "roles: " + ", ".join(f"{count} {role}" for role, count in facts["roles"].items()) + f"; {facts['blocks']} block{'s' * (facts['blocks'] != 1)}",
     ]
     if facts["fused"]:
         lines.append("fused by servers: " + "; ".join(facts["fused"]))
@@ -73,7 +75,7 @@ def plan_lines(facts: Mapping[str, Any]) -> list[str]:
     """`--dry-run`."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in facts["tensors"].items())
     times = 1 + facts["bytes_measured"] / max(1, facts["bytes_read"])
-    again = f", {times:.2g} times in all to measure the whole model first" if facts["measurements"] else ""
+    again = f", {times:.2g} times in all to measure the whole model first" if facts["bytes_measured"] else ""
     hub = []
     if facts["cached"]:
         hub = [f"brings {size(facts['cached'])} from the Hub into its local cache"]

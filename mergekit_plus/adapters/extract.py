@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from math import isfinite, sqrt
 from typing import Any, Literal
 
@@ -21,8 +20,8 @@ from torch import Tensor
 from ..checkpoint import Checkpoint, Plan, Scan, Step, TensorSpec, copy_step
 from ..checkpoint.hub import parse_reference
 from ..checkpoint.plan import row_multiple
-from ..checkpoint.spec import natural_order
-from ..errors import CheckpointError, OptionError, nearest
+from ..checkpoint.spec import check_patterns, matches, natural_order
+from ..errors import CheckpointError, OptionError
 from ..model import Meaning, adapter_reason, describe, quantized_reason, tied_alias
 from ..progress import Progress, quiet
 from .apply import apply, targets
@@ -75,7 +74,7 @@ def extract(base: Checkpoint, tuned: Checkpoint, options: ExtractOptions, progre
             if change:
                 changed.append(name)
             progress.advance(base.specs[pairs[name]].nbytes)
-    left_out = [name for name in changed if any(fnmatchcase(name, pattern) for pattern in options.exclude)]
+    left_out = [name for name in changed if matches(name, options.exclude)]
     linears = {name: roles[name] for name in changed if name in roles and name not in left_out and roles[name].role == "linear"}
     rest = [name for name in changed if name not in linears and name not in left_out]
     if not linears and not (rest and options.save_rest):
@@ -111,9 +110,7 @@ def _pairs(base: Checkpoint, tuned: Checkpoint, exclude: Sequence[str]) -> dict[
             raise CheckpointError(reason)
     pairs: dict[str, str] = {}
     problems = []
-    for pattern in exclude:
-        if not any(fnmatchcase(name, pattern) for name in tuned.specs):
-            raise OptionError(f"--exclude '{pattern}' matches no tensor.{nearest(pattern, tuned.specs) if len(tuned.specs) < 1000 else ''}")
+    check_patterns("--exclude", exclude, tuned.specs)
     for name in sorted({*tuned.specs, *base.specs}, key=natural_order):
         places = [name if name in part.specs else tied_alias(part, name) for part in (base, tuned)]
         place = places[0]
@@ -122,7 +119,7 @@ def _pairs(base: Checkpoint, tuned: Checkpoint, exclude: Sequence[str]) -> dict[
         elif name not in tuned.specs:
             problems.append(f"{name} is tied in {tuned.label} alone, which no adapter can do")
         elif base.specs[place].shape != tuned.specs[name].shape:
-            if not any(fnmatchcase(name, pattern) for pattern in exclude):
+            if not matches(name, exclude):
                 problems.append(f"{name}: {base.label} has {base.specs[place].shape}, {tuned.label} has {tuned.specs[name].shape}")
         elif base.specs[place].is_float and tuned.specs[name].is_float:
             pairs[name] = place

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from ..checkpoint import Checkpoint
 from ..vocabulary import ModelToken, TokenizerSpec, TokenRule, ZeroRow, retokenize
 from ..vocabulary.chat import chat_problem
+from ..vocabulary.spec import source_problem
 from .schema import Document, Reference, Token
 
 
@@ -51,5 +52,8 @@ def vocabulary_problems(document: Document) -> list[str]:
     except ValidationError as error:
         return [f"tokenizer: {problem['msg'].removeprefix('Value error, ')}" for problem in error.errors()]
     names = [reference.ref for reference in document.references()]
+    source = document.tokenizer.source if document.tokenizer else document.tokenizer_source
+    if source is not None and (problem := source_problem(str(source), names)):
+        return [f"tokenizer: {problem}"]
     problem = chat_problem(document.chat_template, names) if document.chat_template else None
     return [problem] if problem else []

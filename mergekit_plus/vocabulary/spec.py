@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..errors import not_inputs
+from ..errors import nearest
 from .chat import chat_problem
+
+WORDS = ("union", "base")  # for a source that is no model's name
+
+
+def source_problem(source: str, models: Collection[str]) -> str | None:
+    """Why this is no source, before anything is opened: no model goes by it, and it is nearly one of the words."""
+    near = nearest(source, WORDS)
+    if source in WORDS or source in models or Path(source).exists() or "Did you mean" not in near:
+        return None
+    return f"'{source}' is no model.{near}"
 
 
 class _Strict(BaseModel):
@@ -65,7 +76,7 @@ class TokenizerSpec(_Strict):
 
     def models(self) -> Iterator[str]:
         """Every model that it names, except in `chat_template`."""
-        if self.source not in (None, "union", "base"):
+        if self.source is not None and self.source not in WORDS:
             yield str(self.source)
         for rule in self.tokens.values():
             if isinstance(rule.source, str):
@@ -76,6 +87,8 @@ class TokenizerSpec(_Strict):
     def problems(self, known: Iterable[str]) -> Iterator[str]:
         """A sentence for each name that is none of the known models."""
         names = list(known)
-        yield from not_inputs(dict.fromkeys(self.models()), names)
+        for name in dict.fromkeys(self.models()):
+            if name not in names:
+                yield f"'{name}' is not an input.{nearest(name, [*names, *WORDS] if name == self.source else names)}"
         if self.chat_template is not None and (problem := chat_problem(self.chat_template, names)):
             yield problem

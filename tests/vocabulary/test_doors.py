@@ -82,7 +82,7 @@ def test_a_document_of_mergekit(here: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "reason"),
     [
-        ("unoin", "merge, tokenizer: 'unoin' is not an input. Known: a, b"),
+        ("unoin", "merge, tokenizer: 'unoin' is not an input. Did you mean 'union'?"),
         ({"sauce": "union"}, "tokenizer: unknown key 'sauce'. Did you mean 'source'?"),
         ({"source": "base", "tokens": {"x": {"source": "d"}}}, "merge, tokenizer: 'd' is not an input"),
         ({"source": "base", "chat_template": "chatlm"}, "chat_template 'chatlm' is neither Jinja text nor a name. Did you mean 'chatml'?"),
