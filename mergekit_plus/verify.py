@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.hub import HubFolder, parse_reference, pin
+from .checkpoint.hub import HubFolder, parse_reference, pin, way_back
 from .checkpoint.layout import is_file, manifest_name
 from .digests import sha256 as sha256_of
 from .errors import CheckpointError, ReadError
@@ -88,7 +88,7 @@ def _of_input(ref: str, files: Mapping[str, Facts], place: str | None, beside: P
         return {}
     pinned = pin(reference)
     if pinned is None:
-        raise ReadError(f"{ref}: the Hub cannot be reached, which is asked for the digests of inputs that lie there")
+        raise ReadError(f"{ref}: the Hub cannot be reached, which is asked for the digests of inputs that lie there ({way_back()})")
     there, listed = pinned
     folder_there = HubFolder(there, listed)
     return {f"{ref}/{name}": (facts, _on_hub(folder_there, name, facts)) for name, facts in files.items()}

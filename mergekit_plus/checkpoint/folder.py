@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from ..errors import CheckpointError, Unreachable, nearest
 from .blob import Blob, File, check_small
 from .checkpoint import Checkpoint, FileSource, SmallFile
-from .hub import HubFolder, Reference, cached_snapshot, download, in_cache, parse_reference, pin
+from .hub import HubFolder, Reference, cached_snapshot, download, in_cache, parse_reference, pin, way_back
 from .safetensors import MAX_HEADER, PICKLE_HELP, read_header
 from .spec import TensorSpec, natural_order
 
@@ -118,7 +118,7 @@ def _open_on_hub(there: Reference, label: str, cache: bool) -> Checkpoint:
     if pinned is None:
         snapshot = cached_snapshot(there, IN_CACHE)
         if snapshot is None:
-            raise Unreachable(f"{there.repo}: not a local path, and the Hub cannot be reached; nor is it in the local cache")
+            raise Unreachable(f"{there.repo}: not a local path, and the Hub cannot be reached; nor is it in the local cache ({way_back()})")
         return _open_snapshot(replace(there, revision=snapshot.name), snapshot, label)
     revision = there.revision
     there, files = pinned

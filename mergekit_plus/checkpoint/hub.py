@@ -238,6 +238,13 @@ def pin(reference: Reference) -> tuple[Reference, dict[str, Listed]] | None:
     return replace(reference, revision=info.sha), files
 
 
+def way_back() -> str:
+    """What to do where the Hub is out of reach."""
+    from huggingface_hub import constants
+
+    return "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else f"try again when {constants.ENDPOINT} answers"
+
+
 def cached_snapshot(reference: Reference, patterns: Iterable[str]) -> Path | None:
     """The folder of this revision in the local Hub cache, if it is there with the files that match; nobody is asked."""
     from huggingface_hub import snapshot_download

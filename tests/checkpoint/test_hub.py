@@ -88,7 +88,8 @@ def test_a_reference_names_a_repository_a_revision_and_a_path(text: str, referen
 @pytest.mark.parametrize("out_of_reach", [{"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}])
 def test_out_of_reach_an_unknown_name_is_one_line_and_a_cached_one_opens(home: Path, out_of_reach: dict[str, str]) -> None:
     unknown, pinned, impossible, cached, local = opened(home, "no/such", "no/such@v1", "a--b/c", "org/name", "local/name", **out_of_reach)
-    assert unknown == "no/such: not a local path, and the Hub cannot be reached; nor is it in the local cache"
+    way_back = "unset HF_HUB_OFFLINE" if out_of_reach["HF_HUB_OFFLINE"] == "1" else "try again when http://127.0.0.1:9 answers"
+    assert unknown == f"no/such: not a local path, and the Hub cannot be reached; nor is it in the local cache ({way_back})"
     assert pinned == unknown
     assert impossible.startswith("a--b/c: no such file or folder, and not a name that the Hub could have")
     assert cached == "['w']"
@@ -262,7 +263,7 @@ def test_offline_reads_the_cache_and_no_token_is_ever_shown(hub: Hub, tmp_path: 
     assert offline.returncode == 0, offline.stderr
     unknown = compress(hub, "merge", "org/name", "org/other", "-o", "never", home=tmp_path / "home", cwd=tmp_path, HF_HUB_OFFLINE="1")
     assert unknown.returncode == 2
-    assert unknown.stderr == "compress: org/other: not a local path, and the Hub cannot be reached; nor is it in the local cache\n"
+    assert unknown.stderr == "compress: org/other: not a local path, and the Hub cannot be reached; nor is it in the local cache (unset HF_HUB_OFFLINE)\n"
     assert len(hub.log) == before
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
     written = b"".join(path.read_bytes() for out in ("out", "again") for path in (tmp_path / out).iterdir())
