@@ -31,7 +31,7 @@ def small_files(
     """The recipe and the card of an output; `table` is what was measured."""
     text = _resolved(recipe, inputs, manifest, out, shard_size)
     refs = [inputs[name].pinned or source.ref for name, source in recipe.inputs.items()]
-    models = [there.repo for model in inputs.values() if (there := parse_reference(model.pinned))]
+    models = [there.repo for model in inputs.values() for part in model.pinned.split("+") if (there := parse_reference(part))]
     return {RECIPE: text, CARD: card(refs, models, _plain_steps(recipe), text.decode(), table)}
 
 

@@ -31,7 +31,7 @@ from .checkpoint.layout import MANIFEST, plan_save
 from .checkpoint.plan import is_copy
 from .checkpoint.references import split_reference
 from .checkpoint.shards import parse_size
-from .checkpoint.stage import partial_of
+from .checkpoint.stage import partial_of, refuse_leftover
 from .checkpoint.upload import Target, Upload, parse_target
 from .checks import Checks, Row, measure_and_compare
 from .errors import CheckFailed, CompressError, OutputError, RecipeError, not_inputs
@@ -225,6 +225,8 @@ def _run(recipe: Recipe, how: Execution, out: Path, upload: Upload | None) -> Ou
     searched: list[dict[str, Any]] = []
     if recipe.searches:
         check_target(out, how.save.overwrite, built.result)
+        if not (how.save.resume or how.save.overwrite):
+            refuse_leftover(out.resolve())
         recipe = with_found(recipe, built.inputs, how)
         built = build(recipe, how)
         searched = [options.searched for step in recipe.steps for options in step.values() if isinstance(options, MergeStep) and options.searched]

@@ -40,6 +40,13 @@ def was_published(out: Path) -> bool:
     return out.exists() and not staged.exists() and read(partial_of(out) / "journal").publishing
 
 
+def refuse_leftover(out: Path) -> None:
+    """Refuse, before long work, to begin where an interrupted run has finished something. Errors: OutputError."""
+    found = read(partial_of(out) / "journal")
+    if found.worth_keeping:
+        raise OutputError(f"{out}: {_refusal(found, found.job)}")
+
+
 class Stage:
     """An output's partial folder, while this process holds its lock; on exit it is gone, unless `keep` says otherwise.
 

@@ -20,6 +20,7 @@ from ..model import tied_alias, vocabulary_size
 from .spec import ModelToken, TokenRule, ZeroRow
 
 ZERO, MEAN, PADDING = -1, -2, -3  # origins of rows that are no row of a model
+PLACES = 256  # runs of rows that are read one by one
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +125,13 @@ def rerow(name: str, number: int, of: Table, own: Sequence[Tensor], sources: Seq
     for spec in specs[1:]:
         dtype = torch.promote_types(dtype, TORCH_DTYPES[spec.dtype])
     written = TensorSpec(name, TAGS[dtype], (len(of.origin), *specs[0].shape[1:]))
-    step = Step(tuple(reads), (written,), _compose(picks, means, dtype), 1, takes=tuple(picks))
+    step = Step(tuple(reads), (written,), _compose(picks, means, dtype), 0 if any(map(_scattered, picks)) else 1, takes=tuple(picks))
     return _padded(step, sources[number].label, of.origin == PADDING) if bool((of.origin == PADDING).any()) else step
+
+
+def _scattered(pick: Tensor) -> bool:
+    """Whether its rows lie in so many places that the table is better read whole, in one go."""
+    return int((torch.diff(pick[pick >= 0]) != 1).sum()) > PLACES
 
 
 def _untouched(of: Table, number: int, spec: TensorSpec) -> bool:

@@ -55,6 +55,7 @@ def test_a_model_with_an_adapter_is_read_once_and_pinned_in_both_parts(toys: Hub
     inputs = yaml.safe_load((merged / "recipe.yaml").read_text())["inputs"]
     assert inputs["lora"]["ref"] == f"org/base@{there['base']}+org/one@{there['one']}"
     assert toys.sent(WEIGHTS) == sum(len(toys.files(f"org/{name}")[file]) for name in there for file in toys.files(f"org/{name}") if file.endswith("tensors"))
+    assert "base_model:\n- org/base\n- org/one\n- org/tuned\n" in (merged / "README.md").read_text()
     assert files(made_again(toys, merged)) == files(merged)
 
 

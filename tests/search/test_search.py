@@ -13,7 +13,8 @@ import yaml
 from torch.nn import functional
 
 from mergekit_plus.checkpoint import Checkpoint
-from mergekit_plus.errors import CheckpointError, RecipeError
+from mergekit_plus.checkpoint.journal import Done, Journal
+from mergekit_plus.errors import CheckpointError, OutputError, RecipeError
 from mergekit_plus.evaluate import load_model, load_tokenizer, log_probabilities, perplexity, tokenize
 from mergekit_plus.recipe import Recipe, check, load, run
 from mergekit_plus.search.candidates import Candidates
@@ -228,3 +229,13 @@ def test_a_search_that_cannot_be_is_refused_with_everything_else_that_is_wrong()
     merge = {"method": "pcb", "models": NAMES, "base": "base", "search": {"option": {}, "texts": {}}}
     with pytest.raises(RecipeError, match=r"step 1, merge: search: unknown key 'option'\. Did you mean 'options'\?"):
         check({"inputs": {name: str(MODELS / name) for name in ("base", *NAMES)}, "steps": [{"merge": merge}]}, Path(), "recipe")
+
+
+def test_what_an_interrupted_run_left_is_seen_before_the_search(tmp_path: Path) -> None:
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    Journal(partial / "journal", Done({"inputs": "other"}, 10_000, {"model.safetensors": (5000, "0" * 64)})).close()
+    merge = step("task_arithmetic", {"lambda": [0, 1]}).model_dump(exclude_none=True)
+    recipe = check({"inputs": {name: str(MODELS / name) for name in ("base", *NAMES)}, "steps": [{"merge": merge}]}, tmp_path, "r")
+    with pytest.raises(OutputError, match=r"out: an interrupted run finished 5\.0 of 10\.0 kB; continue it with --resume, or start over with --overwrite"):
+        run(recipe, Execution(out=tmp_path / "out"))

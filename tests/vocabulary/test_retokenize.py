@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from vocabulary_toys import LETTERS, A, B, C, bpe, ids, toy
 
 import mergekit_plus.checkpoint.plan as plans
-from mergekit_plus.checkpoint import Checkpoint, SaveOptions, save
+from mergekit_plus.checkpoint import Checkpoint, Plan, SaveOptions, Step, save
 from mergekit_plus.errors import CheckpointError, OptionError
 from mergekit_plus.merge.plan import merge
 from mergekit_plus.vocabulary import TokenizerSpec, retokenize
@@ -120,6 +120,18 @@ def test_any_two_vocabularies(first: list[int], second: list[int], drop_a: int, 
             assert {token: after[token] for token in ids(contents["a"])} == ids(contents["a"])
             rows = view.read(EMBED)[[after[token] for token in ids(contents[name])]]
             assert torch.equal(rows, models[name].read(EMBED))
+
+
+def test_rows_from_all_over_a_table_are_read_in_one_go(models: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+    def step_of(view: Checkpoint) -> Step:
+        assert isinstance(view.source, Plan)
+        return view.source.step_of[EMBED]
+
+    few = views_of(models, source="union")["b"]
+    monkeypatch.setattr("mergekit_plus.vocabulary.rows.PLACES", 2)
+    many = views_of(models, source="union")["b"]
+    assert (step_of(few).cut, step_of(many).cut) == (1, 0)
+    assert torch.equal(few.read(EMBED), many.read(EMBED))
 
 
 # ---- padding ----
