@@ -79,7 +79,8 @@ def test_method_options_are_given_by_name(pair: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["-m", "tied"], ["unknown merge method 'tied'", "Did you mean 'ties'?"]),
+        (["--tokenizer", "unoin"], ["--tokenizer: 'unoin' is no model. Did you mean 'union'?"]),
+        (["-m", "tied"], ["compress: merge: ", "unknown merge method 'tied'", "Did you mean 'ties'?"]),
         (["-m", "ties"], ["ties", "--base"]),
         (["-m", "ties", "-b", "a.safetensors", "-s", "density=50"], ["density", "less than or equal to 1"]),
         (["-s", "wieght=1"], ["linear has no option 'wieght'", "Did you mean 'weight'?"]),
@@ -167,6 +168,8 @@ def test_inspect_and_methods_show_what_there_is(tmp_path: Path) -> None:
     assert "q_proj + k_proj + v_proj" in shown.stdout
     listed = compress("methods", "pcb", cwd=tmp_path)
     assert "-s ratio=" in listed.stdout
+    assert "(sum, normalized, pairwise; default sum)" in listed.stdout
+    assert "slerp (merge method, from --base, or the first of two models):" in compress("methods", "slerp", cwd=tmp_path).stdout
     refused(compress("methods", "pbc", cwd=tmp_path), "Did you mean 'pcb'?")
 
 

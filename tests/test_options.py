@@ -38,6 +38,10 @@ def test_a_table_tells_all_that_a_user_may_set() -> None:
     }
 
 
+def test_a_table_tells_the_names_to_choose_from() -> None:
+    assert {name: option.choices for name, option in OPTIONS.table.items() if option.choices} == {"mode": ("sum", "mean")}
+
+
 def test_values_come_back_as_keyword_arguments_with_the_defaults_filled_in() -> None:
     assert OPTIONS.check({"steps": 3}) == {"weight": (0.5,), "lambda_": 1.0, "mode": "sum", "steps": 3}
     blend([], **OPTIONS.check({"steps": 3, "lambda": 0.2}))
@@ -67,6 +71,10 @@ def test_a_default_goes_to_all_models_too() -> None:
         ({"steps": 1, "weight": [0.1, 0.2, 0.3]}, ["blend: weight has 3 values for 2 models; give one, or one for each"]),
         ({"steps": 1, "weight": []}, ["blend: weight has 0 values for 2 models; give one, or one for each"]),
         ({"steps": 1, "weight": [0.1, 50]}, ["blend: weight=[0.1, 50]: Input should be less than or equal to 1"]),
+        ({"steps": 1, "weight": ["a", 50, "b"]}, [
+            "blend: weight=['a', 50, 'b']: Input should be a valid number, unable to parse string as a number",
+            "blend: weight=['a', 50, 'b']: Input should be less than or equal to 1",
+            "blend: weight has 3 values for 2 models; give one, or one for each"]),
         ({"steps": 1, "weight": 0}, ["blend: weight=0: Input should be greater than 0"]),
         ({"steps": 1.5}, ["blend: steps=1.5: Input should be a valid integer, got a number with a fractional part"]),
         ({"steps": 1, "mode": "max"}, ["blend: mode='max': Input should be 'sum' or 'mean'"]),
