@@ -58,7 +58,7 @@ Device = Annotated[str, typer.Option("--device", help="where to compute: cpu, cu
 NonFinite = Annotated[bool, typer.Option("--allow-nonfinite", help="carry NaN and infinite values instead of refusing them")]
 Search = Annotated[
     str | None,
-    typer.Option("--search", metavar="OPTION[=LOW..HIGH],...", help="find the values of these options on --text; OPTION:each for one value a model"),
+    typer.Option("--search", metavar="OPTION[=LOW..HIGH],...", help="options to be found on --text; OPTION:each, :depth3, :kinds for a value each"),
 ]
 Texts = Annotated[list[str], typer.Option("--text", "-t", metavar="[NAME=]FILE", help="text to measure on; may be repeated")]
 HeldOut = Annotated[list[str], typer.Option("--heldout", metavar="[NAME=]FILE", help="text on which the outcome of --search is measured; may be repeated")]
@@ -467,7 +467,7 @@ def _tokenizer(source: str | None, multiple: int | None, template: str | None, i
 
 
 def _settings(assignments: list[str]) -> dict[str, Any]:
-    """`name=value` pairs; values are read as YAML, commas make a list (one value for each model)."""
+    """`name=value` pairs; values are read as YAML, commas make a list (one value for each model) where there is no table."""
     from mergekit_plus.errors import OptionError
     from mergekit_plus.safe_yaml import parse
 
@@ -476,7 +476,8 @@ def _settings(assignments: list[str]) -> dict[str, Any]:
         name, equals, value = assignment.partition("=")
         if not equals or not name:
             raise OptionError(f"-s {assignment}: write name=value")
-        settings[name] = [parse(part, f"-s {name}") for part in value.split(",")] if "," in value else parse(value, f"-s {name}")
+        listed = "," in value and not value.startswith("{")
+        settings[name] = [parse(part, f"-s {name}") for part in value.split(",")] if listed else parse(value, f"-s {name}")
     return settings
 
 

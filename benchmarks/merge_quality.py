@@ -25,6 +25,7 @@ import torch
 from mergekit_plus.checkpoint import Checkpoint
 from mergekit_plus.evaluate import load_model, load_tokenizer, tokenize
 from mergekit_plus.merge import METHODS
+from mergekit_plus.merge.varying import numbers
 from mergekit_plus.search.objective import nll, spread
 from mergekit_plus.search.run import search
 from mergekit_plus.search.space import SearchOptions, parse_axes
@@ -53,14 +54,14 @@ def space(name: str) -> str:
 class Bench:
     """The models, the texts, and the results so far."""
 
-    def __init__(self, models: Path, texts: Path, cache: Path, budget: int) -> None:
+    def __init__(self, models: Path, texts: Path, cache: Path, budget: int, test_windows: int) -> None:
         self.names = sorted(path.name for path in models.iterdir() if (path / "config.json").is_file() and (texts / f"{path.name}.test.txt").is_file())
         self.inputs = {name: Checkpoint.open(models / name) for name in ("base", *self.names)}
         self.texts, self.cache, self.budget = texts, cache, budget
         self.done: dict[str, Any] = dict(json.loads(line) for line in cache.read_text().splitlines()) if cache.is_file() else {}
         tokenizer = load_tokenizer(self.inputs["base"])
         model = load_model(self.inputs["base"])
-        self.rows = {name: spread(model, tokenize(tokenizer, (texts / f"{name}.test.txt").read_text()), WINDOW, TEST_WINDOWS) for name in self.names}
+        self.rows = {name: spread(model, tokenize(tokenizer, (texts / f"{name}.test.txt").read_text()), WINDOW, test_windows) for name in self.names}
 
     def losses(self, checkpoint: Checkpoint) -> dict[str, float]:
         """On the test texts, nats a token."""
@@ -108,26 +109,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, default=Path("merge-quality.jsonl"))
     parser.add_argument("--budget", type=int, default=24, help="models that each search measures")
     parser.add_argument("--methods", nargs="*", help="only these")
+    parser.add_argument("--axes", nargs="*", help="what is searched instead, a row each: lambda lambda:depth3 lambda:kinds")
+    parser.add_argument("--test-windows", type=int, default=TEST_WINDOWS, help="of each test text; a cache holds results of one number")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    bench = Bench(options.models, options.texts, options.cache, options.budget)
+    bench = Bench(options.models, options.texts, options.cache, options.budget, options.test_windows)
     rows = []
     for name in options.methods or METHODS:
         least, most = METHODS[name].models
         if len(bench.names) < least or (most is not None and len(bench.names) > most):
             continue
         plain = bench.normalised(bench.remember(name, lambda name=name: bench.merged(bench.step(name))))
-        axes = space(name)
-        row = [name, *(f"{share:.3f}" for share in plain)]
-        if axes:
-            key = f"{name} {axes} {bench.budget}x{SEARCH_WINDOWS}"
-            found = bench.remember(key, lambda name=name, axes=axes: bench.searched(name, axes))
-            best = bench.normalised(found["losses"])
-            row += [f"{best[0]:.3f}", f"{best[1]:.3f}", shown(found["options"])]
-        else:
-            best = plain
-            row += ["-", "-", "nothing to search"]
-        rows.append((best[0], row))
+        for axes in options.axes or [space(name)]:
+            row = [name, *(f"{share:.3f}" for share in plain)]
+            if axes:
+                key = f"{name} {axes} {bench.budget}x{SEARCH_WINDOWS}"
+                found = bench.remember(key, lambda name=name, axes=axes: bench.searched(name, axes))
+                best = bench.normalised(found["losses"])
+                row += [f"{best[0]:.3f}", f"{best[1]:.3f}", shown(found["options"])]
+            else:
+                best = plain
+                row += ["-", "-", "nothing to search"]
+            rows.append((best[0], row))
     print("| method | mean | worst | mean, searched | worst, searched | found |\n|---|---|---|---|---|---|")
     for _, row in sorted(rows, key=lambda pair: -pair[0]):
         print(f"| {' | '.join(row)} |")
@@ -135,9 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def shown(options: Mapping[str, Any]) -> str:
     """Option values as a table has them."""
-    return ", ".join(
-        f"{name} {' '.join(f'{number:.3g}' for number in (value if isinstance(value, list) else [value]))}" for name, value in options.items()
-    )
+    return ", ".join(f"{name} {' '.join(f'{number:.3g}' for number in numbers(value))}" for name, value in options.items())
 
 
 if __name__ == "__main__":

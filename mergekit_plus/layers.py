@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
@@ -19,7 +19,23 @@ from .model import Meaning, describe, layer_of, meta_model
 _COUNT = re.compile(r"(?:num_|n_)?(?:hidden_)?layers?|depth")  # a key of config.json with the number of layers
 _PER_LAYER = re.compile(r"layer|block|window|pattern|heads|intermediate|sparsity|types?$")  # keys whose lists have an entry for every layer
 _NUMBER = re.compile(r"(?:^|\.)\d+\.")
+_ATTENTION = re.compile(r"\.[^.]*(?:attn|attention|att\.)", re.IGNORECASE)  # the module of a block that attends, by its name
 _LAST_NORM = re.compile(r"final|^norm$|^ln_f$")
+
+
+Kind = Literal["attention", "mlp", "rest"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a tensor stands in its model: how far along the stack, 0 before the first layer and 1 after the last, and in what kind of layer.
+
+    "attention": in a block, in a module with attention in its name; "mlp": all else in a block but norms; "rest": norms, and what is in no block.
+    """
+
+    along: float
+    kind: Kind
 
 
 @dataclass(frozen=True)
@@ -55,6 +71,32 @@ def layer_places(names: Iterable[str]) -> dict[str, float]:
         stacks.setdefault(stack, set()).add(block)
     whole = {stack: len(blocks) for stack, blocks in stacks.items() if len(blocks) == max(blocks) + 1}
     return {name: along(block, whole[stack]) for name, (stack, block) in places.items() if stack in whole}
+
+
+def between(points: Sequence[float], t: float) -> float:
+    """The value at `t`, 0 to 1, of a line through points at equal distances; where two neighbours are equal, exactly theirs."""
+    where = t * (len(points) - 1)
+    first = int(where)
+    begun = float(points[first])
+    return begun + (where - first) * (float(points[min(first + 1, len(points) - 1)]) - begun)
+
+
+def positions(checkpoint: Checkpoint) -> dict[str, Position]:
+    """Where every tensor stands. Errors: CheckpointError for a model without a stack of layers, and as `parts_of`."""
+    meanings, parts = describe(checkpoint).tensors, list(parts_of(checkpoint).values())
+    if not any(part.layers for part in parts):
+        raise CheckpointError(f"{checkpoint.label} has no stack of layers, so that no option can vary along it or by kind of layer")
+    found: dict[str, Position] = {}
+    for part in parts:
+        places = [(0.0, part.before), *((along(number, len(part.layers)), layer) for number, layer in enumerate(part.layers)), (1.0, part.after)]
+        found |= {name: Position(place, _kind(meanings[name])) for place, names in places for name in names}
+    return found
+
+
+def _kind(meaning: Meaning) -> Kind:
+    if meaning.block is None or meaning.role == "norm":
+        return "rest"
+    return "attention" if _ATTENTION.search(meaning.name.removeprefix(meaning.stack or "")) else "mlp"
 
 
 def parts_of(checkpoint: Checkpoint) -> dict[str, Part]:

@@ -119,7 +119,9 @@ def _digits(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _values(value: float | Sequence[float]) -> str:
+def _values(value: float | Sequence[float] | Mapping[str, Any]) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{name} {_values(part)}" for name, part in value.items())
     return ",".join(f"{number:g}" for number in (value if isinstance(value, list | tuple) else [value]))
 
 

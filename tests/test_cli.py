@@ -193,6 +193,16 @@ def test_a_failed_check_exits_with_1_and_keeps_the_output(tmp_path: Path) -> Non
     refused(compress("run", recipe, cwd=tmp_path), "unknown key 'stepz'", "Did you mean 'steps'?", "unknown key 'windw'")
 
 
+def test_an_option_may_vary_with_the_layer(tmp_path: Path) -> None:
+    for name, value in (("base", 0.0), ("tuned", 8.0)):
+        save_file({f"layers.{layer}.mlp.weight": torch.full((2, 2), value) for layer in range(3)}, tmp_path / f"{name}.safetensors")
+    merge = ("merge", "tuned.safetensors", "-b", "base.safetensors", "-m", "task_arithmetic", "-o", "out.safetensors", "-s")
+    run = compress(*merge, "lambda={depth: [0, 1]}", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert [tensor.unique().tolist() for tensor in load_file(tmp_path / "out.safetensors").values()] == [[0], [4], [8]]
+    refused(compress(*merge, "lambda={attention: 0.3, mlp: 0.5}", cwd=tmp_path), "lambda={'attention': 0.3, 'mlp': 0.5}: write {depth: [first, ..., last]}")
+
+
 def test_options_are_searched_and_the_result_stands_beside_others(tmp_path: Path) -> None:
     texts = [part for name in ("code", "docs") for part in ("--text", f"{name}={MODELS / 'text' / f'{name}.val.txt'}")]
     models = (MODELS / "code", MODELS / "docs", "-m", "task_arithmetic", "-b", MODELS / "base")

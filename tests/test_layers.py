@@ -10,7 +10,8 @@ from tiny import ARCHITECTURES, tiny_model
 
 from mergekit_plus.checkpoint import Checkpoint, renamed
 from mergekit_plus.errors import CheckpointError
-from mergekit_plus.layers import layer_misfits, layer_places, parts_of
+from mergekit_plus.layers import Position, along, between, layer_misfits, layer_places, parts_of, positions
+from mergekit_plus.model import describe
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,33 @@ def test_a_tensor_is_renamed_with_its_layer(folder: Path) -> None:
 def test_places_go_from_0_to_1_in_every_stack_that_is_whole() -> None:
     names = ["embed", "a.0.w", "a.1.w", "a.2.w", "a.2.experts.5.w", "b.0.w", "mlp.0.w", "mlp.2.w"]
     assert layer_places(names) == {"a.0.w": 0, "a.1.w": 0.5, "a.2.w": 1, "a.2.experts.5.w": 1, "b.0.w": 1}
+
+
+def test_a_line_through_points_is_exact_at_each_and_between_equal_ones() -> None:
+    assert [between([0, 1, 3], t) for t in (0, 0.25, 0.5, 0.75, 1)] == [0, 0.5, 1, 2, 3]
+    assert {between([0.1] * 4, along(layer, 13)) for layer in range(13)} == {0.1}
+    assert between([7], 0.3) == 7
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_layer_has_attention_and_mlp_and_only_norms_are_neither(name: str, folder: Path) -> None:
+    model = tiny_model(name, folder)
+    meanings = describe(model).tensors
+    for tensor, position in positions(model).items():
+        inside = meanings[tensor].block is not None and meanings[tensor].role != "norm"
+        assert (position.kind == "rest") is not inside
+        if inside:
+            attends = any(word in tensor for word in ("q_proj", "k_proj", "v_proj", "o_proj", "self_attn.out_proj", "attn.c_", "attention."))
+            assert (position.kind == "attention") is attends, tensor
+
+
+def test_a_position_is_how_far_along_the_stack_and_in_what(folder: Path) -> None:
+    found = positions(tiny_model("LlamaForCausalLM", folder))
+    assert found["model.embed_tokens.weight"] == Position(0, "rest")
+    assert found["model.layers.0.self_attn.q_proj.weight"] == Position(0, "attention")
+    assert found["model.layers.1.mlp.up_proj.weight"] == Position(1, "mlp")
+    assert found["model.layers.1.input_layernorm.weight"] == Position(1, "rest")
+    assert found["model.norm.weight"] == found["lm_head.weight"] == Position(1, "rest")
 
 
 def test_a_stack_with_a_hole_is_refused() -> None:

@@ -27,6 +27,7 @@ from ..errors import CheckpointError, OptionError
 from . import METHODS
 from .combine import shares
 from .plan import MergeOptions, merge, problems
+from .varying import varies
 
 SVD = "svd"  # the weighted sum, brought down to the largest rank of the inputs
 
@@ -34,6 +35,8 @@ SVD = "svd"  # the weighted sum, brought down to the largest rank of the inputs
 def adapter_problems(method: str, options: Mapping[str, object], adapters: int, rank: int | None) -> list[str]:
     """Everything wrong with a method, its options and this many adapters, a sentence each."""
     found = [f"rank must be 1 or more, not {rank}"] if rank is not None and rank < 1 else []
+    if varies(options):
+        return [*found, "options by depth or kind of layer are for models; adapters are merged with one value"]
     return found + problems("linear" if method == SVD else method, options, adapters, _takes_zeros(method))
 
 

@@ -92,6 +92,12 @@ class MergeMethod:
     def needs_base(self) -> bool:
         return self.takes_base and type(None) not in get_args(get_type_hints(self.function)["base"])
 
+    @cached_property
+    def measured_by(self) -> frozenset[str]:
+        """The options that the statistic depends on."""
+        named = inspect.signature(self.statistic).parameters if self.statistic else {}
+        return frozenset(name for name, option in self.options.table.items() if option.keyword in named)
+
     @property
     def random(self) -> bool:
         return "noise" in inspect.signature(self.function).parameters
@@ -128,8 +134,9 @@ def merge_method(
     """Register a merge method.
 
     unit: what must be fed whole. statistic: `statistic(scan, **options)`, called with those options of the method that its signature
-    names; once for each tensor (scope "tensor") or once for the whole model (scope "model"). models: least and most models besides the
-    base. check: gets the function's keyword arguments, each fit on its own, and raises OptionError where they do not go together.
+    names, and with `models`, how many there are, where it names that; once for each tensor (scope "tensor") or once for the whole model
+    (scope "model"). models: least and most models besides the base. check: gets the function's keyword arguments, each fit on its own, and raises
+    OptionError where they do not go together.
     linear: the options in which the result is linear (`MergeMethod.linear_in`), so that a search need not merge again.
     passes: how often the statistic goes over everything, for plans.
     """

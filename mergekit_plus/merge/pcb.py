@@ -34,18 +34,17 @@ class Bounds:
     best: float = 0.0
 
 
-def measure(scan: Scan, *, lambda_: Sequence[float], ratio: float, winsor: float, inter: str, exclude_frozen: bool) -> tuple[Bounds | None, ...]:
+def measure(scan: Scan, *, models: int, ratio: float, winsor: float, inter: str, exclude_frozen: bool) -> tuple[Bounds | None, ...]:
     """The bounds of each task vector over the whole model; None for one whose magnitudes are all alike, which takes no part.
 
     Two order statistics of about one pass each, and one more pass with `exclude_frozen`. Ranks as in the released code:
     `int(D q)` and `int(D (1-q) - 1)` of the magnitudes (their least and greatest where D q < 1), `int(D (1-r))` of the scores.
-    Of `lambda_` only the length matters: how many models there are.
     """
     size = scan.size
     if exclude_frozen:
         size = sum(map(int, sums(scan, lambda base, models: [int(_changed(_vectors(base, models)).sum())])))
     if not size:
-        return (None,) * len(lambda_)
+        return (None,) * models
 
     def live(rows: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
         return [row[_changed(vectors)] for row in rows] if exclude_frozen else list(rows)
@@ -58,7 +57,7 @@ def measure(scan: Scan, *, lambda_: Sequence[float], ratio: float, winsor: float
     if size * winsor >= 1:
         ends = [int(size * winsor), int(size * (1 - winsor) - 1)]
     bounds: list[Bounds | None] = []
-    for low, high in order_statistics(scan, magnitudes, [[ends[0], max(ends)] for _ in lambda_], size=size):
+    for low, high in order_statistics(scan, magnitudes, [[ends[0], max(ends)] for _ in range(models)], size=size):
         bounds.append(Bounds(low, high) if low < high else None)
     for index, bound in enumerate(bounds):
         if bound is None:

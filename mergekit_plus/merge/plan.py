@@ -16,9 +16,10 @@ from ..checkpoint.finite import is_finite, nonfinite
 from ..checkpoint.plan import Run, copy_step
 from ..checkpoint.spec import check_patterns, matches, natural_order
 from ..errors import CheckpointError, OptionError, nearest
+from ..layers import Position, positions
 from ..model import adapter_reason, quantized_reason, tied_alias, vocabulary_size
 from ..vocabulary.alignment import misalignment
-from . import METHODS, MergeMethod
+from . import METHODS, MergeMethod, varying
 from .noise import Noise
 
 
@@ -55,8 +56,9 @@ def merge(
 ) -> Checkpoint:
     """The merge of these models, computed as it is read.
 
-    options: the method's own, by name ("lambda", "density"); per-model ones take one value or one for each model, in the models' order.
-    A function of the output tensor's name that gives them lets them vary, except those by which a method measures the whole model.
+    options: the method's own, by name ("lambda", "density"); per-model ones take one value or one for each model, in the models' order, and
+    numbers may vary by depth and by kind of layer (`merge.varying`). A function of the output tensor's name that gives them lets them vary
+    in any way, except those by which a method measures the whole model.
     Errors: OptionError for an unknown method or impossible options; CheckpointError where the inputs do not fit together.
     """
     how = how or MergeOptions()
@@ -71,6 +73,8 @@ def merge(
     if any(donor.specs[name].rows == vocabulary_size(donor) for name in account_of.merged if name in donor.specs) and (reason := misalignment(inputs)):
         raise CheckpointError(f"the models do not fit together: {reason}. Align them with --tokenizer union, base or a model (`tokenizer:` in a recipe)")
 
+    if not callable(options) and varying.varies(options or {}):
+        options = _by_position(chosen, options or {}, donor)
     bound_of = _binder(chosen, options or {}, len(models), how, len(inputs) > len(models))
     shared: Measured | None = None
     labels = [part.label for part in inputs]
@@ -102,13 +106,17 @@ def problems(method: str, options: Mapping[str, object], models: int, base: bool
     reason = count_problem(method, models, base)
     if _starts_at_first(chosen, models, base):
         models -= 1
-    found = [*([reason] if reason else []), *chosen.options.problems(options, models)]
+    if found := varying.problems(chosen, options):
+        return [*([reason] if reason else []), *found]
+    corners = varying.corners(options)
+    found = [*([reason] if reason else []), *(problem for corner in corners for problem in chosen.options.problems(corner, models))]
     if not found and chosen.check is not None:
-        try:
-            chosen.check(chosen.options.check(options, models))
-        except OptionError as error:
-            found.append(str(error))
-    return found
+        for corner in corners:
+            try:
+                chosen.check(chosen.options.check(corner, models))
+            except OptionError as error:
+                found.append(str(error))
+    return list(dict.fromkeys(found))
 
 
 def count_problem(method: str, models: int, base: bool) -> str | None:
@@ -167,10 +175,10 @@ def account(inputs: Sequence[Checkpoint], donor: Checkpoint, exclude: Sequence[s
 class _Bound:
     """A method with its options, ready to be applied to any tensor."""
 
-    def __init__(self, method: MergeMethod, arguments: dict[str, Any], how: MergeOptions, with_base: bool) -> None:
+    def __init__(self, method: MergeMethod, arguments: dict[str, Any], models: int, how: MergeOptions, with_base: bool) -> None:
         self.method, self.arguments, self.how, self.with_base = method, arguments, how, with_base
         names = set(inspect.signature(method.statistic).parameters) if method.statistic else set()
-        self.statistic_arguments = {name: value for name, value in arguments.items() if name in names}
+        self.statistic_arguments = {name: value for name, value in {"models": models, **arguments}.items() if name in names}
 
     def measure(self, scan: Scan) -> Any:
         assert self.method.statistic is not None
@@ -208,6 +216,14 @@ class _Bound:
         return (tensors[0], tensors[1:]) if self.with_base else (None, tensors)
 
 
+def _by_position(method: MergeMethod, options: Mapping[str, object], donor: Checkpoint) -> OptionsOf:
+    """Options that vary with the layer as a function of the tensor's name; a tensor that `donor` lacks, a head, is after the last layer."""
+    if found := varying.problems(method, options):
+        raise OptionError("; ".join(found))
+    where, elsewhere = positions(donor), Position(1.0, "rest")
+    return lambda name: varying.at(options, where.get(name, elsewhere))
+
+
 def _binder(method: MergeMethod, options: Mapping[str, object] | OptionsOf, models: int, how: MergeOptions, with_base: bool) -> Callable[[str], _Bound]:
     """The method bound to the options of a tensor, by its name; what is the same is checked and bound once.
 
@@ -218,7 +234,7 @@ def _binder(method: MergeMethod, options: Mapping[str, object] | OptionsOf, mode
         arguments = method.options.check(given, models)
         if method.check is not None:
             method.check(arguments)
-        return _Bound(method, arguments, how, with_base)
+        return _Bound(method, arguments, models, how, with_base)
 
     if not callable(options):
         single = bind(options)

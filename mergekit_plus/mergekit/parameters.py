@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any
 
 from ..errors import OptionError
+from ..layers import between
 from ..merge import METHODS
 from ..merge.plan import OptionsOf
 from .schema import Conditional, Parameters, Scalar
@@ -77,13 +77,9 @@ def at(value: Scalar | list[Scalar], t: float, discrete: bool = False) -> Scalar
     """A gradient's value at `t`: between its points in a straight line; of words and truth values the one begun."""
     if not isinstance(value, list):
         return value
-    where = t * (len(value) - 1)
-    first = int(where)
-    points: list[Any] = value
-    if discrete or any(isinstance(point, bool) for point in points) or not all(map(_is_number, points)):
-        return value[first]
-    share = where - first
-    return (1 - share) * float(points[first]) + share * float(points[min(first + 1, len(points) - 1)])
+    if discrete or any(isinstance(point, bool) for point in value) or not all(map(_is_number, value)):
+        return value[int(t * (len(value) - 1))]
+    return between([float(point) for point in value], t)
 
 
 def _is_number(point: Scalar) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,6 +12,7 @@ from ..checkpoint import Checkpoint, Plan
 from ..checkpoint.dtypes import TORCH_DTYPES
 from ..evaluate import load_model
 from ..merge import METHODS
+from ..merge.varying import corners, filled, numbers
 from ..steps import Execution, MergeStep
 
 
@@ -29,7 +29,7 @@ class Candidates:
         self.before: tuple[dict[str, Any], Plan] | None = None
         plain = self.checkpoint(options)
         self.tags = {spec.dtype for spec in plain.specs.values() if spec.is_float}
-        arguments = METHODS[step.method].options.check({**step.options(), **options})
+        arguments = METHODS[step.method].options.check(corners({**step.options(), **options})[0])
         self.linear: str | None = None
         if len(options) == 1 and len(self.tags) == 1 and METHODS[step.method].linear_in(next(iter(options)), arguments):
             (self.linear,) = options
@@ -45,8 +45,8 @@ class Candidates:
             self.shown = options, load_model(self.checkpoint(options)).to(self.how.device)
             return self.shown[1]
         value = options[self.linear]
-        values = list(value) if isinstance(value, list | tuple) else [value]
-        model = self.shown[1] if self.shown else self._decompose(isinstance(value, list | tuple), len(values))
+        values = list(numbers(value))
+        model = self.shown[1] if self.shown else self._decompose(value)
         dtype = TORCH_DTYPES[next(iter(self.tags))]
         for name, weight in _weights(model).items():
             total = self.parts[0][name].clone()
@@ -64,13 +64,14 @@ class Candidates:
         """Give the models back."""
         self.parts, self.shown = [], None
 
-    def _decompose(self, each: bool, count: int) -> Any:
-        """f(0), and `f(e_i) - f(0)` for each value, as weights of a transformers model: what it stacks or ties is so in each alike."""
+    def _decompose(self, value: Any) -> Any:
+        """f(0), and `f(e_i) - f(0)` for each number in a value, as weights of a transformers model: what it stacks or ties is so in each alike."""
         assert self.linear is not None
+        count = len(list(numbers(value)))
         points = [[0.0] * count] + [[float(place == index) for place in range(count)] for index in range(count)]
         models = []
         for point in points:
-            step = self.step.with_options({self.linear: point if each else point[0]}).model_copy(update={"dtype": "float32"})
+            step = self.step.with_options({self.linear: filled(value, iter(point))}).model_copy(update={"dtype": "float32"})
             models.append(load_model(self._build(step)).to(self.how.device))
             self.parts.append(_weights(models.pop() if self.parts else models[0]))
         self.parts[0] = {name: weight.clone() for name, weight in self.parts[0].items()}
@@ -85,10 +86,7 @@ class Candidates:
         method = METHODS[step.method]
         if method.statistic is None or not isinstance(made.source, Plan):
             return made
-        arguments = method.options.check(step.options(), len(step.models))
-        factors = {method.options.table[name].keyword for name in method.linear if method.linear_in(name, arguments)}
-        wanted = set(inspect.signature(method.statistic).parameters) - factors
-        key = {name: value for name, value in arguments.items() if name in wanted}
+        key = {name: value for name, value in step.options().items() if name in method.measured_by}
         if self.before is not None and self.before[0] == key:
             earlier = self.before[1]
             made = replace(made, source=Plan(replace(new, measured=earlier.step_of[new.writes[0].name].measured) for new in made.source.steps))

@@ -5,17 +5,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..errors import OptionError, nearest
-from ..merge import METHODS, MergeMethod
+from ..layers import KINDS as KINDS_OF_LAYERS
+from ..layers import Position
+from ..merge import METHODS, MergeMethod, varying
 
-EACH = ":each"  # `lambda:each`: one value for each model, searched on its own
+EACH = "each"  # `lambda:each`: one value for each model, searched on its own
+KINDS = "kinds"  # `lambda:kinds`: for each kind of layer
+DEPTH = "depth"  # `lambda:depth3`: for each of three points along the stack of layers
+_HOW = re.compile(rf"{EACH}|{KINDS}|{DEPTH}(?:[2-9]|[1-9]\d)")
 DIGITS = 4  # of a value that is tried; more would be noise in a recipe
 
 Bounds = tuple[float, float]
@@ -26,7 +33,7 @@ class SearchOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    options: dict[str, Bounds | None]  # by name, or `name:each`; bounds by default those of the option
+    options: dict[str, Bounds | None]  # by name, or `name:each`, `name:depth3`, `name:kinds`; bounds by default those of the option
     texts: dict[str, str]
     objective: Literal["mean", "worst", "kl"] = "mean"
     budget: int = Field(40, ge=2, description="models that are measured")
@@ -65,17 +72,22 @@ class SearchOptions(BaseModel):
         return [axis for name in self.options for axis in self._axes_of(name, method, options, models)]
 
     def _axes_of(self, key: str, method: MergeMethod, options: Mapping[str, Any], models: int) -> Iterable[Axis]:
-        name, each = key.removesuffix(EACH), key.endswith(EACH)
+        name, colon, how = key.partition(":")
         option = method.options.table.get(name)
         if option is None:
             raise OptionError(f"search: {method.name} has no option '{name}'.{nearest(name, method.options.table)}")
         if option.number is None:
             numeric = [other.name for other in method.options.table.values() if other.number]
             raise OptionError(f"search: {name} is no number, so it cannot be searched; {method.name} has {', '.join(numeric)}")
-        if each and not option.per_model:
-            raise OptionError(f"search: {name} of {method.name} is one value for all models; leave out '{EACH}'")
-        if each and name in self.options:
-            raise OptionError(f"search: {name} and {key} are the same option; name one of them")
+        if colon and not _HOW.fullmatch(how):
+            raise OptionError(f"search: {key}: after the colon stands each, kinds, or depth and how many points from 2 to 99, as in {name}:depth3")
+        if how == EACH and not option.per_model:
+            raise OptionError(f"search: {name} of {method.name} is one value for all models; leave out ':{EACH}'")
+        for problem in varying.problems(method, options) + varying.problems(method, {name: {"rest": 0}} if how not in ("", EACH) else {}):
+            raise OptionError(f"search: {problem}")
+        for other in takewhile(lambda other: other != key, self.options):
+            if other.partition(":")[0] == name:
+                raise OptionError(f"search: {key} and {other} are the same option; name one of them")
         bounds = self.options[key] or option.search
         if bounds is None:
             raise OptionError(f"search: {name} of {method.name} has no bounds of its own; give them, as in {name}=0..1")
@@ -85,21 +97,32 @@ class SearchOptions(BaseModel):
         for bound in bounds:
             for problem in method.options.problems({name: option.number(bound)}):
                 raise OptionError(f"search: {problem}")
-        start = options.get(name, option.default)
-        starts = [float(value) for value in (start if isinstance(start, list | tuple) else [start])]
-        whole, scale = option.number is int, method.linear_in(name, method.options.check(options))
-        if not each:
-            return [Axis(name, None, low, high, min(max(sum(starts) / len(starts), low), high), whole, scale)]
-        starts = starts * models if len(starts) == 1 else starts
-        return [Axis(name, model, low, high, min(max(value, low), high), whole, scale) for model, value in enumerate(starts)]
+        whole, scale = option.number is int, method.linear_in(name, method.options.check(varying.corners(options)[0]))
+        for part, start in _parts(how, options.get(name, option.default), models):
+            values = [float(value) for value in varying.numbers(start)]
+            yield Axis(name, part, low, high, min(max(sum(values) / len(values), low), high), whole, scale)
+
+
+def _parts(how: str, start: Any, models: int) -> Iterable[tuple[int | str | None, Any]]:
+    """What of an option is searched on its own, as `Axis.part`, and where it starts: the mean of the numbers there."""
+    if not how:
+        yield None, start
+    elif how == EACH:
+        one = not isinstance(start, list | tuple)
+        yield from ((model, start if one else start[model % len(start)]) for model in range(models))
+    elif how == KINDS:
+        yield from ((kind, varying.at({how: start}, Position(0.5, kind))[how]) for kind in KINDS_OF_LAYERS)
+    else:
+        points = int(how.removeprefix(DEPTH))
+        yield from ((DEPTH, varying.at({how: start}, Position(point / (points - 1), "rest"))[how]) for point in range(points))
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One number that is searched: an option for all models, or for one of them."""
+    """One number that is searched: an option, or a part of it: of one model (its number), of a kind of layer, or the next point of its "depth"."""
 
     option: str
-    model: int | None
+    part: int | str | None
     low: float
     high: float
     start: float
@@ -117,11 +140,15 @@ class Axis:
 
 
 def values_of(axes: Sequence[Axis], point: Sequence[float]) -> dict[str, Any]:
-    """Option values as a recipe has them: a number, or a list of one for each model."""
+    """Option values as a recipe has them: a number, a list of one for each model, or a table by depth or kind of layer."""
     values: dict[str, Any] = {}
     for axis, value in zip(axes, point, strict=True):
-        if axis.model is None:
+        if axis.part is None:
             values[axis.option] = value
+        elif axis.part == DEPTH:
+            values.setdefault(axis.option, {DEPTH: []})[DEPTH].append(value)
+        elif isinstance(axis.part, str):
+            values.setdefault(axis.option, {})[axis.part] = value
         else:
             values.setdefault(axis.option, []).append(value)
     return values

@@ -83,7 +83,7 @@ def merged(
     def measure(scan: MemoryScan) -> Any:
         assert chosen.statistic is not None
         wanted = inspect.signature(chosen.statistic).parameters
-        return chosen.statistic(scan, **{name: value for name, value in arguments.items() if name in wanted})
+        return chosen.statistic(scan, **{name: value for name, value in {"models": len(models), **arguments}.items() if name in wanted})
 
     def alone(name: str) -> MemoryScan:
         return MemoryScan([{name: model[name]} for model in models], base and {name: base[name]}, rows, workers, chosen.unit)

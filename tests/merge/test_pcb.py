@@ -147,7 +147,7 @@ def test_7_so_many_survive_and_a_larger_ratio_keeps_all_of_them(inter: str, rati
     vectors = tasks(4)
     survivors = []
     for share in (ratio, 2 * ratio):
-        bounds = measure(MemoryScan([{"x": v} for v in vectors], {"x": zeros(SIZE).double()}), lambda_=[1] * 4, ratio=share, winsor=0.0,
+        bounds = measure(MemoryScan([{"x": v} for v in vectors], {"x": zeros(SIZE).double()}), models=4, ratio=share, winsor=0.0,
                          inter=inter, exclude_frozen=False)  # fmt: skip
         scores = module._scores(vectors, [bound for bound in bounds if bound], inter)
         for score, bound in zip(scores, bounds, strict=True):
@@ -256,7 +256,7 @@ def test_12_opposite_equals_score_zero_and_the_dissenter_scores_below() -> None:
 def test_measuring_takes_two_passes_and_one_more_to_count_frozen_elements() -> None:
     base = zeros(SIZE)
     scan = MemoryScan([{"x": vector.float()} for vector in tasks(3)], {"x": base}, rows=100)
-    options = {"lambda_": [1, 1, 1], "ratio": 0.1, "winsor": 0.01, "inter": "sum"}
+    options = {"models": 3, "ratio": 0.1, "winsor": 0.01, "inter": "sum"}
     measure(scan, **options, exclude_frozen=False)
     assert scan.passes == 2
     measure(scan, **options, exclude_frozen=True)

@@ -60,8 +60,11 @@ def weights(of: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("method", "values"),
-    [("task_arithmetic", {"lambda": 0.37}), ("task_arithmetic", {"weight": [0.2, 0.5]}), ("ties", {"lambda": 0.6}), ("pcb", {"lambda": [0.3, 0.8]})],
-)
+    [
+        ("task_arithmetic", {"lambda": 0.37}), ("task_arithmetic", {"weight": [0.2, 0.5]}), ("ties", {"lambda": 0.6}), ("pcb", {"lambda": [0.3, 0.8]}),
+        ("pcb", {"lambda": {"depth": [0.3, 0.8, 0.5]}}), ("task_arithmetic", {"lambda": {"attention": 0.2, "mlp": 0.5, "rest": 0.4}}),
+    ],
+)  # fmt: skip
 def test_where_the_merge_is_linear_the_sum_of_its_parts_is_the_merge_within_a_rounding(
     method: str, values: dict[str, Any], inputs: dict[str, Checkpoint]
 ) -> None:
@@ -182,13 +185,14 @@ def test_what_is_found_is_at_least_as_good_as_the_defaults_and_always_the_same(o
     assert best["options"] == found.searched["found"] == found.options()
 
 
-def recipe(**search_options: Any) -> Recipe:
-    merge = step("pcb", {"lambda:each": None, "ratio": [0.2, 0.9]}, **search_options).model_dump(exclude_none=True)
+def recipe(scale: str, **search_options: Any) -> Recipe:
+    merge = step("pcb", {scale: None, "ratio": [0.2, 0.9]}, **search_options).model_dump(exclude_none=True)
     return check({"inputs": {name: str(MODELS / name) for name in ("base", *NAMES)}, "steps": [{"merge": merge}]}, Path(), "recipe")
 
 
-def test_the_written_recipe_holds_values_and_trace_and_makes_the_same_model_without_a_search(tmp_path: Path) -> None:
-    outcome = run(recipe(heldout={"test": str(MODELS / "text" / "code.test.txt")}), Execution(out=tmp_path / "out"))
+@pytest.mark.parametrize("scale", ["lambda:each", "lambda:depth2", "lambda:kinds"])
+def test_the_written_recipe_holds_values_and_trace_and_makes_the_same_model_without_a_search(scale: str, tmp_path: Path) -> None:
+    outcome = run(recipe(scale, heldout={"test": str(MODELS / "text" / "code.test.txt")}), Execution(out=tmp_path / "out"))
     (record,) = outcome.searched
     (written,) = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["steps"]
     merge = written["merge"]

@@ -32,6 +32,20 @@ def test_one_value_for_each_model_is_an_axis_for_each() -> None:
     assert [axis.start for axis in axes("pcb", "lambda", given={"lambda": [0.5, 1.5]})] == [1.0]
 
 
+def test_points_along_the_stack_and_kinds_of_layers_are_an_axis_each_and_start_where_the_option_is() -> None:
+    points = axes("pcb", "lambda:depth3")
+    assert points == [Axis("lambda", "depth", 0, 2, 1.0, scale=True)] * 3
+    assert values_of(points, [0.2, 0.4, 0.6]) == {"lambda": {"depth": [0.2, 0.4, 0.6]}}
+    kinds = axes("pcb", "ratio", "lambda:kinds", given={"lambda": [0.25, 0.75]})
+    assert kinds == [Axis("ratio", None, 0.05, 1, 0.1), *(Axis("lambda", kind, 0, 2, 0.5, scale=True) for kind in ("attention", "mlp", "rest"))]
+    assert values_of(kinds, [0.1, 0.2, 0.4, 0.6]) == {"ratio": 0.1, "lambda": {"attention": 0.2, "mlp": 0.4, "rest": 0.6}}
+    tables = {"weight": {"depth": [0.25, 0.75]}, "lambda": [{"mlp": 0.5, "rest": 1.5}, 1]}
+    assert [axis.start for axis in axes("task_arithmetic", "weight:depth3", given={"weight": tables["weight"]})] == [0.25, 0.5, 0.75]
+    assert [axis.start for axis in axes("task_arithmetic", "weight", given={"weight": tables["weight"]})] == [0.5]
+    assert [axis.start for axis in axes("pcb", "lambda:kinds", given={"lambda": tables["lambda"]})] == [1.25, 0.75, 1.25]
+    assert [axis.start for axis in axes("pcb", "lambda:each", given={"lambda": tables["lambda"]})] == [1, 1]
+
+
 def test_bounds_that_are_given_hold() -> None:
     found = SearchOptions(options=parse_axes("density=0.1..0.3,weight:each=-1..1"), texts={}).axes(METHODS["ties"], {}, 2)
     assert found == [Axis("density", None, 0.1, 0.3, 0.3), Axis("weight", 0, -1, 1, 1), Axis("weight", 1, -1, 1, 1)]
@@ -77,6 +91,12 @@ def test_every_range_of_every_method_is_allowed_by_it(name: str) -> None:
         ("ties", {"options": {"normalize": None}}, "search: normalize is no number, so it cannot be searched; ties has weight, density, lambda"),
         ("pcb", {"options": {"ratio:each": None}}, "search: ratio of pcb is one value for all models; leave out ':each'"),
         ("pcb", {"options": {"lambda:each": None, "lambda": None}}, "search: lambda and lambda:each are the same option; name one of them"),
+        ("pcb", {"options": {"lambda:kinds": None, "lambda:depth2": None}}, "search: lambda:depth2 and lambda:kinds are the same option; name one of them"),
+        ("pcb", {"options": {"lambda:depth1": None}},
+         "search: lambda:depth1: after the colon stands each, kinds, or depth and how many points from 2 to 99, as in lambda:depth3"),
+        ("pcb", {"options": {"ratio:kinds": None}}, "search: pcb measures the whole model by ratio, which may not vary from layer to layer"),
+        ("karcher", {"options": {"max_iter:depth2": None}},
+         "search: karcher: max_iter is the same for all layers; only what is measured in fractions may vary"),
         ("pcb", {"options": {"ratio": [0.5, 0.1]}}, "search: ratio=0.5..0.1: the first bound must be below the second"),
         ("pcb", {"options": {"ratio": [0.5, 7]}}, "search: pcb: ratio=7.0: Input should be less than or equal to 1"),
         ("pcb", {"options": {}}, "search: it names no option"),
