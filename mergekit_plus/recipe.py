@@ -175,13 +175,14 @@ class Built:
     result: Checkpoint
 
 
-def build(recipe: Recipe, how: Execution | None = None) -> Built:
-    """Open the inputs and compose the steps.
+def build(recipe: Recipe, how: Execution | None = None, inputs: dict[str, Checkpoint] | None = None) -> Built:
+    """Open the inputs, unless they are open already, and compose the steps.
 
     Errors: those of opening a checkpoint and of the operations, before any tensor is read.
     """
     how = how or Execution()
-    inputs = {name: replace(Checkpoint.open(recipe.resolve(source.ref), how.cache), label=source.ref) for name, source in recipe.inputs.items()}
+    if inputs is None:
+        inputs = {name: replace(Checkpoint.open(recipe.resolve(source.ref), how.cache), label=source.ref) for name, source in recipe.inputs.items()}
     stages: dict[str, Checkpoint] = {}
     result: Checkpoint | None = None
     for number, step in enumerate(recipe.steps, 1):
@@ -228,7 +229,7 @@ def _run(recipe: Recipe, how: Execution, out: Path, upload: Upload | None) -> Ou
         if not (how.save.resume or how.save.overwrite):
             refuse_leftover(out.resolve())
         recipe = with_found(recipe, built.inputs, how)
-        built = build(recipe, how)
+        built = build(recipe, how, built.inputs)  # what was searched on, wherever a branch on the Hub is by now
         searched = [options.searched for step in recipe.steps for options in step.values() if isinstance(options, MergeStep) and options.searched]
 
     options = replace(_save_options(recipe, how), job=job(recipe, how.device), upload=upload)

@@ -9,18 +9,17 @@ from typing import Any
 
 from ..errors import OutputError, ReadError
 from .blob import Blob, File
-from .checkpoint import Checkpoint, FileSource
+from .checkpoint import Checkpoint
 from .folder import ADAPTER, INDEX, SINGLE
 from .hub import HubFile
-from .layout import is_file
-from .plan import Plan
+from .layout import file_inputs, is_file
 
 
 def input_files(checkpoint: Checkpoint) -> dict[str, list[Blob]]:
     """The files behind a checkpoint, under the reference of the input that they belong to: those that its tensors are read from, as they are
     open now, and the small ones."""
     found: dict[str, dict[str, Blob]] = {}
-    for part, source in _inputs(checkpoint):
+    for part, source in file_inputs(checkpoint):
         files = found.setdefault(part.ref, {})
         files.update({blob.place: blob for blob, _ in source.places.values()})
         for small in part.files.values():
@@ -32,29 +31,9 @@ def input_files(checkpoint: Checkpoint) -> dict[str, list[Blob]]:
 
 
 def _local_paths(checkpoint: Checkpoint) -> Iterator[Path]:
-    for part, source in _inputs(checkpoint):
+    for part, source in file_inputs(checkpoint):
         yield from (blob.path for blob, _ in source.places.values() if isinstance(blob, File))
         yield from (small for small in part.files.values() if isinstance(small, Path))
-
-
-def _inputs(checkpoint: Checkpoint) -> list[tuple[Checkpoint, FileSource]]:
-    """The checkpoints that lie in files, each once, in the order in which they are met."""
-    found: dict[int, tuple[Checkpoint, FileSource]] = {}
-    seen: set[int] = set()
-
-    def visit(part: Checkpoint) -> None:
-        if id(part) in seen:
-            return
-        seen.add(id(part))
-        if isinstance(part.source, FileSource):
-            found[id(part)] = (part, part.source)
-        elif isinstance(part.source, Plan):
-            for step in part.source.steps:
-                for inner, _ in step.reads:
-                    visit(inner)
-
-    visit(checkpoint)
-    return list(found.values())
 
 
 def digest_of(blob: Blob, future: Future[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from .blob import Blob
 from .checkpoint import Checkpoint, FileSource, Rows
 from .folder import ADAPTER, ADAPTER_CONFIG
 from .hub import HubFile
-from .plan import SLAB, Step, of_inner, proportional, steps_of
+from .plan import SLAB, Plan, Step, of_inner, proportional, steps_of
 from .prefetch import plan_spans, span_limit
 from .scan import Measured
 from .shards import Shard, plan_shards
@@ -81,7 +81,7 @@ def plan_save(checkpoint: Checkpoint, out: Path, options: SaveOptions) -> Layout
     workers = max(1, min(workers, memory // (2 * FIXED_COST)))  # a worker that gets a few rows at a time is no help
     shards = plan_shards(checkpoint.specs.values(), options.max_shard_size, single=_single(checkpoint, out))
     steps = steps_of(checkpoint)
-    on_hub = _reads_hub(steps)
+    on_hub = any(isinstance(blob, HubFile) for _, source in file_inputs(checkpoint) for blob, _ in source.places.values())
     steps = _in_order(steps, shards, on_hub)
     ahead = min(memory // 4, AHEAD) if on_hub else 0
     share = (memory - ahead) // workers
@@ -111,23 +111,6 @@ def _from_hub(units: Iterable[Unit], found: Iterable[Measured], ahead: int) -> t
     return nbytes, requests
 
 
-def _reads_hub(steps: Iterable[Step]) -> bool:
-    """Whether any of them reads a file on the Hub."""
-    sources: dict[int, FileSource] = {}
-    seen: set[int] = set()
-    waiting = list(steps)
-    while waiting:
-        step = waiting.pop()
-        for feed in step.feeds:
-            source = feed.checkpoint.source
-            if isinstance(source, FileSource):
-                sources[id(source)] = source
-            elif feed.step is not None and id(feed.step) not in seen:
-                seen.add(id(feed.step))
-                waiting.append(feed.step)
-    return any(isinstance(blob, HubFile) for source in sources.values() for blob, _ in source.places.values())
-
-
 def _in_order(steps: Iterable[Step], shards: Sequence[Shard], on_hub: bool) -> list[Step]:
     """Steps in the order in which the output has what they write; or, where they read from the Hub, in which the first file there has what they
     read: only a file that is read from its start to its end can be checked against the Hub's SHA-256."""
@@ -145,6 +128,8 @@ def spans(step: Step, rows: Rows | None) -> Iterator[tuple[Blob, int, int]]:
     """The bytes of files that a step reads for these rows, through the steps behind it, in that order: file, start, length."""
     through: set[tuple[int, bool]] = set()
     for feed in step.feeds:
+        if feed.step is not None and isinstance(feed.take, Tensor) and rows is not None:
+            continue  # rows from here and there of what is computed: fetched when they are read
         if feed.step is not None:
             if (id(feed.step), feed.whole) not in through:
                 yield from spans(feed.step, of_inner(step, feed.step, rows, feed.whole))
@@ -168,6 +153,26 @@ def reads_of(unit: Unit) -> Iterator[tuple[Blob, int, int]]:
     step, rows = unit
     for part in step.slabs(rows=rows) if rows is not None else [None]:
         yield from spans(step, part if step.cut else None)
+
+
+def file_inputs(checkpoint: Checkpoint) -> list[tuple[Checkpoint, FileSource]]:
+    """The checkpoints that lie in files, each once, in the order in which they are met."""
+    found: dict[int, tuple[Checkpoint, FileSource]] = {}
+    seen: set[int] = set()
+
+    def visit(part: Checkpoint) -> None:
+        if id(part) in seen:
+            return
+        seen.add(id(part))
+        if isinstance(part.source, FileSource):
+            found[id(part)] = (part, part.source)
+        elif isinstance(part.source, Plan):
+            for step in part.source.steps:
+                for inner, _ in step.reads:
+                    visit(inner)
+
+    visit(checkpoint)
+    return list(found.values())
 
 
 def measurements(steps: Iterable[Step]) -> list[Measured]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from checkpoint_toys import files_in, random_tensor, write_model
+from checkpoint_toys import PEAK_OF, files_in, random_tensor, write_model
 from hub_client import compress, python
 from hub_server import TOKEN, Hub
 
@@ -184,28 +184,12 @@ def test_the_commands_leave_nothing_on_the_disk_but_the_output_and_say_no_token(
     assert not any(TOKEN.encode() in path.read_bytes() for path in cwd.rglob("*") if path.is_file())
 
 
-PEAK = """
-import sys, threading
+PEAK = PEAK_OF + """
+import sys
 from pathlib import Path
 import torch
 from mergekit_plus.checkpoint import Checkpoint, SaveOptions, save
 from mergekit_plus.merge.plan import merge
-
-def anonymous():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
-
-def peak_of(work):
-    peak, done = anonymous(), threading.Event()
-    def watch():
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, anonymous())
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    work()
-    done.set()
-    watcher.join()
-    return peak
 
 torch.set_num_threads(1)
 options = SaveOptions(workers=2, memory=int(sys.argv[2]))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_toys import header_bytes, layouts, mapped, python, saving
+from checkpoint_toys import PEAK_OF, header_bytes, layouts, mapped, python, saving
 
 import mergekit_plus.checkpoint.plan as plans
 import mergekit_plus.checkpoint.scan as scans
@@ -16,28 +16,12 @@ from mergekit_plus.checkpoint.save import _Budget
 
 MIB = 1 << 20
 
-SAVE = """
-import sys, threading
+SAVE = PEAK_OF + """
+import sys
 from pathlib import Path
 import torch
 from checkpoint_toys import layouts, mapped, saving
 from mergekit_plus.checkpoint import Checkpoint, SaveOptions, save
-
-def anonymous():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
-
-def peak_of(work):
-    peak, done = anonymous(), threading.Event()
-    def watch():
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, anonymous())
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    work()
-    done.set()
-    watcher.join()
-    return peak
 
 folder = Path(sys.argv[1])
 torch.set_num_threads(1)
