@@ -6,8 +6,8 @@ output. Let the columns stand in the order in which they are rounded, and H = R 
     sum over k of R_kk^2 |e_k + sum over j < k of e_j R_jk / R_kk|^2,    e = W - Q, column by column,
 
 so that column k, with the errors before it known, goes to the codes nearest to w_k + sum over j < k of e_j R_jk / R_kk. This is GPTQ (Frantar et al.,
-GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, 2023), whose feedback is written with the Cholesky factor of H^-1, in the form
-of LDLQ (Chee et al., QuIP, 2023, whose theorem 6 shows that both are the same): nothing is inverted.
+GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, 2023), whose feedback is written with the Cholesky factor of H^-1, in the
+form of LDLQ (Chee et al., QuIP, 2023, whose theorem 6 shows that both are the same): nothing is inverted.
 
 Scales and zero points are fixed before the first column is rounded, each group at its place in the file ("static groups"). So columns may be taken in
 any order, the inputs of greatest power first, and the file needs to hold none.
