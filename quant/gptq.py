@@ -86,5 +86,5 @@ def _round(target: Tensor, start: Quantized, root: Tensor, order: Tensor, scheme
     codes[order] = steps
     codes = codes.T
     if start.zero_point is not None:
-        codes = (codes.unflatten(-1, (len(scale), -1)) + start.zero_point.unsqueeze(-1)).flatten(-2)
+        codes = (codes.reshape(*start.scale.shape, -1) + start.zero_point.unsqueeze(-1)).flatten(-2)
     return codes.to(torch.int8).contiguous()

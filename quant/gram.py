@@ -59,4 +59,5 @@ def towards_dense(weight: Tensor, moments: Moments, damp: float) -> Tensor:
     gram = damped(moments.gram.double(), damp)
     w = weight.double()
     shift = torch.linalg.solve(gram, (w @ (moments.cross.double() - moments.gram.double())).T).T
-    return (w + shift).float()
+    target: Tensor = (w + shift).float()
+    return target
