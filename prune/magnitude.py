@@ -15,4 +15,4 @@ def magnitude(weight: Tensor) -> Tensor:
     Scores are |w|. PERP's released code compares within each tensor and removes all up to and with the element of rank `int(size * sparsity)`, one more than
     asked, or many where they tie (16-bit weights tie often); here exactly the asked number goes.
     """
-    return weight.abs() if weight.dtype == torch.float64 else weight.float().abs_()
+    return (weight if weight.dtype == torch.float64 else weight.float()).abs()
