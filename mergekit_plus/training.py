@@ -52,6 +52,7 @@ class TrainOptions:
     seed: int = 0
     autocast: bool = False  # bfloat16 where torch finds it safe; parameters stay as they are
     checkpointing: bool = False  # activations are computed again in place of being kept
+    dropout: bool = True  # as the model has it; without, it trains in evaluation mode
     evaluations: int = 5  # how often it is evaluated on the way, the end included
 
     def problems(self) -> list[str]:
@@ -62,6 +63,8 @@ class TrainOptions:
         found += [f"warmup is {self.warmup}; it is a share of the steps, 0 to 1"] if not 0 <= self.warmup <= 1 else []
         found += [f"weight decay is {self.weight_decay}; it must not be negative"] if not 0 <= self.weight_decay < math.inf else []
         found += [f"clip is {self.clip}; it must be positive"] if self.clip is not None and not self.clip > 0 else []
+        if self.checkpointing and not self.dropout:
+            found.append("activations are computed again in training mode only; train with dropout, or without checkpointing")
         if not found and self.batch % self.accumulation:
             found.append(f"a batch of {self.batch} rows cannot be read in {self.accumulation} equal parts")
         return found
@@ -302,17 +305,17 @@ def _misfits(parameters: Mapping[str, nn.Parameter], ids: Tensor, options: Train
 
 @contextmanager
 def _training(model: Any, parameters: Mapping[str, nn.Parameter], options: TrainOptions) -> Iterator[None]:
-    """The model with only these parameters trainable, in training mode; what it was like before, afterwards."""
+    """The model with only these parameters trainable; what it was like before, afterwards."""
     wanted = {id(parameter) for parameter in parameters.values()}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     training = model.training
     if options.checkpointing:
         _checkpointing(model, "enable")({"use_reentrant": False})
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.enable_grad():
         try:
             for parameter in required:
                 parameter.requires_grad_(id(parameter) in wanted)
-            model.train()
+            model.train(options.dropout)
             yield
         finally:
             for parameter, before in required.items():
