@@ -32,6 +32,7 @@ from .quantized import Quantized, Scheme
 from .quantizer import quantizer
 from .rtn import Clip, rtn
 
+UNSEEN = "no token reached it: rounded to nearest"
 LEAF = 32  # columns rounded one by one between matrix products
 
 Damp = Annotated[float, Field(ge=0, le=1, description="power added to each input, as a part of the mean power of all inputs")]
@@ -50,15 +51,19 @@ def gptq(
     where the Gram matrix cannot be factored its damping is raised tenfold until it can; the `note` of the result says so.
     """
     if not moments.tokens:
-        return replace(rtn(weight, scheme, clip=clip), note="no token reached it: rounded to nearest")
+        return replace(rtn(weight, scheme, clip=clip), note=UNSEEN)
     power = moments.gram.diagonal()
     order = power.argsort(descending=True, stable=True) if act_order else torch.arange(len(power), device=power.device)
     root, used = factor(moments.gram[order][:, order], damp)
     target = towards_dense(weight, moments, used)
     start = rtn(target.to(weight.dtype), scheme, clip=clip)
-    note = f"damping raised from {damp:g} to {used:g} to factor the Gram matrix" if used != damp else ""
-    found = replace(start, codes=_round(target, start, root, order, scheme), note=note)
+    found = replace(start, codes=_round(target, start, root, order, scheme), note=raised(damp, used))
     return descend(target, found, damped(moments.gram, used), scheme, sweeps)
+
+
+def raised(damp: float, used: float) -> str:
+    """What a user should know of the damping; nothing where it is as asked for."""
+    return f"damping raised from {damp:g} to {used:g} to factor the Gram matrix" if used != damp else ""
 
 
 def _round(target: Tensor, start: Quantized, root: Tensor, order: Tensor, scheme: Scheme) -> Tensor:
