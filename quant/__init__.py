@@ -1,6 +1,6 @@
 """Quantisation: a quantiser makes codes, scales and zero points of a weight; a format stores them; `dequantize` undoes both."""
 
-from .formats import FORMATS, Format, decode, read_config
+from .formats import FORMATS, READERS, Format, decode, read_config
 from .quantized import Quantized, Scheme, dequantize
 from .quantizer import QUANTIZERS, Quantizer, quantizer
 from .rtn import rtn
@@ -8,6 +8,7 @@ from .rtn import rtn
 __all__ = [
     "FORMATS",
     "QUANTIZERS",
+    "READERS",
     "Format",
     "Quantized",
     "Quantizer",

@@ -223,7 +223,7 @@ def test_a_quantized_model_is_not_quantized_again() -> None:
     once = quantize(bare(), Scheme(4, 32))
     with pytest.raises(CheckpointError, match="is quantised already .*; unpack it first with `compress dequantize"):
         quantize(once, Scheme(4, 32))
-    with pytest.raises(CheckpointError, match=r"m holds no packed weights \(….weight_packed\); there is nothing to dequantize"):
+    with pytest.raises(CheckpointError, match=r"m holds no packed weights \(….weight_packed, ….qweight\); there is nothing to dequantize"):
         dequantize(bare())
 
 
