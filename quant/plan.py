@@ -87,12 +87,12 @@ def quantize(
         make = partial(_floats, own) if isinstance(own, FloatScheme) else partial(_codes, quantizer.function, own, arguments)
         run = _Run(checkpoint.label, name, make, layout, device, allow_nonfinite)
         steps.append(Step(((checkpoint, name),), rows, run, layout.row_unit(own), ranges.get(name)))
-        steps += [_constant(write, fixed[part]) for write in writes if (part := write.name.removeprefix(prefix)) in fixed]
+        steps += [constant(write, fixed[part]) for write in writes if (part := write.name.removeprefix(prefix)) in fixed]
         steps += [Step((), (write,), _global_scale, measured=ranges[name]) for write in writes if write.name == f"{prefix}{GLOBAL}"]
     schemes = list(dict.fromkeys(chosen.values()))
     what = str(schemes[0]) if len(schemes) == 1 else f"{len(schemes)} schemes"
     result = Checkpoint(f"{checkpoint.label} in {what}", Plan(steps), checkpoint.files, (*checkpoint.notes, *notes))
-    config = layout.config({roles.tensors[name].module: own for name, own in chosen.items()}, _dense_modules(checkpoint, roles, chosen, kept))
+    config = layout.config({roles.tensors[name].module: own for name, own in chosen.items()}, dense_modules(checkpoint, roles, chosen, kept))
     return with_quantization(result, layout, config)
 
 
@@ -170,15 +170,14 @@ class _Unpack:
         self.label, self.module, self.parts = label, module, parts
 
     def __call__(self, tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
-        named, (out, width) = dict(zip(self.parts, tensors, strict=True)), self.module.shape
-        rows = len(tensors[0]) if self.module.reader.row_unit(self.module.stored.scheme) else out
         try:
-            return [self.module.reader.values(named, self.module.stored.scheme, (rows, width))]
+            return [self.module.values(dict(zip(self.parts, tensors, strict=True)))]
         except CheckpointError as error:
             raise CheckpointError(f"{self.label}: {self.module.name}: {error}") from None
 
 
-def _constant(spec: TensorSpec, value: Tensor) -> Step:
+def constant(spec: TensorSpec, value: Tensor) -> Step:
+    """A step that writes this."""
     return Step((), (spec,), lambda tensors, first_row, measured: (value,))
 
 
@@ -257,7 +256,7 @@ def _check_fused(roles: ModelMap, chosen: Mapping[str, AnyScheme], kept: Collect
             raise OptionError(f"servers fuse {inside[0]} and {other}: give both one scheme, not {chosen[inside[0]]} and {chosen[other]}")
 
 
-def _dense_modules(checkpoint: Checkpoint, roles: ModelMap, chosen: Collection[str], kept: Collection[str]) -> list[str]:
+def dense_modules(checkpoint: Checkpoint, roles: ModelMap, chosen: Collection[str], kept: Collection[str]) -> list[str]:
     """Modules that are, or may be, linear layers and are not quantised; tied heads, which have no tensor of their own, among them."""
     tied = [name for group in roles.tied for name in group if name not in checkpoint.specs]
     rest = {name: meaning for name, meaning in roles.tensors.items() if name in kept and name not in chosen}

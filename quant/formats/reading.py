@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from mergekit_plus.checkpoint import Checkpoint, TensorSpec
 from mergekit_plus.errors import CheckpointError
 
 from . import awq, config, gptq
 from .config import Stored
-from .format import READERS, AnyScheme, Reader
+from .format import READERS, AnyScheme, Codes, Reader
 
 METHODS: dict[str, Callable[[Mapping[str, Any]], Callable[[str], Stored | None]]] = {
     "compressed-tensors": config.read_groups, "gptq": gptq.read_config, "awq": awq.read_config,
@@ -67,6 +69,19 @@ class Module:
     def tensors(self) -> tuple[str, ...]:
         """The names of all its tensors."""
         return tuple(f"{self.name}.{part}" for part in (*self.specs, *self.others))
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> Codes:
+        """The codes in these rows of its tensors. Errors: CheckpointError as the reader's."""
+        found: Codes = self.reader.decode(tensors, self.stored.scheme, self._rows(tensors))
+        return found
+
+    def values(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The same, dequantised."""
+        return self.reader.values(tensors, self.stored.scheme, self._rows(tensors))
+
+    def _rows(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+        whole = not self.reader.row_unit(self.stored.scheme)
+        return (self.shape[0] if whole else len(tensors[self.reader.parts[0]])), self.shape[1]
 
 
 def holds_codes(checkpoint: Checkpoint, name: str) -> bool:
