@@ -318,7 +318,7 @@ def verify(
     inputs: Annotated[bool, typer.Option("--inputs", help="check the files that it was made of too, where they were then")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compare an output with its manifest; exit code 1 when a file is missing or not what was written."""
+    """Compare an output with its manifest, and packed weights with config.json; exit code 1 when a file is not what was written, or would be loaded wrongly."""
     from dataclasses import asdict
 
     from mergekit_plus.progress import on
@@ -327,7 +327,7 @@ def verify(
 
     facts = asdict(check(out, inputs, on()))
     _print(facts, verification_lines(facts), as_json)
-    if facts["problems"]:
+    if facts["problems"] or facts["wrong"]:
         raise typer.Exit(1)
 
 

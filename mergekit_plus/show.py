@@ -66,9 +66,10 @@ def inspection_lines(facts: Mapping[str, Any]) -> list[str]:
 
 def verification_lines(facts: Mapping[str, Any]) -> list[str]:
     """`compress verify`."""
-    found = [f"{each['file']}: {each['problem']}" for each in facts["problems"]] + [f"note: {note}" for note in facts["notes"]]
+    found = [*(f"{each['file']}: {each['problem']}" for each in facts["problems"]), *facts["wrong"], *(f"note: {note}" for note in facts["notes"])]
     checked = f"{facts['files']} file{'s' * (facts['files'] != 1)}, {size(facts['bytes'])}"
-    return [*found, f"{facts['out']}: {checked}; " + (f"{len(facts['problems'])} not as recorded" if facts["problems"] else "all as recorded")]
+    recorded = f"{len(facts['problems'])} not as recorded" if facts["problems"] else "all as recorded"
+    return [*found, f"{facts['out']}: {checked}; {recorded}{'; engines would load it wrongly' if facts['wrong'] else ''}"]
 
 
 def plan_lines(facts: Mapping[str, Any]) -> list[str]:

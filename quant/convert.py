@@ -19,6 +19,7 @@ from . import FORMATS
 from .floats import FloatScheme
 from .formats import Format, Module, modules_of
 from .plan import constant, dense_modules, with_quantization
+from .validate import refuse
 
 SCALES = ("weight_scale", "scales")
 
@@ -59,7 +60,7 @@ def convert(checkpoint: Checkpoint, to: str) -> Checkpoint:
     notes = [*changes.notes(), *_about_activations(modules, to)]
     result = Checkpoint(f"{checkpoint.label} as {to}", Plan(steps), checkpoint.files, (*checkpoint.notes, *notes))
     dense = dense_modules(checkpoint, describe(checkpoint), taken, checkpoint.specs)
-    return with_quantization(result, layout, layout.config({module.name: module.stored.scheme for module in modules}, dense))
+    return refuse(with_quantization(result, layout, layout.config({module.name: module.stored.scheme for module in modules}, dense)))
 
 
 class _Convert:

@@ -22,6 +22,7 @@ from . import FORMATS, QUANTIZERS, Scheme
 from .floats import NVFP4, FloatScheme, global_scale, round_floats
 from .formats import AnyScheme, Codes, Format, Module, holds_codes, modules_of
 from .formats.fp4 import GLOBAL
+from .validate import refuse
 
 SECOND_CONFIGS = ("quantize_config.json", "quant_config.json")  # which say again what config.json says
 
@@ -93,7 +94,7 @@ def quantize(
     what = str(schemes[0]) if len(schemes) == 1 else f"{len(schemes)} schemes"
     result = Checkpoint(f"{checkpoint.label} in {what}", Plan(steps), checkpoint.files, (*checkpoint.notes, *notes))
     config = layout.config({roles.tensors[name].module: own for name, own in chosen.items()}, dense_modules(checkpoint, roles, chosen, kept))
-    return with_quantization(result, layout, config)
+    return refuse(with_quantization(result, layout, config))
 
 
 def with_quantization(result: Checkpoint, layout: Format, config: Mapping[str, Any] | None) -> Checkpoint:

@@ -26,7 +26,7 @@ def specs(weight: TensorSpec, scheme: AnyScheme) -> tuple[TensorSpec, ...]:
     """The tensors that take the place of `P.weight`."""
     layout, tag = ("int-quantized", "I8") if isinstance(scheme, Scheme) else ("float-quantized", "F8_E4M3")
     prefix = prefix_of(weight, scheme, layout)
-    scales = (weight.shape[0], 1) if isinstance(scheme, Scheme) else scheme.scales(weight.shape)
+    scales = (weight.shape[0], scheme.groups(weight.shape[1])) if isinstance(scheme, Scheme) else scheme.scales(weight.shape)
     return TensorSpec(weight.name, tag, weight.shape), TensorSpec(f"{prefix}weight_scale", weight.dtype, scales)
 
 

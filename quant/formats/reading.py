@@ -18,7 +18,7 @@ from .format import READERS, AnyScheme, Codes, Reader
 METHODS: dict[str, Callable[[Mapping[str, Any]], Callable[[str], Stored | None]]] = {
     "compressed-tensors": config.read_groups, "gptq": gptq.read_config, "awq": awq.read_config,
 }  # fmt: skip
-CODES = ("weight_packed", "qweight", "weight")  # the last part of the name of what holds codes
+PACKED = ("weight_packed", "qweight")  # the last part of the name of what holds codes, but for those that take the weight's name
 
 
 def declared(config_json: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -87,7 +87,9 @@ class Module:
 def holds_codes(checkpoint: Checkpoint, name: str) -> bool:
     """Whether a tensor holds the codes of a module."""
     module, _, part = name.rpartition(".")
-    return part in CODES[:2] or (part == "weight" and f"{module}.weight_scale" in checkpoint.specs)
+    if part in PACKED:
+        return True
+    return part == "weight" and f"{module}.weight_scale" in checkpoint.specs and not any(f"{module}.{other}" in checkpoint.specs for other in PACKED)
 
 
 def modules_of(checkpoint: Checkpoint) -> Iterator[Module]:
