@@ -85,11 +85,25 @@ def problems(sparsity: float | None, pattern: str | None, method: str, scope: st
     chosen = PRUNERS[method]
     if scope is not None and pattern is not None:
         found.append(f"a pattern says itself what is compared: {pattern} inputs of a row; leave out the scope '{scope}'")
-    elif scope is not None and scope not in SCOPES:
-        found.append(f"unknown scope '{scope}'.{nearest(scope, chosen.scopes)}")
     elif scope is not None and scope not in chosen.scopes:
-        found.append(f"{method} compares weights within {' or '.join(map(repr, chosen.scopes))}, not within '{scope}'")
+        found.append(_foreign_scope(chosen, scope))
     return found + chosen.options.problems(options)
+
+
+def scope_of(pruner: Pruner, sparsity: Sparsity, scope: str | None) -> Scope:
+    """What is compared: the groups of rows of a pattern, what was asked for, or what the pruner does by itself. Errors: OptionError."""
+    if sparsity.group or scope is None:
+        return "row" if sparsity.group and not pruner.solves else pruner.scopes[0]
+    for known in pruner.scopes:
+        if known == scope:
+            return known
+    raise OptionError(_foreign_scope(pruner, scope))
+
+
+def _foreign_scope(pruner: Pruner, scope: str) -> str:
+    if scope not in SCOPES:
+        return f"unknown scope '{scope}'.{nearest(scope, pruner.scopes)}"
+    return f"{pruner.name} compares weights within {' or '.join(map(repr, pruner.scopes))}, not within '{scope}'"
 
 
 def choose(checkpoint: Checkpoint, how: PruneOptions) -> Chosen:
@@ -124,7 +138,7 @@ def prune(
     checkpoint: Checkpoint,
     sparsity: Sparsity,
     method: str = "magnitude",
-    scope: Scope | None = None,
+    scope: str | None = None,
     options: Mapping[str, object] | None = None,
     how: PruneOptions = PruneOptions(),
 ) -> Checkpoint:
@@ -141,18 +155,18 @@ def prune(
         raise OptionError(f"{method} is calibrated: give it a text with --text")
     chosen = choose(checkpoint, how)
     check_fit(chosen, sparsity)
-    scope = "row" if sparsity.group else scope or pruner.scopes[0]
+    within = scope_of(pruner, sparsity, scope)
     scores = _scored(chosen, pruner, arguments, how)
     steps: list[Step] = [copy_step(checkpoint, name) for name in chosen.copied]
-    for group in chosen.groups(scope):
+    for group in chosen.groups(within):
         measured, first = None, 0
-        if scope != "row":
+        if within != "row":
             total = sum(checkpoint.specs[name].numel for name in group)
-            measured = Measured(_cut(sparsity.count(total)), _label(scope, chosen, group[0]), whole_model=scope != "tensor")
+            measured = Measured(_cut(sparsity.count(total)), _label(within, chosen, group[0]), whole_model=within != "tensor")
         for name in group:
             spec = checkpoint.specs[name]
-            turned = scope == "row" and chosen.turned(name)
-            run: Any = _ByRow(sparsity, turned) if scope == "row" else _ByCut(first, spec.numel // spec.rows)
+            turned = within == "row" and chosen.turned(name)
+            run: Any = _ByRow(sparsity, turned) if within == "row" else _ByCut(first, spec.numel // spec.rows)
             step = Step(((checkpoint, name), (scores, name)), (spec,), run, 0 if turned else row_multiple(spec), measured)
             if measured is not None:
                 measured.steps.append(step)

@@ -58,7 +58,8 @@ class Site:
         dim = self.dim(name)
         width = tensor.shape[dim] // self.units
         places = (kept[:, None] * width + torch.arange(width)).flatten()
-        return tensor.index_select(dim, places)
+        chosen: Tensor = tensor.index_select(dim, places)
+        return chosen
 
     def kept(self, importance: Tensor) -> Tensor:
         """The units that count most, in their order; of equal ones the last."""
@@ -100,7 +101,8 @@ def refit(reader: Tensor, gram: Tensor, columns: Tensor, damp: float = 0.01) -> 
     inner.diagonal().add_(damp * full.diagonal().mean() + torch.finfo(torch.float64).tiny)
     # relative to the columns as they are, so that the damping pulls to them and not to zero
     error = reader.double() @ full[:, columns] - reader.double()[:, columns] @ full[columns][:, columns]
-    return (reader.double()[:, columns] + torch.linalg.solve(inner, error.T).T).float()
+    change: Tensor = torch.linalg.solve(inner, error.T).T
+    return (reader.double()[:, columns] + change).float()
 
 
 def shrink(checkpoint: Checkpoint, structured: Mapping[str, float]) -> Checkpoint:
