@@ -8,7 +8,7 @@ layers of a checkpoint without blocks); heads, embeddings, norms, biases and rou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +41,9 @@ class PruneOptions:
     seed: int = 0
     device: str = "cpu"
     allow_nonfinite: bool = False
+
+
+DEFAULTS = PruneOptions()
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def prune(
     method: str = "magnitude",
     scope: str | None = None,
     options: Mapping[str, object] | None = None,
-    how: PruneOptions = PruneOptions(),
+    how: PruneOptions = DEFAULTS,
 ) -> Checkpoint:
     """The checkpoint with the least important weights of its linear layers set to zero, by a method that needs no text; everything else stays, byte for byte.
 
@@ -172,10 +175,10 @@ def prune(
                 measured.steps.append(step)
             steps.append(step)
             first += spec.numel
-    return replace(_result(chosen, steps), label=f"{checkpoint.label} pruned to {sparsity} by {method}")
+    return replace(pruned_checkpoint(chosen, steps), label=f"{checkpoint.label} pruned to {sparsity} by {method}")
 
 
-def _result(chosen: Chosen, steps: Sequence[Step]) -> Checkpoint:
+def pruned_checkpoint(chosen: Chosen, steps: Sequence[Step]) -> Checkpoint:
     """A checkpoint of these steps in the order of the one they prune."""
     order = {name: number for number, name in enumerate(chosen.checkpoint.specs)}
     ordered = sorted(steps, key=lambda step: order[step.writes[0].name])
@@ -234,8 +237,8 @@ class _Scores:
     def size(self) -> int:
         return self.scan.size
 
-    def map(self, function: Callable[[Tensor | None, Sequence[Tensor]], Any], sample: bool = False) -> Sequence[Any]:
-        return self.scan.map(lambda tensors: function(None, tensors), sample)
+    def map(self, function: Callable[[Tensor | None, Sequence[Tensor]], Any], sample: bool = False, only: Collection[int] | None = None) -> Sequence[Any]:
+        return self.scan.map(lambda tensors: function(None, tensors), sample, only)
 
     def recall(self, compute: Callable[[], Any]) -> Any:
         return self.scan.recall(compute)
@@ -271,7 +274,7 @@ class _ByRow:
 # ---- masks in files ----
 
 
-def masks_of(checkpoint: Checkpoint, how: PruneOptions = PruneOptions()) -> Checkpoint:
+def masks_of(checkpoint: Checkpoint, how: PruneOptions = DEFAULTS) -> Checkpoint:
     """The masks of a pruned checkpoint, packed: `<weight>_mask`, one bit a weight [rows, ceil(width / 8)], 1 where the weight is not zero."""
     chosen = choose(checkpoint, how)
     steps = []
@@ -282,7 +285,7 @@ def masks_of(checkpoint: Checkpoint, how: PruneOptions = PruneOptions()) -> Chec
     return Checkpoint(f"masks of {checkpoint.label}", Plan(steps))
 
 
-def apply_masks(checkpoint: Checkpoint, masks: Checkpoint, how: PruneOptions = PruneOptions()) -> Checkpoint:
+def apply_masks(checkpoint: Checkpoint, masks: Checkpoint, how: PruneOptions = DEFAULTS) -> Checkpoint:
     """The checkpoint with zeros where another has them: in its packed masks, or in its weights, for a pruned checkpoint's own zeros are its mask.
 
     Errors: CheckpointError where a weight has no mask, or one of another shape.
@@ -298,7 +301,7 @@ def apply_masks(checkpoint: Checkpoint, masks: Checkpoint, how: PruneOptions = P
         if found.shape != (packed_shape(spec.shape) if packed else spec.shape) or (packed and found.dtype != "U8"):
             raise CheckpointError(f"{masks.label}: {found.name} is {found.dtype} {list(found.shape)}, no mask of a weight of {list(spec.shape)}")
         steps.append(Step(((checkpoint, name), (masks, found.name)), (spec,), _Masked(packed), row_multiple(spec)))
-    return replace(_result(chosen, steps), label=f"{checkpoint.label} under the mask of {masks.label}")
+    return replace(pruned_checkpoint(chosen, steps), label=f"{checkpoint.label} under the mask of {masks.label}")
 
 
 class _Masked:

@@ -116,7 +116,7 @@ def shrink(checkpoint: Checkpoint, structured: Mapping[str, float]) -> Checkpoin
     for site in found:
         reads = tuple((checkpoint, name) for name in site.names)
         steps.append(Step(reads, tuple(site.smaller(checkpoint.specs[name]) for name in site.names), _Shrink(site)))
-    return _smaller(checkpoint, structured, steps)
+    return smaller_checkpoint(checkpoint, structured, steps)
 
 
 class _Shrink:
@@ -178,7 +178,7 @@ def _units(checkpoint: Checkpoint, kind: str, rows: int) -> int:
     return groups if isinstance(groups, int) else 0
 
 
-def _smaller(checkpoint: Checkpoint, structured: Mapping[str, float], steps: Sequence[Step]) -> Checkpoint:
+def smaller_checkpoint(checkpoint: Checkpoint, structured: Mapping[str, float], steps: Sequence[Step]) -> Checkpoint:
     """The checkpoint with what these steps write, under the config of the smaller model, if transformers builds it with just these shapes."""
     written = {write.name for step in steps for write in step.writes}
     rest = [copy_step(checkpoint, name) for name in checkpoint.specs if name not in written]
