@@ -17,12 +17,9 @@ from mergekit_plus.errors import CheckpointError
 from mergekit_plus.moments import Moments
 
 from .masks import Sparsity, lowest, lowest_of_rows
-from .plan import DEFAULTS, Chosen, PruneOptions, as_scores, check_fit, choose, prune, pruned_checkpoint, scope_of
+from .plan import DEFAULTS, Chosen, PruneOptions, as_scores, check_fit, choose, pruned_checkpoint, scope_of
 from .pruner import PRUNERS, Pruner, Scope
 from .structured import Site, by_gram, refit, sites, smaller_checkpoint
-
-Finish = Callable[[Block, Mapping[str, Tensor]], Mapping[str, Tensor]]  # of a block and its pruned weights: those that are kept of it
-
 
 def prune_on(
     checkpoint: Checkpoint,
@@ -40,16 +37,17 @@ def prune_on(
     """
     pruner = PRUNERS[method]
     arguments = pruner.options.check(options or {})
-    chosen = choose(checkpoint, how)
-    chosen, notes = _seen(chosen)
+    chosen, notes = _seen(choose(checkpoint, how))
     check_fit(chosen, sparsity)
     within = scope_of(pruner, sparsity, scope)
 
     def process(block: Block) -> dict[str, Tensor]:
-        stored = {name: _stored(chosen, block, name, how) for name in chosen.names if name in block.weights}
-        pruned = prune_block(stored, block.moments(stored) if stored else {}, pruner, sparsity, within, arguments)
-        for name, weight in pruned.items():
-            block.weights[name].copy_(weight)
+        here = [name for name in chosen.names if name in block.names]
+        measured = block.moments([name for name in here if name in block.weights])
+        stored = {name: _stored(chosen, block, name, how) for name in here}
+        pruned = prune_block(stored, {name: measured.get(name) or _unseen(weight) for name, weight in stored.items()}, pruner, sparsity, within, arguments)
+        for name in measured:
+            block.weights[name].copy_(pruned[name])
         return {name: weight.T.contiguous().cpu() if chosen.turned(name) else weight.cpu() for name, weight in pruned.items()}
 
     made = _walked(checkpoint, [checkpoint.specs[name] for name in chosen.names], ids, process, how.device)
@@ -85,9 +83,9 @@ def shrink_on(checkpoint: Checkpoint, ids: Tensor, structured: Mapping[str, floa
     def process(block: Block) -> dict[str, Tensor]:
         inside = [site for site in places if site.block == block.name]
         found: dict[str, Tensor] = {}
-        for (name, moments), site in zip(block.moments([site.reader for site in inside]).items(), inside, strict=True):
-            site = next(site for site in inside if site.reader == name)
-            found |= _smaller_site(checkpoint, block, site, moments)
+        measured = block.moments([site.reader for site in inside])
+        for site in inside:
+            found |= _smaller_site(checkpoint, block, site, measured[site.reader])
         return found
 
     made = _walked(checkpoint, list(specs.values()), ids, process, how.device)
@@ -127,7 +125,17 @@ def _seen(chosen: Chosen) -> tuple[Chosen, list[str]]:
 
 def _stored(chosen: Chosen, block: Block, name: str, how: PruneOptions) -> Tensor:
     """A weight [out, in] of the block in its stored dtype."""
-    weight = block.weights[name].to(TORCH_DTYPES[chosen.checkpoint.specs[name].dtype])
+    if name in block.weights:
+        weight = block.weights[name].to(TORCH_DTYPES[chosen.checkpoint.specs[name].dtype])
+    else:
+        weight = chosen.checkpoint.read(name).to(how.device)
+        weight = weight.T.contiguous() if chosen.turned(name) else weight
     if not how.allow_nonfinite and not is_finite(weight):
         raise nonfinite(chosen.checkpoint.label, name, weight)
     return weight
+
+
+def _unseen(weight: Tensor) -> Moments:
+    """Of inputs of which nothing is known."""
+    width = weight.shape[1]
+    return Moments(weight.new_zeros(width, width, dtype=torch.float32), weight.new_zeros(width, dtype=torch.float32), 0)

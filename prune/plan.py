@@ -76,7 +76,9 @@ class Chosen:
         yield from map(tuple, blocks.values())
 
 
-def problems(sparsity: float | None, pattern: str | None, method: str, scope: str | None, options: Mapping[str, object]) -> list[str]:
+def problems(
+    sparsity: float | None, pattern: str | None, method: str, scope: str | None, options: Mapping[str, object], calibrated: bool = False
+) -> list[str]:
     """Everything wrong with these options, a sentence each."""
     found: list[str] = []
     try:
@@ -90,6 +92,8 @@ def problems(sparsity: float | None, pattern: str | None, method: str, scope: st
         found.append(f"a pattern says itself what is compared: {pattern} inputs of a row; leave out the scope '{scope}'")
     elif scope is not None and scope not in chosen.scopes:
         found.append(_foreign_scope(chosen, scope))
+    if chosen.calibrated != calibrated:
+        found.append(f"{method} {'looks at the inputs of layers: give it a text with --calibration' if chosen.calibrated else 'needs no calibration text'}")
     return found + chosen.options.problems(options)
 
 
@@ -155,7 +159,7 @@ def prune(
     pruner = PRUNERS[method]
     arguments = pruner.options.check(options or {})
     if pruner.calibrated:
-        raise OptionError(f"{method} is calibrated: give it a text with --text")
+        raise OptionError(f"{method} looks at the inputs of layers: give it a text (`calibrated.prune_on`)")
     chosen = choose(checkpoint, how)
     check_fit(chosen, sparsity)
     within = scope_of(pruner, sparsity, scope)

@@ -36,9 +36,10 @@ class Scan:
             number, wanted = count(), set(only)
             cuts = {place: [piece for piece in cut if next(number) in wanted] for place, cut in cuts.items()}
             slabs = [(step, rows) for step, rows in slabs if cuts[id(step), rows.start]]
-        return [result for results in self.parallel(lambda slab: self._visit(visit, *slab, cuts[id(slab[0]), slab[1].start]), slabs) for result in results]
+        visits = self.parallel(lambda slab: self._visit(visit, *slab, cuts=cuts[id(slab[0]), slab[1].start]), slabs)
+        return [result for results in visits for result in results]
 
-    def _visit(self, visit: Visit, step: Step, rows: Rows, cuts: Sequence[Rows]) -> list[Any]:
+    def _visit(self, visit: Visit, step: Step, rows: Rows, *, cuts: Sequence[Rows]) -> list[Any]:
         if self.held is not None:
             tensors, origin = list(self.held), slice(0, step.rows)
         else:
