@@ -21,6 +21,7 @@ from .plan import DEFAULTS, Chosen, PruneOptions, as_scores, check_fit, choose, 
 from .pruner import PRUNERS, Pruner, Scope
 from .structured import Site, by_gram, refit, sites, smaller_checkpoint
 
+
 def prune_on(
     checkpoint: Checkpoint,
     ids: Tensor,
