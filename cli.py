@@ -286,6 +286,48 @@ def dequantize(
 
 @app.command()
 @writes()
+def prune(
+    *,
+    how: Writing,
+    model: Model = ".",
+    sparsity: Annotated[float | None, typer.Option("--sparsity", help="share of zeros, as in 0.5")] = None,
+    pattern: Annotated[str | None, typer.Option("--pattern", metavar="N:M", help="at most n weights that are not zero in every m inputs, as in 2:4")] = None,
+    structured: Annotated[
+        str | None, typer.Option("--structured", metavar="mlp=SHARE,heads=SHARE", help="take neurons and heads out whole: a smaller ordinary model")
+    ] = None,
+    mask: Annotated[str | None, typer.Option("--mask", help="zeros where this has them: masks saved by --masks, or a pruned model")] = None,
+    masks: Annotated[Path | None, typer.Option("--masks", help="write the masks too, one bit a weight, to this .safetensors file")] = None,
+    method: Annotated[str, typer.Option("--method", "-m", help="see `compress methods`")] = "magnitude",
+    scope: Annotated[str | None, typer.Option("--scope", help="what is compared: row, tensor, block or global (default: the method's own)")] = None,
+    calibration: Calibrate = [],  # noqa: B006
+    windows: CalibrationWindows = 128,
+    window: CalibrationWindow = 256,
+    seed: Annotated[int, typer.Option("--seed", help="of the method that draws at random; moves the windows of the calibration text")] = 0,
+    set_: Set = [],  # noqa: B006
+    exclude: Exclude = [],  # noqa: B006
+    include: Include = [],  # noqa: B006
+) -> None:
+    """Set the least important weights to zero, or take out neurons and heads: `compress prune MODEL --sparsity 0.5`."""
+    digests = None if how.resume else _hash_early(model)
+    from mergekit_plus.recipe import check
+
+    step = {
+        "sparsity": sparsity, "pattern": pattern, "method": method, "scope": scope, "seed": seed, "exclude": exclude, "include": include,
+        "structured": _shares(structured), "mask": "mask" if mask else None, "of": "model",
+        **_calibration(calibration, windows, window, seed), **_settings(set_),
+    }  # fmt: skip
+    recipe = check({"inputs": {"model": model, **({"mask": mask} if mask else {})}, "steps": [{"prune": step}]}, Path(), "compress prune")
+    default = _beside(model, "smaller" if structured else "pruned", "folder" if structured else "file")
+    _carry_out(recipe, how, default, digests)
+    if masks is not None and not how.dry_run:
+        from mergekit_plus.checkpoint import SaveOptions, save
+        from prune.plan import PruneOptions, masks_of
+
+        save(masks_of(_open(str(how.out or default)), PruneOptions(tuple(exclude))), masks, SaveOptions(how.overwrite))
+
+
+@app.command()
+@writes()
 def run(
     *,
     how: Writing,
@@ -396,7 +438,7 @@ def compare(
 
 @app.command()
 def methods(name: Annotated[str | None, typer.Argument(help="one method, with its options")] = None, as_json: Json = False) -> None:
-    """List merge methods and quantizers with their options."""
+    """List merge methods, quantizers and pruners with their options."""
     from mergekit_plus.listing import list_methods
     from mergekit_plus.show import method_lines
 
@@ -496,6 +538,11 @@ def _settings(assignments: list[str]) -> dict[str, Any]:
         listed = "," in value and not value.startswith("{")
         settings[name] = [parse(part, f"-s {name}") for part in value.split(",")] if listed else parse(value, f"-s {name}")
     return settings
+
+
+def _shares(given: str | None) -> dict[str, Any] | None:
+    """`mlp=0.25,heads=0.5` by name."""
+    return None if given is None else _settings(given.split(","))
 
 
 def _calibration(texts: list[str], windows: int, window: int, seed: int) -> dict[str, Any]:

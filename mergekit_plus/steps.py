@@ -239,6 +239,63 @@ class DequantizeStep(Strict):
         return dequantize(inputs[self.of] if self.of else only_input(inputs, previous, "dequantize"))
 
 
+class PruneStep(BaseModel):
+    """`prune:` — the keys beside these are options of the pruner."""
+
+    model_config = ConfigDict(extra="allow")
+
+    sparsity: float | None = None
+    pattern: str | None = None
+    structured: dict[str, float] | None = None  # what goes whole: {mlp: 0.25, heads: 0.5}
+    mask: str | None = None  # an input whose zeros, or whose packed masks, are taken
+    method: str = "magnitude"
+    scope: str | None = None
+    calibration: CalibrationOptions | None = None  # a text, for methods that look at the inputs of layers
+    seed: int = 0
+    exclude: list[str] = Field(default_factory=list)
+    include: list[str] = Field(default_factory=list)
+    of: str | None = None
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _without_quotes(cls, value: object) -> object:
+        """YAML reads 2:4 as 2 * 60 + 4, minutes and seconds."""
+        return f"{value // 60}:{value % 60}" if isinstance(value, int) and value > 60 else value
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        from prune.plan import problems
+        from prune.structured import problems as structured_problems
+
+        given = [key for key in ("sparsity", "pattern", "structured", "mask") if getattr(self, key) is not None]
+        if len(given) != 1:
+            yield f"prune: say what goes with one of sparsity, pattern, structured and mask, not with {' and '.join(given) or 'none of them'}"
+        elif self.structured is not None:
+            yield from (f"prune: {problem}" for problem in structured_problems(self.structured))
+        elif self.mask is None:
+            for problem in problems(self.sparsity, self.pattern, self.method, self.scope, self.model_extra or {}, self.calibration is not None):
+                yield f"prune: {problem}"
+        named = [name for name in (self.of, self.mask) if name is not None]
+        yield from (f"prune: {problem}" for problem in not_inputs(named, inputs))
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from prune import Sparsity
+        from prune.calibrated import prune_on, shrink_on
+        from prune.plan import PruneOptions, apply_masks, prune
+        from prune.structured import shrink
+
+        source = inputs[self.of] if self.of else only_input({name: model for name, model in inputs.items() if name != self.mask}, previous, "prune")
+        options = PruneOptions(tuple(self.exclude), tuple(self.include), self.seed, how.device, how.save.allow_nonfinite)
+        if self.mask is not None:
+            return apply_masks(source, inputs[self.mask], options)
+        ids, notes = self.calibration.placed(how.folder).read(source) if self.calibration else (None, [])
+        if self.structured is not None:
+            result = shrink(source, self.structured) if ids is None else shrink_on(source, ids, self.structured, options)
+        else:
+            asked = Sparsity.of(self.sparsity, self.pattern), self.method, self.scope, self.model_extra or {}, options
+            result = prune(source, *asked) if ids is None else prune_on(source, ids, *asked)
+        return replace(result, notes=(*result.notes, *notes))
+
+
 class MergekitStep(RootModel[Any]):
     """`mergekit:` — a document in mergekit's schema, or a list of them; the models that they name are inputs."""
 
@@ -268,10 +325,10 @@ class MoeStep(MoeConfig):
         return moe(inputs, self)
 
 
-StepOptions = MergeStep | MergekitStep | MoeStep | MergeAdaptersStep | ExtractAdapterStep | QuantizeStep | DequantizeStep
+StepOptions = MergeStep | MergekitStep | MoeStep | MergeAdaptersStep | ExtractAdapterStep | QuantizeStep | DequantizeStep | PruneStep
 OPERATIONS: dict[str, type[StepOptions]] = {
     "merge": MergeStep, "mergekit": MergekitStep, "moe": MoeStep, "merge_adapters": MergeAdaptersStep, "extract_adapter": ExtractAdapterStep,
-    "quantize": QuantizeStep, "dequantize": DequantizeStep,
+    "quantize": QuantizeStep, "dequantize": DequantizeStep, "prune": PruneStep,
 }  # fmt: skip
 FIRST = (MergeStep, MergekitStep, MoeStep, ExtractAdapterStep)  # they read inputs, not what a step before them made
 
