@@ -8,16 +8,17 @@ from .errors import OptionError, nearest
 
 
 def list_methods(name: str | None = None) -> dict[str, Any]:
-    """Merge methods and quantisers by name, or the one that is asked for.
+    """Merge methods, quantisers and retraining variants by name, or the one that is asked for.
 
     Errors: OptionError for an unknown name.
     """
+    from prune.perp import VARIANTS
     from quant import QUANTIZERS
 
     from .merge import METHODS, MergeMethod
 
     found: dict[str, Any] = {}
-    for kind, entries in ((METHODS.kind, METHODS), (QUANTIZERS.kind, QUANTIZERS)):
+    for kind, entries in ((METHODS.kind, METHODS), (QUANTIZERS.kind, QUANTIZERS), (VARIANTS.kind, VARIANTS)):
         for key, entry in entries.items():
             options = [
                 {

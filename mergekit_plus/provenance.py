@@ -72,7 +72,7 @@ def _resolved(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manife
         }
         for name, source in recipe.inputs.items()
     }
-    content["steps"] = _plain_steps(recipe)
+    content["steps"] = [{name: _moved(options, recipe.folder, out) for name, options in step.items()} for step in _plain_steps(recipe)]
     if shard_size != DEFAULT_SHARD_SIZE:
         content["max_shard_size"] = str(shard_size)
     if "checks" in content and recipe.checks.texts:
@@ -91,6 +91,12 @@ class _Dumper(yaml.SafeDumper):
 
 def _plain_steps(recipe: Recipe) -> list[dict[str, dict[str, Any]]]:
     return [{name: options.model_dump(mode="json", exclude_none=True) for name, options in step.items()} for step in recipe.steps]
+
+
+def _moved(options: dict[str, Any], folder: Path, out: Path) -> dict[str, Any]:
+    """A step with the texts that it reads relative to the output."""
+    texts = options.get("text")
+    return options if not isinstance(texts, list) else {**options, "text": [_relative(str(folder / text), out) for text in texts]}
 
 
 def _relative(ref: str, out: Path) -> str:

@@ -180,7 +180,7 @@ def build(recipe: Recipe, how: Execution | None = None, inputs: dict[str, Checkp
 
     Errors: those of opening a checkpoint and of the operations, before any tensor is read.
     """
-    how = how or Execution()
+    how = replace(how or Execution(), folder=recipe.folder)
     if inputs is None:
         inputs = {name: replace(Checkpoint.open(recipe.resolve(source.ref), how.cache), label=source.ref) for name, source in recipe.inputs.items()}
     stages: dict[str, Checkpoint] = {}
@@ -321,6 +321,7 @@ def plan(recipe: Recipe, how: Execution | None = None) -> dict[str, Any]:
         "memory": layout.memory, "workers": layout.workers, "largest_unit": layout.largest_unit, "peak_memory": layout.peak_memory,
         "from_hub": {"bytes": cached or layout.from_hub[0], "requests": layout.from_hub[1] * (not cached)},
         "cached": cached, "disk_needed": layout.disk_needed, "disk_free": shutil.disk_usage(out.parent).free,
+        "notes": list(result.notes),
     }  # fmt: skip
 
 
