@@ -131,7 +131,7 @@ def settled(options: dict[str, Any], tensors: Sequence[Tensor], models: int) -> 
 def ours(method: str, base: Tensor | None, models: Sequence[Tensor], options: dict[str, Any], seed: int = 0) -> Tensor:
     """Our result in the working dtype."""
     from mergekit_plus.merge import METHODS
-    from mergekit_plus.merge.noise import Noise
+    from mergekit_plus.noise import Noise
 
     class Whole:
         size = models[0].numel()

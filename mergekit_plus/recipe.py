@@ -317,10 +317,10 @@ def plan(recipe: Recipe, how: Execution | None = None) -> dict[str, Any]:
         "out": str(out if target is None or how.push else target), "files": len(layout.shards),
         "tensors": {"computed": len(result.specs) - copies, "copied": copies},
         "bytes_read": layout.bytes_read, "bytes_measured": layout.bytes_measured, "bytes_written": layout.bytes_written,
-        "measurements": len(layout.measurements),
+        "measurements": len(layout.before) - len(layout.deferred), "computations": len(layout.deferred),
         "memory": layout.memory, "workers": layout.workers, "largest_unit": layout.largest_unit, "peak_memory": layout.peak_memory,
         "from_hub": {"bytes": cached or layout.from_hub[0], "requests": layout.from_hub[1] * (not cached)},
-        "cached": cached, "disk_needed": layout.bytes_written, "disk_free": shutil.disk_usage(out.parent).free,
+        "cached": cached, "disk_needed": layout.disk_needed, "disk_free": shutil.disk_usage(out.parent).free,
     }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ LAYERS = [
         "mergekit_plus.training", "mergekit_plus.calibration", "mergekit_plus.evaluate", "mergekit_plus.diff", "mergekit_plus.inspection",
         "mergekit_plus.adapters", "mergekit_plus.vocabulary", "mergekit_plus.verify",
     ],
-    ["mergekit_plus.model", "mergekit_plus.layers", "mergekit_plus.statistics", "mergekit_plus.moments"],
+    ["mergekit_plus.model", "mergekit_plus.layers", "mergekit_plus.statistics", "mergekit_plus.moments", "mergekit_plus.noise"],
     ["mergekit_plus.checkpoint"],
     ["mergekit_plus.registry", "mergekit_plus.options", "mergekit_plus.progress", "mergekit_plus.digests", "mergekit_plus.safe_yaml"],
     ["mergekit_plus.errors"],

@@ -18,9 +18,9 @@ from ..checkpoint.spec import check_patterns, matches, natural_order
 from ..errors import CheckpointError, OptionError, nearest
 from ..layers import Position, positions
 from ..model import adapter_reason, quantized_reason, tied_alias, vocabulary_size
+from ..noise import Noise
 from ..vocabulary.alignment import misalignment
 from . import METHODS, MergeMethod, varying
-from .noise import Noise
 
 
 @dataclass(frozen=True)

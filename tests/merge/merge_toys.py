@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mergekit_plus.merge import METHODS
-from mergekit_plus.merge.noise import Noise
+from mergekit_plus.noise import Noise
 
 Model = Mapping[str, Tensor]
 
