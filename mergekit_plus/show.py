@@ -61,6 +61,9 @@ def inspection_lines(facts: Mapping[str, Any]) -> list[str]:
         lines.append("tied: " + ", ".join(" = ".join(names) for names in facts["tied"]))
     if facts["quantized"]:
         lines.append(f"it {facts['quantized']}")
+    if packed := facts["packed"]:
+        coding = f"{packed['bits']} bit{'s' * (packed['bits'] > 1)}, {packed['codebook']}, a scale for each {packed['scale']}"
+        lines.append(f"packed: {size(packed['bytes'])} on the disk, {coding}; above is what it expands to")
     return lines + [f"  {t['name']}  {t['dtype']} {tuple(t['shape'])}  {t['role']}" for t in facts.get("list", [])]
 
 

@@ -28,7 +28,9 @@ LAYERS = [
     ["mergekit_plus.errors"],
 ]
 METHODS = LAYERS[2]
-DOORS = {("mergekit_plus.checkpoint.folder", "mergekit_plus.adapters.apply")}  # `Checkpoint.open` opens what operations make too: model+adapter
+DOORS = {  # `Checkpoint.open` opens what operations make too: model+adapter, packed adapters
+    ("mergekit_plus.checkpoint.folder", "mergekit_plus.adapters.apply"), ("mergekit_plus.checkpoint.folder", "quant.adapters.container"),
+}  # fmt: skip
 
 
 def modules() -> dict[str, Path]:
