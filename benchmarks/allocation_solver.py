@@ -4,8 +4,8 @@
 
 Tables: `uniform` random costs and losses; `layers` of three sizes with smooth losses, and `noisy` ones, as measured sensitivities are; `odd` sizes, whose
 costs have no common divisor; `correlated`, where losses nearly follow from costs. Budgets from tight (2 % of the way from the cheapest to the dearest) to
-loose (98 %). --peers runs scipy's HiGHS and PuLP's CBC on the whole model too (pip install pulp; nothing else here needs it), and says how far their objective is from
-the proven optimum, for what they call optimal need not be.
+loose (98 %). --peers runs scipy's HiGHS and PuLP's CBC on the whole model too (pip install pulp; nothing else here needs it), and says how far their
+objective is from the proven optimum, for what they call optimal need not be.
 """
 
 from __future__ import annotations

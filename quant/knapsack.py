@@ -193,8 +193,8 @@ def minimise(items: Sequence[Item], capacity: int) -> Kernel:
 
 def _is_least(relaxed: Relaxed, value: int, left: int) -> bool:
     """Whether the relaxation alone proves a solution: none has less value, and one that leaves more of the capacity has more."""
-    gap = value - relaxed.value + _slack(relaxed.value, value)
-    return gap < 1 and relaxed.price * (left + 1) > gap
+    rounding = _slack(relaxed.value, value)
+    return value - relaxed.value <= rounding and relaxed.price * (left + 1) > 2 * rounding
 
 
 def _slack(*totals: float) -> float:
