@@ -37,7 +37,7 @@ def problems(bits: int, group_size: int, symmetric: bool, method: str, format_na
 
 def quantize(
     checkpoint: Checkpoint,
-    scheme: Scheme,
+    scheme: Scheme | Mapping[str, Scheme],
     method: str = "rtn",
     options: Mapping[str, object] | None = None,
     format_name: str = "pack-quantized",
@@ -48,10 +48,11 @@ def quantize(
     allow_nonfinite: bool = False,
 ) -> Checkpoint:
     """The checkpoint with the weights of its linear layers quantised; heads, embeddings, norms and what `exclude` matches stay as they are,
-    and what `include` does not match is left out.
+    and what `include` does not match is left out. `scheme` may be a table of schemes by the names of modules ("model.layers.3.mlp.up_proj"); layers
+    that it does not name stay as they are.
 
-    Errors: OptionError for impossible options; CheckpointError where the checkpoint is quantised already, a layer does not fit the scheme,
-    or `exclude` tears apart layers that servers fuse.
+    Errors: OptionError for impossible options, a module that is no linear layer, and layers that servers fuse with different schemes, or some
+    with none; CheckpointError where the checkpoint is quantised already, or a layer does not fit its scheme.
     """
     quantizer, layout = QUANTIZERS[method], FORMATS[format_name]
     arguments = quantizer.options.check(options or {})
@@ -60,8 +61,8 @@ def quantize(
     roles = describe(checkpoint)
     check_patterns("--include", include, checkpoint.specs)
     kept = {name for name in checkpoint.specs if not include or matches(name, include)}
-    chosen, notes = _choose(checkpoint, roles, exclude, kept)
-    _check_fit(checkpoint, chosen, scheme)
+    chosen, notes = _choose(checkpoint, roles, scheme, exclude, kept)
+    _check_fit(checkpoint, chosen)
     _check_fused(roles, chosen, kept)
 
     steps: list[Step] = []
@@ -71,15 +72,17 @@ def quantize(
         if name not in chosen:
             steps.append(copy_step(checkpoint, name))
             continue
-        fixed = layout.fixed(spec)
+        own, fixed = chosen[name], layout.fixed(spec)
         prefix = name.removesuffix("weight")
-        writes = layout.specs(spec, scheme)
+        writes = layout.specs(spec, own)
         rows = tuple(write for write in writes if write.name.removeprefix(prefix) not in fixed)
-        run = _Run(checkpoint.label, name, quantizer, scheme, arguments, layout, device, allow_nonfinite)
-        steps.append(Step(((checkpoint, name),), rows, run, layout.row_unit(scheme)))
+        run = _Run(checkpoint.label, name, quantizer, own, arguments, layout, device, allow_nonfinite)
+        steps.append(Step(((checkpoint, name),), rows, run, layout.row_unit(own)))
         steps += [_constant(write, fixed[write.name.removeprefix(prefix)]) for write in writes if write not in rows]
-    result = Checkpoint(f"{checkpoint.label} in {scheme}", Plan(steps), checkpoint.files, (*checkpoint.notes, *notes))
-    config = layout.config({roles.tensors[name].module: scheme for name in chosen}, _dense_modules(checkpoint, roles, chosen, kept))
+    schemes = list(dict.fromkeys(chosen.values()))
+    what = str(schemes[0]) if len(schemes) == 1 else f"{len(schemes)} schemes"
+    result = Checkpoint(f"{checkpoint.label} in {what}", Plan(steps), checkpoint.files, (*checkpoint.notes, *notes))
+    config = layout.config({roles.tensors[name].module: own for name, own in chosen.items()}, _dense_modules(checkpoint, roles, chosen, kept))
     if config is None:
         return result
     if not result.config:  # a bare file: the packed tensors cannot be read without knowing how they were packed
@@ -152,41 +155,55 @@ def _constant(spec: TensorSpec, value: Tensor) -> Step:
     return Step((), (spec,), lambda tensors, first_row, measured: (value,))
 
 
-def _choose(checkpoint: Checkpoint, roles: ModelMap, exclude: Sequence[str], kept: Collection[str]) -> tuple[set[str], list[str]]:
-    """The weights to quantise, and a note for linear layers that stay as they are."""
+def _choose(
+    checkpoint: Checkpoint, roles: ModelMap, scheme: Scheme | Mapping[str, Scheme], exclude: Sequence[str], kept: Collection[str]
+) -> tuple[dict[str, Scheme], list[str]]:
+    """The schemes of the weights to quantise, and a note for linear layers that stay as they are."""
     check_patterns("--exclude", exclude, checkpoint.specs)
     wanted = [name for name in roles.linears if name in kept and not matches(name, exclude)]
+    if not isinstance(scheme, Scheme):
+        modules = [roles.tensors[name].module for name in roles.linears]
+        if unknown := next((module for module in scheme if module not in modules), None):
+            raise OptionError(f"{checkpoint.label} has no linear layer '{unknown}' to quantize.{nearest(unknown, modules)}")
+        wanted = [name for name in wanted if roles.tensors[name].module in scheme]
     turned = [name for name in wanted if roles.tensors[name].transposed]
     notes = [*roles.notes] + ([f"{len(turned)} layers store their weights [in, out] ('{turned[0]}') and stay as they are"] if turned else [])
-    chosen = {name for name in wanted if name not in turned and checkpoint.specs[name].is_float}
+    chosen = [name for name in wanted if name not in turned and checkpoint.specs[name].is_float]
     if not chosen:
         reason = "; ".join(["no matrix named *.weight that is one", *notes])
         raise CheckpointError(f"{checkpoint.label} has no linear layer to quantize: {reason}")
-    return chosen, notes
+    return {name: scheme if isinstance(scheme, Scheme) else scheme[roles.tensors[name].module] for name in chosen}, notes
 
 
-def _check_fit(checkpoint: Checkpoint, chosen: set[str], scheme: Scheme) -> None:
-    misfits = {name: reason for name in chosen if (reason := scheme.fits(checkpoint.specs[name].shape))}
+def _check_fit(checkpoint: Checkpoint, chosen: Mapping[str, Scheme]) -> None:
+    misfits = {name: reason for name, scheme in chosen.items() if (reason := scheme.fits(checkpoint.specs[name].shape))}
     if not misfits:
         return
     name = min(misfits)
-    fitting = [size for size in (128, 64, 32, 16) if all(replace(scheme, group_size=size).fits(checkpoint.specs[name].shape) is None for name in chosen)]
-    whole_rows = all(replace(scheme, group_size=0).fits(checkpoint.specs[name].shape) is None for name in chosen)
-    advice = f"--group-size {fitting[0]} fits all layers" if fitting else "--group-size 0 (one scale a row) fits all" if whole_rows else ""
+    uniform = len(set(chosen.values())) == 1
+
+    def fits_all(size: int) -> bool:
+        return uniform and all(replace(scheme, group_size=size).fits(checkpoint.specs[name].shape) is None for name, scheme in chosen.items())
+
+    size = next((size for size in (128, 64, 32, 16, 0) if fits_all(size)), None)
+    advice = "" if size is None else f"--group-size {size} fits all layers" if size else "--group-size 0 (one scale a row) fits all"
+    advice = advice or ("" if uniform else "give it another scheme")
     advice += f"{', or ' if advice else ''}leave layers out with --exclude"
     others = f" (and {len(misfits) - 1} more)" if len(misfits) > 1 else ""
     raise CheckpointError(f"{checkpoint.label}: {name} {misfits[name].partition(';')[0]}{others}; {advice}")
 
 
-def _check_fused(roles: ModelMap, chosen: set[str], kept: Collection[str]) -> None:
+def _check_fused(roles: ModelMap, chosen: Mapping[str, Scheme], kept: Collection[str]) -> None:
     for group in roles.fused:
         inside = [name for name in group if name in chosen]
         outside = next((name for name in group if name in kept and name not in chosen), None)
         if inside and outside:
             raise OptionError(f"servers fuse {inside[0]} and {outside}: quantize both or neither (--exclude)")
+        if other := next((name for name in inside if chosen[name] != chosen[inside[0]]), None):
+            raise OptionError(f"servers fuse {inside[0]} and {other}: give both one scheme, not {chosen[inside[0]]} and {chosen[other]}")
 
 
-def _dense_modules(checkpoint: Checkpoint, roles: ModelMap, chosen: set[str], kept: Collection[str]) -> list[str]:
+def _dense_modules(checkpoint: Checkpoint, roles: ModelMap, chosen: Collection[str], kept: Collection[str]) -> list[str]:
     """Modules that are, or may be, linear layers and are not quantised; tied heads, which have no tensor of their own, among them."""
     tied = [name for group in roles.tied for name in group if name not in checkpoint.specs]
     rest = {name: meaning for name, meaning in roles.tensors.items() if name in kept and name not in chosen}

@@ -1,0 +1,100 @@
+"""The walk: block after block is filled, worked on, run and dropped, and what is finished survives a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import Checkpoint
+from ..errors import OptionError
+from ..model import vocabulary_size
+from ..progress import Progress
+from .block import Block, with_dense
+from .skeleton import Call, Skeleton
+from .states import HiddenStates, batch_size
+
+
+class Work(Protocol):
+    """A folder that survives a kill, and the finished parts of a long computation in it."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def progress(self) -> Progress: ...
+
+    def part(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> Mapping[str, Tensor]:
+        """The tensors of a part: those in its file, or else what `compute` makes, which are kept there."""
+        ...
+
+
+def walk(
+    checkpoint: Checkpoint, ids: Tensor, process: Callable[[Block], dict[str, Tensor]], work: Work, *, cross: bool = False, device: str = "cpu"
+) -> list[Mapping[str, Tensor]]:
+    """Work on every block of a model while a text stands before it: int64 ids [windows, window]. What `process` returns, block by block.
+
+    `process` leaves in the block's module the weights that the blocks behind it shall see, and returns the tensors to keep; it is not called
+    for a block whose part is finished. With `cross` the text flows through the unchanged blocks too: a block twice in memory, and two files of
+    hidden states. Memory: a block in float32, what `process` needs, the hidden states of a batch; the rest of them lie in `work.folder`.
+    Errors: CheckpointError for a model that is no one stack of blocks, OptionError for ids that it cannot take.
+    """
+    skeleton = Skeleton(checkpoint)
+    check_ids(checkpoint, skeleton, ids)
+    count = len(skeleton.blocks)
+    calls: list[list[Call]] = []
+    current: dict[str, HiddenStates] = {}
+
+    def states(kind: str, number: int, batches: Iterator[Tensor]) -> HiddenStates:
+        return HiddenStates.write(work.folder / f"{kind}-{number}", batches)
+
+    def begin(number: int) -> None:
+        """The hidden states before a block: those before the first, or those that the last run left."""
+        first = states("states", 0, _first(skeleton, ids, calls))
+        for kind in ("states", *(["dense"] if cross else [])):
+            current[kind] = HiddenStates(work.folder / f"{kind if number else 'states'}-{number}", first.windows, first.window, first.width)
+
+    def compute(number: int) -> dict[str, Tensor]:
+        if not current:
+            begin(number)
+        weights, module = skeleton.load_block(number, device), skeleton.blocks[number]
+        dense, dense_weights = with_dense(module, weights) if cross else (None, {})
+        block = Block(number, skeleton.block_name(number), module, weights, current["states"], calls, device, current.get("dense"), dense, dense_weights)
+        tensors = process(block)
+        if number + 1 < count:
+            after = {"states": states("states", number + 1, block.outputs())}
+            if cross:
+                after["dense"] = states("dense", number + 1, block.dense_outputs())
+            current.update(after)
+        skeleton.drop_block(number)
+        return tensors
+
+    found = []
+    with work.progress.phase("blocks", count, " blocks"):
+        for number in range(count):
+            found.append(work.part(f"block-{number}", partial(compute, number)))
+            for kind in ("states", "dense"):
+                (work.folder / f"{kind}-{number}").unlink(missing_ok=True)
+            work.progress.advance(1)
+    return found
+
+
+def check_ids(checkpoint: Checkpoint, skeleton: Skeleton, ids: Tensor) -> None:
+    """OptionError for windows that the model cannot take."""
+    size = vocabulary_size(checkpoint)
+    if size is not None and int(ids.max()) >= size:
+        raise OptionError(f"token {int(ids.max())} is outside the model's vocabulary of {size}; is the tokenizer another model's?")
+    longest = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
+    if longest and ids.shape[1] > longest:
+        raise OptionError(f"a window of {ids.shape[1]} tokens: the model takes {longest} at most; give a smaller --window")
+
+
+def _first(skeleton: Skeleton, ids: Tensor, calls: list[list[Call]]) -> Iterator[Tensor]:
+    """The hidden states before the first block; `calls` gets what the blocks are called with."""
+    for states, of_blocks in skeleton.record(torch.split(ids, batch_size(ids.shape[1]))):
+        calls.append(of_blocks)
+        yield states
