@@ -6,24 +6,25 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mergekit_plus.checkpoint import Checkpoint, Plan, Step, TensorSpec, copy_step
-from mergekit_plus.checkpoint.finite import is_finite, nonfinite
 from mergekit_plus.checkpoint.spec import check_patterns, matches
 from mergekit_plus.errors import CheckpointError, OptionError, nearest
 from mergekit_plus.model import ModelMap, adapter_reason, describe, quantized_reason
 
-from . import FORMATS, QUANTIZERS, Quantizer, Scheme, decode, read_config
+from . import FORMATS, QUANTIZERS, Scheme, decode, read_config
 from . import dequantize as values_of
-from .formats import Format
+from .calibrated import Calibration, calibration_problem, steps_for
+from .layer import Layer, Method, Rows
 
 PACKED = ".weight_packed"
 
 
-def problems(bits: int, group_size: int, symmetric: bool, method: str, format_name: str, options: Mapping[str, object]) -> list[str]:
-    """Everything wrong with these options, a sentence each."""
+def problems(
+    bits: int, group_size: int, symmetric: bool, method: str, format_name: str, options: Mapping[str, object], calibrated: bool = False
+) -> list[str]:
+    """Everything wrong with these options, a sentence each; `calibrated`: a calibration is given."""
     found: list[str] = []
     try:
         Scheme(bits, group_size, symmetric)
@@ -32,7 +33,11 @@ def problems(bits: int, group_size: int, symmetric: bool, method: str, format_na
     for registry, name in ((QUANTIZERS, method), (FORMATS, format_name)):
         if name not in list(registry):
             found.append(f"unknown {registry.kind} '{name}'.{nearest(name, registry)}")
-    return found + (QUANTIZERS[method].options.problems(options) if method in list(QUANTIZERS) else [])
+    if method not in list(QUANTIZERS):
+        return found
+    if wrong := calibration_problem(QUANTIZERS[method], calibrated):
+        found.append(wrong)
+    return found + QUANTIZERS[method].options.problems(options)
 
 
 def quantize(
@@ -46,16 +51,19 @@ def quantize(
     include: Sequence[str] = (),
     device: str = "cpu",
     allow_nonfinite: bool = False,
+    calibration: Calibration | None = None,
 ) -> Checkpoint:
     """The checkpoint with the weights of its linear layers quantised; heads, embeddings, norms and what `exclude` matches stay as they are,
     and what `include` does not match is left out. `scheme` may be a table of schemes by the names of modules ("model.layers.3.mlp.up_proj"); layers
-    that it does not name stay as they are.
+    that it does not name stay as they are. A calibrated method learns from `calibration`; layers outside of the blocks are rounded to nearest then.
 
     Errors: OptionError for impossible options, a module that is no linear layer, and layers that servers fuse with different schemes, or some
     with none; CheckpointError where the checkpoint is quantised already, or a layer does not fit its scheme.
     """
     quantizer, layout = QUANTIZERS[method], FORMATS[format_name]
     arguments = quantizer.options.check(options or {})
+    if found := calibration_problem(quantizer, calibration is not None):
+        raise OptionError(found)
     if reason := quantized_reason(checkpoint) or adapter_reason(checkpoint):
         raise CheckpointError(reason)
     roles = describe(checkpoint)
@@ -65,7 +73,9 @@ def quantize(
     _check_fit(checkpoint, chosen)
     _check_fused(roles, chosen, kept)
 
+    made = Method(checkpoint.label, quantizer, arguments, layout, allow_nonfinite)
     steps: list[Step] = []
+    layers: list[Layer] = []
     for name, spec in checkpoint.specs.items():
         if name not in kept:
             continue
@@ -75,10 +85,13 @@ def quantize(
         own, fixed = chosen[name], layout.fixed(spec)
         prefix = name.removesuffix("weight")
         writes = layout.specs(spec, own)
-        rows = tuple(write for write in writes if write.name.removeprefix(prefix) not in fixed)
-        run = _Run(checkpoint.label, name, quantizer, own, arguments, layout, device, allow_nonfinite)
-        steps.append(Step(((checkpoint, name),), rows, run, layout.row_unit(own)))
-        steps += [_constant(write, fixed[write.name.removeprefix(prefix)]) for write in writes if write not in rows]
+        layers.append(Layer(name, spec, own, tuple(write for write in writes if write.name.removeprefix(prefix) not in fixed), made))
+        steps += [_constant(write, fixed[write.name.removeprefix(prefix)]) for write in writes if write not in layers[-1].writes]
+    if calibration is not None:
+        calibrated, unseen = steps_for(checkpoint, roles, layers, calibration, device)
+        steps, notes = steps + calibrated, notes + unseen
+    else:
+        steps += [Step(((checkpoint, layer.name),), layer.writes, Rows(layer, device), layout.row_unit(layer.scheme)) for layer in layers]
     schemes = list(dict.fromkeys(chosen.values()))
     what = str(schemes[0]) if len(schemes) == 1 else f"{len(schemes)} schemes"
     result = Checkpoint(f"{checkpoint.label} in {what}", Plan(steps), checkpoint.files, (*checkpoint.notes, *notes))
@@ -121,23 +134,6 @@ def dequantize(checkpoint: Checkpoint) -> Checkpoint:
     steps += [copy_step(checkpoint, name) for name in checkpoint.specs if name not in done]
     result = Checkpoint(f"{checkpoint.label}, dequantized", Plan(steps), checkpoint.files, checkpoint.notes)
     return result.with_config(quantization_config=None)
-
-
-class _Run:
-    """Quantise and encode rows of one weight."""
-
-    def __init__(
-        self, label: str, name: str, quantizer: Quantizer, scheme: Scheme, arguments: dict[str, Any], layout: Format, device: str, allow_nonfinite: bool
-    ) -> None:
-        self.label, self.name, self.quantizer, self.scheme = label, name, quantizer, scheme
-        self.arguments, self.layout, self.device, self.allow_nonfinite = arguments, layout, device, allow_nonfinite
-
-    def __call__(self, tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
-        (weight,) = tensors
-        if not self.allow_nonfinite and not is_finite(weight):
-            raise nonfinite(self.label, self.name, weight)
-        with torch.no_grad():
-            return [part.to("cpu") for part in self.layout.encode(self.quantizer.function(weight.to(self.device), self.scheme, **self.arguments)).values()]
 
 
 class _Unpack:
