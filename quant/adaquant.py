@@ -60,12 +60,12 @@ def adaquant(
     _, used = factor(moments.gram, damp)
     if start == "gptq":
         first = gptq(weight, scheme, moments, damp=used, clip=clip)
-    found = _train(towards_dense(weight, moments, used), first, damped(moments.gram, used), scheme, steps, (lr, scale_lr, scale_lr))
+    found = _train(towards_dense(weight, moments, used), weight == 0, first, damped(moments.gram, used), scheme, steps, (lr, scale_lr, scale_lr))
     return replace(found, note=raised(damp, used))
 
 
-def _train(target: Tensor, first: Quantized, gram: Tensor, scheme: Scheme, steps: int, rates: tuple[float, ...]) -> Quantized:
-    """The best iterate of each row."""
+def _train(target: Tensor, zeros: Tensor, first: Quantized, gram: Tensor, scheme: Scheme, steps: int, rates: tuple[float, ...]) -> Quantized:
+    """The best iterate of each row. Weights that are `zeros` stay so: they were pruned."""
     unit = first.scale.float().unsqueeze(-1)  # [out, groups, 1]
     w = target.view(*first.scale.shape, -1) / unit  # [out, groups, group], in steps of the first scale, as is `x`
     zero = torch.zeros_like(unit) if first.zero_point is None else first.zero_point.float().unsqueeze(-1)
@@ -86,6 +86,7 @@ def _train(target: Tensor, first: Quantized, gram: Tensor, scheme: Scheme, steps
         least = torch.where(better, loss, least)
         for kept, now in zip(best, (codes, scale, zero.round()), strict=True):
             torch.where(better, now, kept, out=kept)
+        gradients[0].view_as(zeros).masked_fill_(zeros, 0.0)
         left = 1 - step / max(1, steps)
         for each, gradient, (mean, square), rate in zip(trained, gradients, adam, rates, strict=False):
             mean.lerp_(gradient / power, 1 - BETAS[0])
@@ -95,8 +96,8 @@ def _train(target: Tensor, first: Quantized, gram: Tensor, scheme: Scheme, steps
         relative.clamp_min_(1e-3)
         zero.clamp_(scheme.low, scheme.high)
     codes, scale, zero = best
-    zeros = None if first.zero_point is None else zero.squeeze(-1).to(torch.int8)
-    return Quantized(codes.flatten(1).to(torch.int8), scale.squeeze(-1).to(first.scale.dtype), zeros, scheme.bits)
+    zero_point = None if first.zero_point is None else zero.squeeze(-1).to(torch.int8)
+    return Quantized(codes.flatten(1).to(torch.int8), scale.squeeze(-1).to(first.scale.dtype), zero_point, scheme.bits)
 
 
 def loss_and_gradients(

@@ -22,28 +22,30 @@ from .rtn import storable
 LEAF = 32  # columns gone through one by one between matrix products
 
 
-def descend(target: Tensor, start: Quantized, gram: Tensor, scheme: Scheme, sweeps: int) -> Quantized:
+def descend(target: Tensor, zero: Tensor, start: Quantized, gram: Tensor, scheme: Scheme, sweeps: int) -> Quantized:
     """The quantised weight after all groups and columns were gone through `sweeps` times, in the order of the file.
 
-    target: [out, in], what the quantised weight is to come near to; gram: H [in, in], of positive diagonal. Zero points stay as they are.
+    target: [out, in], what the quantised weight is to come near to; gram: H [in, in], of positive diagonal. Zero points stay as they are,
+    and so do the values of weights that are `zero` [out, in]: pruned ones.
     """
     if not sweeps:
         return start
-    return _Descent(target, start, gram, scheme).run(sweeps)
+    return _Descent(target, zero, start, gram, scheme).run(sweeps)
 
 
 class _Descent:
     """The state between moves, all of it [in, out] or [groups, out]: a column lies in one piece."""
 
-    def __init__(self, target: Tensor, start: Quantized, gram: Tensor, scheme: Scheme) -> None:
+    def __init__(self, target: Tensor, zero: Tensor, start: Quantized, gram: Tensor, scheme: Scheme) -> None:
         self.start, self.gram, self.scheme = start, gram, scheme
         groups = start.scale.shape[1]
         self.size = target.shape[1] // groups
         self.scale = start.scale.T.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        self.zero = torch.zeros_like(self.scale) if start.zero_point is None else start.zero_point.float().T
-        self.low, self.high = scheme.low - self.zero, scheme.high - self.zero
+        self.origin = torch.zeros_like(self.scale) if start.zero_point is None else start.zero_point.float().T
+        self.low, self.high = scheme.low - self.origin, scheme.high - self.origin
         self.steps = start.codes.float().T.contiguous()
-        self._grouped(self.steps).sub_(self.zero.unsqueeze(1))
+        self._grouped(self.steps).sub_(self.origin.unsqueeze(1))
+        self.fixed = zero.T.contiguous()
         self.power = gram.diagonal()
         self.pull = gram / self.power  # what an error of column i adds to the wish of column j: H_ij / H_jj
         self.wish = self.pull.T @ (target.float().T - (self._grouped(self.steps) * self.scale.unsqueeze(1)).flatten(0, 1))  # P_j / H_jj
@@ -52,7 +54,7 @@ class _Descent:
     def run(self, sweeps: int) -> Quantized:
         for _ in range(sweeps):
             self._groups(0, len(self.scale))
-        codes = self._grouped(self.steps) + self.zero.unsqueeze(1)
+        codes = self._grouped(self.steps) + self.origin.unsqueeze(1)
         return replace(self.start, codes=codes.flatten(0, 1).T.to(torch.int8).contiguous(), scale=self.scale.T.to(self.start.scale.dtype).contiguous())
 
     def _grouped(self, columns: Tensor) -> Tensor:
@@ -86,6 +88,7 @@ class _Descent:
             steps = self.steps[k]
             best = torch.div(self.wish[k], scale).add_(steps).round_()
             torch.minimum(torch.maximum(best, low, out=best), high, out=best)
+            torch.where(self.fixed[k], steps, best, out=best)
             torch.mul(steps - best, scale, out=self.moved[k])
             steps.copy_(best)
             wish.addr_(self.pull[k, first:last], self.moved[k])

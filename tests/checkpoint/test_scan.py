@@ -18,7 +18,7 @@ from torch import Tensor
 import mergekit_plus.checkpoint.plan as plans
 from mergekit_plus.checkpoint import Checkpoint, Measured, Plan, SaveOptions, Scan, Step, save
 from mergekit_plus.checkpoint.checkpoint import FileSource
-from mergekit_plus.checkpoint.layout import measurements
+from mergekit_plus.checkpoint.layout import preparations
 from mergekit_plus.checkpoint.plan import execute
 from mergekit_plus.checkpoint.scan import _sampled
 
@@ -84,6 +84,22 @@ def test_the_order_does_not_depend_on_the_order_of_the_steps_or_on_who_maps(tiny
         expected = Scan(steps).map(visit)
         assert Scan(steps[::-1]).map(visit) == expected
         assert Scan(steps, parallel=pool.map).map(visit) == expected
+
+
+def test_single_pieces_are_visited_by_their_numbers_and_nothing_else_is_read(tiny: None) -> None:
+    read: list[object] = []
+
+    def spy(function: Callable[[Any], Any], units: Iterable[Any]) -> Iterator[Any]:
+        read.extend(units)
+        return map(function, read)
+
+    scan = Scan(steps_in(Checkpoint.from_tensors(TENSORS)), parallel=spy)
+    everything = scan.map(lambda tensors: tensors[0].tolist())
+    for number, expected in enumerate(everything):
+        read.clear()
+        assert scan.map(lambda tensors: tensors[0].tolist(), only=[number]) == [expected]
+        assert len(read) == 1
+    assert scan.map(len, only=[]) == []
 
 
 def test_tensors_that_are_held_are_visited_like_those_that_are_read(tiny: None) -> None:
@@ -182,8 +198,8 @@ def test_measurements_that_others_build_on_come_first() -> None:
     third = centered(mapped(second, torch.abs), whole_model=True)
     steps = third.source.steps  # type: ignore[attr-defined]
     expected = [part.source.steps[0].measured for part in (first, second, third)]  # type: ignore[attr-defined]
-    assert measurements(steps) == expected
-    assert measurements(steps[:1]) == expected
+    assert preparations(steps) == expected
+    assert preparations(steps[:1]) == expected
 
 
 def test_a_step_that_measures_its_tensor_reads_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

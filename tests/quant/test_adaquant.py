@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from quant_toys import a_text, a_weight, moments_of, same
@@ -128,3 +130,11 @@ def test_no_token_at_all_gives_round_to_nearest_and_a_note() -> None:
 def test_it_is_found_by_name_as_a_calibrated_quantiser() -> None:
     assert QUANTIZERS["adaquant"].calibrated
     assert list(QUANTIZERS["adaquant"].options.table) == ["steps", "lr", "scale_lr", "start", "damp", "clip"]
+
+
+@pytest.mark.parametrize("method", [adaquant, gptq])
+def test_pruned_weights_stay_zero(method: Callable[..., Quantized]) -> None:
+    for scheme in (Scheme(2, 32), Scheme(4, 32, False)):
+        weight = a_weight(6, 64)
+        weight[:, ::2] = 0
+        assert bool((dequantize(method(weight, scheme, moments_of(a_text(64))))[:, ::2] == 0).all())

@@ -63,7 +63,7 @@ def one_sweep_by_definition(weight: Tensor, start: Quantized, gram: Tensor, sche
 def test_a_sweep_is_its_definition(rows: int, scheme: Scheme) -> None:
     weight, gram = a_weight(rows, 70, torch.float32), a_gram(70)
     start = rtn(weight, scheme)
-    found = descend(weight, start, gram, scheme, 1)
+    found = descend(weight, weight == 0, start, gram, scheme, 1)
     codes, scale = one_sweep_by_definition(weight, start, gram, scheme)
     assert torch.equal(found.codes.double(), codes)
     torch.testing.assert_close(found.scale.double(), scale, rtol=1e-4, atol=0)
@@ -74,7 +74,7 @@ def test_no_row_is_ever_worse_and_codes_and_zero_points_stay_in_range(scheme: Sc
     weight, gram = a_weight(12, 96, torch.float32), a_gram(96)
     found = rtn(weight, scheme)
     for _ in range(3):
-        before, found = found, descend(weight, found, gram, scheme, 1)
+        before, found = found, descend(weight, weight == 0, found, gram, scheme, 1)
         assert bool((errors(weight, found, gram) <= errors(weight, before, gram) * (1 + 1e-5)).all())
         assert scheme.low <= int(found.codes.min())
         assert int(found.codes.max()) <= scheme.high
@@ -84,26 +84,33 @@ def test_no_row_is_ever_worse_and_codes_and_zero_points_stay_in_range(scheme: Sc
 
 def test_where_it_ends_no_other_code_of_any_column_is_better() -> None:
     weight, gram, scheme = a_weight(4, 64, torch.float32), a_gram(64), Scheme(3, 32)
-    found = descend(weight, rtn(weight, scheme), gram, scheme, 50)
+    found = descend(weight, weight == 0, rtn(weight, scheme), gram, scheme, 50)
     least = errors(weight, found, gram)
     for column in range(64):
         for code in range(scheme.low, scheme.high + 1):
             codes = found.codes.clone()
             codes[:, column] = code
             assert bool((errors(weight, Quantized(codes, found.scale, None, 3), gram) >= least * (1 - 1e-5)).all())
-    assert torch.equal(descend(weight, found, gram, scheme, 1).codes, found.codes)
+    assert torch.equal(descend(weight, weight == 0, found, gram, scheme, 1).codes, found.codes)
 
 
 def test_no_sweep_is_the_start() -> None:
     weight = a_weight(4, 64)
     start = rtn(weight, Scheme(4, 32))
-    assert descend(weight, start, a_gram(64), Scheme(4, 32), 0) is start
+    assert descend(weight, weight == 0, start, a_gram(64), Scheme(4, 32), 0) is start
 
 
 def test_a_group_of_zeros_stays_one() -> None:
     weight = a_weight(4, 64)
     weight[:, :32] = 0
     gram = torch.block_diag(a_gram(32), a_gram(32))
-    found = descend(weight, rtn(weight, Scheme(4, 32)), gram, Scheme(4, 32), 2)
+    found = descend(weight, weight == 0, rtn(weight, Scheme(4, 32)), gram, Scheme(4, 32), 2)
     assert bool((dequantize(found)[:, :32] == 0).all())
     assert bool((found.scale != 0).all())
+
+
+def test_pruned_weights_stay_zero() -> None:
+    for scheme in (Scheme(2, 32), Scheme(4, 32, False)):
+        weight = a_weight(6, 64)
+        weight[:, ::2] = 0
+        assert bool((dequantize(descend(weight, weight == 0, rtn(weight, scheme), a_gram(64), scheme, 2))[:, ::2] == 0).all())

@@ -16,8 +16,10 @@ from tiny import tiny_model
 from mergekit_plus.checkpoint import Checkpoint, SaveOptions, save
 from mergekit_plus.checkpoint import plan as plans
 from mergekit_plus.errors import CheckpointError, OptionError
-from quant import FORMATS, QUANTIZERS, Scheme
+from mergekit_plus.evaluate import size
+from quant import FORMATS, QUANTIZERS, Scheme, read_config
 from quant import dequantize as values_of
+from quant.floats import FP8, FP8_BLOCK, MXFP4, NVFP4, global_scale
 from quant.plan import dequantize, is_packed, problems, quantize
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -142,6 +144,126 @@ def test_a_bare_file_is_quantized_by_names_and_shapes_and_says_how(tmp_path: Pat
     assert same(dequantize(packed), quantize(bare(), Scheme(4, 32), format_name="dense"))
 
 
+def mixed(base: Checkpoint) -> dict[str, Scheme]:
+    """Every fused group of the small Llama with a scheme of its own, o_proj of the first block and all of the last one dense."""
+    schemes = {}
+    for block in range(5):
+        schemes |= {f"model.layers.{block}.self_attn.{name}_proj": Scheme(2 + block, 32, block != 2) for name in "qkv"}
+        schemes |= {f"model.layers.{block}.mlp.{name}_proj": Scheme(3, 64) if block % 2 else Scheme(4, 0) for name in ("gate", "up")}
+        schemes |= {f"model.layers.{block}.mlp.down_proj": Scheme(8, 0)}
+        schemes |= {f"model.layers.{block}.self_attn.o_proj": Scheme(5, 32)} if block else {}
+    return schemes
+
+
+def test_a_table_gives_each_module_its_scheme_and_what_it_does_not_name_stays_dense(base: Checkpoint) -> None:
+    schemes = mixed(base)
+    result = quantize(base, schemes)
+    assert result.label == f"{base.label} in 8 schemes"
+    lookup = read_config(result.config)
+    modules = {name.removesuffix(".weight") for name in base.specs}
+    assert {module: lookup(module) for module in modules} == {module: schemes.get(module) for module in modules}
+    assert {name.removesuffix(".weight_packed") for name in result.specs if name.endswith("_packed")} == set(schemes)
+    back, dense = dequantize(result), quantize(base, schemes, format_name="dense")
+    assert same(back, dense)
+    for module, scheme in schemes.items():
+        weight = base.read(f"{module}.weight")
+        assert torch.equal(back.read(f"{module}.weight"), values_of(QUANTIZERS["rtn"].function(weight, scheme)))
+    assert torch.equal(back.read("model.layers.5.mlp.up_proj.weight"), base.read("model.layers.5.mlp.up_proj.weight"))
+
+
+def test_a_table_of_one_scheme_is_that_scheme(base: Checkpoint) -> None:
+    whole = quantize(base, Scheme(4, 32))
+    modules = [name.removesuffix(".weight_packed") for name in whole.specs if name.endswith("_packed")]
+    table = quantize(base, dict.fromkeys(modules, Scheme(4, 32)))
+    assert (table.specs, table.config) == (whole.specs, whole.config)
+
+
+def test_the_size_of_a_mixed_model_counts_every_width(base: Checkpoint, tmp_path: Path) -> None:
+    result = quantize(base, mixed(base))
+    save(result, tmp_path / "out")
+    expected = sum(spec.numel for spec in base.specs.values())
+    assert size(result).parameters == size(Checkpoint.open(tmp_path / "out")).parameters == expected
+
+
+def test_a_table_that_tears_a_fused_group_or_names_no_linear_layer_is_refused(base: Checkpoint) -> None:
+    schemes = mixed(base) | {"model.layers.3.self_attn.v_proj": Scheme(8, 32)}
+    with pytest.raises(OptionError) as caught:
+        quantize(base, schemes)
+    assert str(caught.value) == (
+        "servers fuse model.layers.3.self_attn.q_proj.weight and model.layers.3.self_attn.v_proj.weight: give both one scheme, "
+        "not 5 bits, groups of 32, symmetric and 8 bits, groups of 32, symmetric"
+    )
+    del schemes["model.layers.3.self_attn.v_proj"]
+    with pytest.raises(OptionError, match=r"servers fuse .*3.self_attn.q_proj.weight and .*3.self_attn.v_proj.weight: quantize both or neither"):
+        quantize(base, schemes)
+    with pytest.raises(OptionError, match=r"has no linear layer 'model.layers.0.mlp.up' to quantize\. Did you mean 'model.layers.0.mlp.up_proj'\?"):
+        quantize(base, {"model.layers.0.mlp.up": Scheme(4, 32)})
+    with pytest.raises(OptionError, match="has no linear layer 'lm_head' to quantize"):
+        quantize(base, {"lm_head": Scheme(4, 32)})
+    with pytest.raises(CheckpointError, match=r"0.mlp.down_proj.weight has .* groups of 7 do not divide; give it another scheme, or leave layers out"):
+        quantize(base, mixed(base) | {"model.layers.0.mlp.down_proj": Scheme(4, 7)})
+
+
+FLOATS = [
+    ("int-quantized", Scheme(8, 0)), ("float-quantized", FP8), ("float-quantized", FP8_BLOCK), ("nvfp4-pack-quantized", NVFP4), ("mxfp4-pack-quantized", MXFP4),
+]  # fmt: skip
+GPTQS = [("gptq", Scheme(3, 32)), ("gptq_v2", Scheme(4, 64, False)), ("gptq", Scheme(8, 0))]
+
+
+@pytest.mark.parametrize(("layout", "scheme"), [*FLOATS, *GPTQS], ids=str)
+def test_every_format_is_written_read_back_counted_and_said_in_the_config(base: Checkpoint, tmp_path: Path, layout: str, scheme: Any) -> None:
+    result = quantize(base, scheme, format_name=layout)
+    save(result, tmp_path / "out")
+    opened = Checkpoint.open(tmp_path / "out")
+    assert read_config(opened.config)("model.layers.0.mlp.up_proj") == scheme
+    assert ((tmp_path / "out" / "quantize_config.json").exists()) == layout.startswith("gptq")
+    assert size(result).parameters == size(opened).parameters == size(base).parameters
+    back = dequantize(opened)
+    assert set(back.files) == set(base.files) | ({"manifest.json"} & set(opened.files))
+    assert back.config == base.config
+    if not layout.startswith("gptq"):  # whose scales are float16
+        assert same(back, quantize(base, scheme, format_name="dense"))
+    name = "model.layers.3.self_attn.o_proj.weight"
+    error = (back.read(name).float() - base.read(name).float()).norm() / base.read(name).float().norm()
+    assert float(error) < (0.2 if getattr(scheme, "bits", 0) < 8 else 0.04)
+
+
+@pytest.mark.parametrize(("layout", "scheme"), FLOATS, ids=str)
+def test_where_a_weight_is_cut_does_not_change_a_byte_of_small_floats(tmp_path: Path, layout: str, scheme: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = bare(300)
+    save(quantize(model, scheme, format_name=layout), tmp_path / "whole", SaveOptions(workers=1))
+    save(dequantize(Checkpoint.open(tmp_path / "whole")), tmp_path / "dense", SaveOptions(workers=1))
+    small_slabs(monkeypatch, 64 * 32, 64 * 130)
+    save(quantize(model, scheme, format_name=layout), tmp_path / "cut", SaveOptions(workers=4))
+    save(dequantize(quantize(model, scheme, format_name=layout)), tmp_path / "back", SaveOptions(workers=4))
+    for cut, whole in (("cut", "whole"), ("back", "dense")):
+        assert (tmp_path / cut / "model.safetensors").read_bytes() == (tmp_path / whole / "model.safetensors").read_bytes()
+
+
+def test_what_servers_fuse_has_one_global_scale_and_the_largest_magnitude_sets_it(base: Checkpoint) -> None:
+    result = quantize(base, NVFP4, format_name="nvfp4-pack-quantized")
+    for group in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"), ("self_attn.o_proj",), ("mlp.down_proj",)):
+        found = {float(result.read(f"model.layers.2.{name}.weight_global_scale")) for name in group}
+        largest = max(float(base.read(f"model.layers.2.{name}.weight").abs().max()) for name in group)
+        assert found == {float(global_scale(largest))}
+
+
+def test_experts_have_global_scales_of_their_own_that_gate_and_up_share() -> None:
+    names = [f"layers.0.mlp.experts.{expert}.{part}_proj.weight" for expert in (0, 1) for part in ("gate", "up", "down")]
+    model = Checkpoint.from_tensors({name: torch.full((4, 32), float(place)) for place, name in enumerate(names, 1)}, "m")
+    result = quantize(model, NVFP4, format_name="nvfp4-pack-quantized")
+    found = [float(result.read(f"{name.removesuffix('weight')}weight_global_scale")) for name in names]
+    assert found == [float(global_scale(largest)) for largest in (2, 2, 3, 5, 5, 6)]
+
+
+def test_a_method_for_integers_makes_no_small_floats(base: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(QUANTIZERS, "_entries", {**QUANTIZERS._entries, "other": QUANTIZERS["rtn"]})
+    with pytest.raises(OptionError, match=r"other makes integer codes; FP8 is rounded to the nearest number \(rtn\)"):
+        quantize(base, FP8, "other", format_name="float-quantized")
+    with pytest.raises(OptionError, match="format pack-quantized: it holds integers, not NVFP4"):
+        quantize(base, NVFP4)
+
+
 # ---- what is refused ----
 
 
@@ -162,7 +284,7 @@ def test_a_quantized_model_is_not_quantized_again() -> None:
     once = quantize(bare(), Scheme(4, 32))
     with pytest.raises(CheckpointError, match="is quantised already .*; unpack it first with `compress dequantize"):
         quantize(once, Scheme(4, 32))
-    with pytest.raises(CheckpointError, match=r"m holds no packed weights \(….weight_packed\); there is nothing to dequantize"):
+    with pytest.raises(CheckpointError, match=r"m holds no packed weights \(….weight_packed, ….qweight\); there is nothing to dequantize"):
         dequantize(bare())
 
 
