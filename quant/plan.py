@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mergekit_plus.checkpoint import Checkpoint, Plan, Step, TensorSpec, copy_step
-from mergekit_plus.checkpoint.finite import is_finite, nonfinite
 from mergekit_plus.checkpoint.scan import Measured, Scan
 from mergekit_plus.checkpoint.spec import check_patterns, matches
 from mergekit_plus.errors import CheckpointError, OptionError, nearest
 from mergekit_plus.model import FUSED, ModelMap, adapter_reason, describe, quantized_reason
 
 from . import FORMATS, QUANTIZERS, Scheme
-from .floats import NVFP4, FloatScheme, global_scale, round_floats
-from .formats import AnyScheme, Codes, Format, Module, holds_codes, modules_of
+from .calibrated import Calibration, calibration_problem, steps_for
+from .floats import NVFP4, FloatScheme, global_scale
+from .formats import AnyScheme, Format, Module, holds_codes, modules_of
 from .formats.fp4 import GLOBAL
+from .layer import Layer, Method, Rows
 from .validate import refuse
 
 SECOND_CONFIGS = ("quantize_config.json", "quant_config.json")  # which say again what config.json says
 
 
-def problems(bits: int, group_size: int, symmetric: bool, method: str, format_name: str, options: Mapping[str, object]) -> list[str]:
-    """Everything wrong with these options, a sentence each."""
+def problems(
+    bits: int, group_size: int, symmetric: bool, method: str, format_name: str, options: Mapping[str, object], calibrated: bool = False
+) -> list[str]:
+    """Everything wrong with these options, a sentence each; `calibrated`: a calibration is given."""
     found: list[str] = []
     for registry, name in ((QUANTIZERS, method), (FORMATS, format_name)):
         if name not in list(registry):
@@ -39,7 +40,11 @@ def problems(bits: int, group_size: int, symmetric: bool, method: str, format_na
             found.append(f"format {format_name}: {reason}")
     except OptionError as error:
         found.insert(0, str(error))
-    return found + (QUANTIZERS[method].options.problems(options) if method in list(QUANTIZERS) else [])
+    if method not in list(QUANTIZERS):
+        return found
+    if wrong := calibration_problem(QUANTIZERS[method], calibrated):
+        found.append(wrong)
+    return found + QUANTIZERS[method].options.problems(options)
 
 
 def quantize(
@@ -53,16 +58,19 @@ def quantize(
     include: Sequence[str] = (),
     device: str = "cpu",
     allow_nonfinite: bool = False,
+    calibration: Calibration | None = None,
 ) -> Checkpoint:
     """The checkpoint with the weights of its linear layers quantised; heads, embeddings, norms and what `exclude` matches stay as they are,
     and what `include` does not match is left out. `scheme` may be a table of schemes by the names of modules ("model.layers.3.mlp.up_proj"); layers
-    that it does not name stay as they are.
+    that it does not name stay as they are. A calibrated method learns from `calibration`; layers outside of the blocks are rounded to nearest then.
 
     Errors: OptionError for impossible options, a module that is no linear layer, and layers that servers fuse with different schemes, or some
     with none; CheckpointError where the checkpoint is quantised already, or a layer does not fit its scheme.
     """
     quantizer, layout = QUANTIZERS[method], FORMATS[format_name]
     arguments = quantizer.options.check(options or {})
+    if found := calibration_problem(quantizer, calibration is not None):
+        raise OptionError(found)
     if reason := quantized_reason(checkpoint) or adapter_reason(checkpoint):
         raise CheckpointError(reason)
     roles = describe(checkpoint)
@@ -74,7 +82,9 @@ def quantize(
     _check_fused(roles, chosen, kept)
     ranges = _ranges(checkpoint, [name for name, own in chosen.items() if own == NVFP4])
 
+    made = Method(checkpoint.label, quantizer, arguments, layout, allow_nonfinite)
     steps: list[Step] = []
+    layers: list[Layer] = []
     for name, spec in checkpoint.specs.items():
         if name not in kept:
             continue
@@ -84,12 +94,15 @@ def quantize(
         own, fixed = chosen[name], layout.fixed(spec)
         prefix = name.removesuffix("weight")
         writes = layout.specs(spec, own)
-        rows = tuple(write for write in writes if write.name.removeprefix(prefix) not in (*fixed, GLOBAL))
-        make = partial(_floats, own) if isinstance(own, FloatScheme) else partial(_codes, quantizer.function, own, arguments)
-        run = _Run(checkpoint.label, name, make, layout, device, allow_nonfinite)
-        steps.append(Step(((checkpoint, name),), rows, run, layout.row_unit(own), ranges.get(name)))
+        layers.append(Layer(name, spec, own, tuple(write for write in writes if write.name.removeprefix(prefix) not in (*fixed, GLOBAL)), made))
         steps += [constant(write, fixed[part]) for write in writes if (part := write.name.removeprefix(prefix)) in fixed]
         steps += [Step((), (write,), _global_scale, measured=ranges[name]) for write in writes if write.name == f"{prefix}{GLOBAL}"]
+    if calibration is not None:
+        calibrated, unseen = steps_for(checkpoint, roles, layers, calibration, device)
+        steps, notes = steps + calibrated, notes + unseen
+    else:
+        for layer in layers:
+            steps.append(Step(((checkpoint, layer.name),), layer.writes, Rows(layer, device), layout.row_unit(layer.scheme), ranges.get(layer.name)))
     schemes = list(dict.fromkeys(chosen.values()))
     what = str(schemes[0]) if len(schemes) == 1 else f"{len(schemes)} schemes"
     result = Checkpoint(f"{checkpoint.label} in {what}", Plan(steps), checkpoint.files, (*checkpoint.notes, *notes))
@@ -131,33 +144,6 @@ def dequantize(checkpoint: Checkpoint) -> Checkpoint:
         done.update(module.tensors)
     steps += [copy_step(checkpoint, name) for name in checkpoint.specs if name not in done]
     return with_quantization(Checkpoint(f"{checkpoint.label}, dequantized", Plan(steps), checkpoint.files, checkpoint.notes), FORMATS["dense"], None)
-
-
-class _Run:
-    """Quantise and encode rows of one weight."""
-
-    def __init__(
-        self, label: str, name: str, make: Callable[[Tensor, Tensor | None], Codes], layout: Format, device: str, allow_nonfinite: bool
-    ) -> None:
-        self.label, self.name, self.make, self.layout, self.device, self.allow_nonfinite = label, name, make, layout, device, allow_nonfinite
-
-    def __call__(self, tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
-        (weight,) = tensors
-        if not self.allow_nonfinite and not is_finite(weight):
-            raise nonfinite(self.label, self.name, weight)
-        weight = weight.to(self.layout.dtype or weight.dtype)
-        if not self.allow_nonfinite and not is_finite(weight):
-            raise CheckpointError(f"{self.label}: {self.name} holds values that {weight.dtype} cannot, in which {self.layout.name} stores scales")
-        with torch.no_grad():
-            return [part.to("cpu") for part in self.layout.encode(self.make(weight.to(self.device), measured)).values()]
-
-
-def _codes(function: Callable[..., Codes], scheme: Scheme, arguments: Mapping[str, Any], weight: Tensor, measured: Tensor | None) -> Codes:
-    return function(weight, scheme, **arguments)
-
-
-def _floats(scheme: FloatScheme, weight: Tensor, measured: Tensor | None) -> Codes:
-    return round_floats(weight, scheme, measured)
 
 
 def _global_scale(tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
