@@ -270,11 +270,14 @@ def quantize(
     *,
     how: Writing,
     model: Model = ".",
-    bits: Annotated[int, typer.Option("--bits", help="2, 3, 4, 5, 6 or 8 bits a weight")] = 4,
+    bits: Annotated[int | None, typer.Option("--bits", help="2 to 8 bits a weight (default: 4)")] = None,
     group_size: Annotated[int, typer.Option("--group-size", help="weights that share a scale; 0 for a whole output row")] = 128,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="with zero points")] = False,
+    scheme: Annotated[str | None, typer.Option("--scheme", help="W8A8, FP8, FP8_BLOCK, NVFP4 or MXFP4, in place of bits and groups")] = None,
     method: Annotated[str, typer.Option("--method", "-m", help="see `compress methods`")] = "rtn",
-    format_: Annotated[str, typer.Option("--format", help="pack-quantized (compressed-tensors), or dense: the dequantized weights")] = "pack-quantized",
+    format_: Annotated[
+        str | None, typer.Option("--format", help="pack-quantized (compressed-tensors, by default), gptq, gptq_v2, or dense: the dequantized weights")
+    ] = None,
     set_: Set = [],  # noqa: B006
     exclude: Exclude = [],  # noqa: B006
     include: Include = [],  # noqa: B006
@@ -292,14 +295,15 @@ def quantize(
     from mergekit_plus.recipe import check
 
     step = {
-        "bits": bits, "group_size": group_size, "symmetric": not asymmetric, "method": method, "format": format_, "exclude": exclude, "include": include,
-        "order": order, **_calibration(calibration, windows, window, seed), **_settings(set_),
+        "bits": 4 if bits is None and scheme is None else bits, "group_size": group_size, "symmetric": not asymmetric, "scheme": scheme, "method": method,
+        "format": format_, "exclude": exclude, "include": include, "order": order, **_calibration(calibration, windows, window, seed), **_settings(set_),
     }  # fmt: skip
     inputs = {"model": model}
     if moments is not None:
         inputs["moments"], step["moments"], step["of"] = moments, "moments", "model"
     recipe = check({"inputs": inputs, "steps": [{"quantize": step}]}, Path(), "compress quantize")
-    default = _beside(model, f"{bits}bit-dense", "file") if format_ == "dense" else _beside(model, f"{bits}bit", "folder")
+    what = scheme.lower() if scheme else f"{step['bits']}bit"
+    default = _beside(model, f"{what}-dense", "file") if format_ == "dense" else _beside(model, what, "folder")
     _carry_out(recipe, how, default, digests)
 
 
@@ -310,11 +314,26 @@ def dequantize(
     how: Writing,
     model: Model = ".",
 ) -> None:
-    """Turn a packed (compressed-tensors) model back into a dense one."""
+    """Turn a packed model (compressed-tensors, GPTQ, AWQ) back into a dense one."""
     from mergekit_plus.recipe import check
 
     recipe = check({"inputs": {"model": model}, "steps": [{"dequantize": {}}]}, Path(), "compress dequantize")
     _carry_out(recipe, how, _beside(model, "dense", "file"))
+
+
+@app.command()
+@writes("device", "allow_nonfinite")
+def convert(
+    *,
+    how: Writing,
+    model: Model = ".",
+    to: Annotated[str, typer.Option("--to", help="pack-quantized, gptq, gptq_v2 or int-quantized")],
+) -> None:
+    """Store a packed model in another format, code for code: `compress convert MODEL --to gptq`."""
+    from mergekit_plus.recipe import check
+
+    recipe = check({"inputs": {"model": model}, "steps": [{"convert": {"to": to}}]}, Path(), "compress convert")
+    _carry_out(recipe, how, _beside(model, to, "folder"))
 
 
 @app.command()

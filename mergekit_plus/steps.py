@@ -209,11 +209,12 @@ class QuantizeStep(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    bits: int
+    bits: int | None = None
     group_size: int = 128
     symmetric: bool = True
+    scheme: str | None = None  # W8A8, FP8, FP8_BLOCK, NVFP4 or MXFP4, in place of the three before it
     method: str = "rtn"
-    format: str = "pack-quantized"
+    format: str | None = None  # the scheme's own; pack-quantized for bits
     exclude: list[str] = Field(default_factory=list)
     include: list[str] = Field(default_factory=list)
     calibration: CalibrationOptions | None = None  # a text, for methods that look at the inputs of layers
@@ -222,11 +223,18 @@ class QuantizeStep(BaseModel):
     of: str | None = None  # an input; by default what the step before made, or the only input
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
-        from quant.plan import problems
+        from quant.plan import preset_problems, problems
 
-        given = (self.calibration is not None) + (self.moments is not None)
-        for problem in problems(self.bits, self.group_size, self.symmetric, self.method, self.format, self.model_extra or {}, given > 0):
-            yield f"quantize: {problem}"
+        given, options = (self.calibration is not None) + (self.moments is not None), self.model_extra or {}
+        if (self.bits is None) == (self.scheme is None):
+            yield "quantize: say how many bits, or one scheme by its name (W8A8, FP8, FP8_BLOCK, NVFP4, MXFP4), and not both"
+        elif self.scheme is not None:
+            yield from (f"quantize: {problem}" for problem in preset_problems(self.scheme, self.method, self.format, options, given > 0))
+            if self.group_size != 128 or not self.symmetric:
+                yield f"quantize: the scheme {self.scheme} has groups and zero points of its own; leave them out"
+        elif self.bits is not None:
+            found = problems(self.bits, self.group_size, self.symmetric, self.method, self.format or "pack-quantized", options, given > 0)
+            yield from (f"quantize: {problem}" for problem in found)
         if given > 1:
             yield "quantize: give a calibration text, or moments that were measured on one, not both"
         named = [name for name in (self.of, self.moments) if name is not None]
@@ -234,10 +242,11 @@ class QuantizeStep(BaseModel):
 
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
         from quant.calibrated import Calibration
-        from quant.plan import quantize
+        from quant.plan import PRESETS, quantize
         from quant.quantized import Scheme
 
-        scheme = Scheme(self.bits, self.group_size, self.symmetric)
+        named = PRESETS[self.scheme] if self.scheme else None
+        scheme, layout = named or (Scheme(self.bits or 0, self.group_size, self.symmetric), "pack-quantized")
         source = inputs[self.of] if self.of else only_input({name: model for name, model in inputs.items() if name != self.moments}, previous, "quantize")
         calibration: Calibration | None = None
         notes: list[str] = []
@@ -247,7 +256,7 @@ class QuantizeStep(BaseModel):
             ids, notes = self.calibration.placed(how.folder).read(source)
             calibration = Calibration(ids, order=self.order)
         result = quantize(
-            source, scheme, self.method, self.model_extra or {}, self.format, exclude=tuple(self.exclude), include=tuple(self.include),
+            source, scheme, self.method, self.model_extra or {}, self.format or layout, exclude=tuple(self.exclude), include=tuple(self.include),
             device=how.device, allow_nonfinite=how.save.allow_nonfinite, calibration=calibration,
         )  # fmt: skip
         return replace(result, notes=(*result.notes, *notes))
@@ -266,6 +275,26 @@ class DequantizeStep(Strict):
         from quant.plan import dequantize
 
         return dequantize(inputs[self.of] if self.of else only_input(inputs, previous, "dequantize"))
+
+
+class ConvertStep(Strict):
+    """`convert:` — packed weights in another format, their codes as they are."""
+
+    to: str
+    of: str | None = None
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        from quant import FORMATS
+
+        if self.to not in list(FORMATS):
+            yield f"convert: unknown format '{self.to}'.{nearest(self.to, FORMATS)}"
+        if self.of is not None:
+            yield from (f"convert: {problem}" for problem in not_inputs([self.of], inputs))
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from quant.convert import convert
+
+        return convert(inputs[self.of] if self.of else only_input(inputs, previous, "convert"), self.to)
 
 
 class PruneStep(BaseModel):
@@ -404,6 +433,7 @@ StepOptions = (
     | QuantizeAdapterStep
     | QuantizeStep
     | DequantizeStep
+    | ConvertStep
     | PruneStep
     | RetrainStep
 )
@@ -416,6 +446,7 @@ OPERATIONS: dict[str, type[StepOptions]] = {
     "quantize_adapter": QuantizeAdapterStep,
     "quantize": QuantizeStep,
     "dequantize": DequantizeStep,
+    "convert": ConvertStep,
     "prune": PruneStep,
     "retrain": RetrainStep,
 }
