@@ -293,7 +293,7 @@ def quantize(
 
     step = {
         "bits": bits, "group_size": group_size, "symmetric": not asymmetric, "method": method, "format": format_, "exclude": exclude, "include": include,
-        **_calibration(calibration, windows=windows, window=window, seed=seed, order=order), **_settings(set_),
+        **_calibration(calibration, windows, window, seed, order=order), **_settings(set_),
     }  # fmt: skip
     inputs = {"model": model}
     if moments is not None:
@@ -317,7 +317,7 @@ def calibrate(
     """Measure the inputs of a model's linear layers on a text, for any number of `compress quantize --moments`."""
     from mergekit_plus.recipe import check
 
-    step = _calibration(text, windows=windows, window=window, seed=seed)
+    step = _calibration(text, windows, window, seed)
     recipe = check({"inputs": {"model": model}, "steps": [{"calibrate": step}]}, Path(), "compress calibrate")
     _carry_out(recipe, how, _beside(model, "moments", "file").with_suffix(".safetensors"))
 
@@ -629,9 +629,9 @@ def _shares(given: str | None) -> dict[str, Any] | None:
     return None if given is None else _settings(given.split(","))
 
 
-def _calibration(texts: list[str], **options: Any) -> dict[str, Any]:
+def _calibration(texts: list[str], windows: int, window: int, seed: int, **more: Any) -> dict[str, Any]:
     """The `calibration` key of a step; nothing where no text is given."""
-    return {"calibration": {"texts": texts, **options}} if texts else {}
+    return {"calibration": {"texts": texts, "windows": windows, "window": window, "seed": seed, **more}} if texts else {}
 
 
 def _distinct(refs: list[str]) -> dict[str, str]:

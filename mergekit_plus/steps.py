@@ -422,6 +422,7 @@ StepOptions = (
     | ExtractAdapterStep
     | QuantizeAdapterStep
     | QuantizeStep
+    | CalibrateStep
     | DequantizeStep
     | PruneStep
     | RetrainStep
@@ -434,6 +435,7 @@ OPERATIONS: dict[str, type[StepOptions]] = {
     "extract_adapter": ExtractAdapterStep,
     "quantize_adapter": QuantizeAdapterStep,
     "quantize": QuantizeStep,
+    "calibrate": CalibrateStep,
     "dequantize": DequantizeStep,
     "prune": PruneStep,
     "retrain": RetrainStep,
