@@ -9,10 +9,13 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator
 
+from quant.bits_file import GroupScheme
+from quant.bits_file import read as read_allocation
+
 from .calibration.options import CalibrationOptions
 from .checkpoint import Checkpoint, SaveOptions
 from .checkpoint.dtypes import parse_float_dtype
-from .errors import OptionError, RecipeError, nearest, not_inputs
+from .errors import CompressError, OptionError, RecipeError, nearest, not_inputs
 from .merge import METHODS
 from .merge.plan import MergeOptions, merge, problems
 from .moe.config import MoeConfig
@@ -180,9 +183,10 @@ class QuantizeStep(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    bits: int
+    bits: int | None = None  # of every layer, or else `allocation`
     group_size: int = 128
     symmetric: bool = True
+    allocation: list[GroupScheme] | None = None  # the scheme of each group of layers; a file of `compress allocate` is read when the recipe is
     method: str = "rtn"
     format: str = "pack-quantized"
     exclude: list[str] = Field(default_factory=list)
@@ -195,8 +199,13 @@ class QuantizeStep(BaseModel):
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
         from quant.plan import problems
 
+        if (self.bits is None) == (self.allocation is None):
+            yield "quantize: give bits, or an allocation that says them for each layer"
+        if self.allocation is not None and (self.group_size, self.symmetric) != (128, True):
+            yield "quantize: an allocation says the group size and the symmetry of each layer; leave these out"
         given = (self.calibration is not None) + (self.moments is not None)
-        for problem in problems(self.bits, self.group_size, self.symmetric, self.method, self.format, self.model_extra or {}, given > 0):
+        bits = 4 if self.bits is None else self.bits
+        for problem in problems(bits, self.group_size, self.symmetric, self.method, self.format, self.model_extra or {}, given > 0):
             yield f"quantize: {problem}"
         if given > 1:
             yield "quantize: give a calibration text, or moments that were measured on one, not both"
@@ -204,12 +213,18 @@ class QuantizeStep(BaseModel):
         yield from (f"quantize: {problem}" for problem in not_inputs(named, inputs))
 
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from quant.bits_file import schemes_of
         from quant.calibrated import Calibration
         from quant.plan import quantize
         from quant.quantized import Scheme
 
-        scheme = Scheme(self.bits, self.group_size, self.symmetric)
         source = inputs[self.of] if self.of else only_input({name: model for name, model in inputs.items() if name != self.moments}, previous, "quantize")
+        scheme: Scheme | dict[str, Scheme]
+        if self.allocation is not None:
+            scheme = schemes_of(self.allocation, source)
+        else:
+            assert self.bits is not None
+            scheme = Scheme(self.bits, self.group_size, self.symmetric)
         calibration: Calibration | None = None
         notes: list[str] = []
         if self.moments is not None:
@@ -298,6 +313,21 @@ def parse_steps(steps: Sequence[object]) -> tuple[list[dict[str, StepOptions]], 
         except ValueError as error:
             found.append(f"step {number}: {error}")
     return parsed, found
+
+
+def with_allocations(steps: Sequence[object], folder: Path) -> tuple[list[object], list[str]]:
+    """Steps whose allocation is a file, relative to `folder`, with what the file holds in its place; and a sentence for each that cannot be read."""
+    done, found = list(steps), []
+    for number, step in enumerate(steps, 1):
+        options = step.get("quantize") if isinstance(step, dict) else None
+        if isinstance(options, dict) and isinstance(options.get("allocation"), str):
+            try:
+                groups = read_allocation(folder / Path(options["allocation"]).expanduser())
+            except CompressError as error:
+                found.append(f"step {number}, quantize: allocation: {error}")
+                groups = []
+            done[number - 1] = {"quantize": {**options, "allocation": [group.model_dump() for group in groups]}}
+    return done, found
 
 
 def calibrations(steps: Sequence[Mapping[str, StepOptions]]) -> list[tuple[str, CalibrationOptions]]:
