@@ -23,7 +23,7 @@ from . import QUANTIZERS, proxies, sensitivity
 from .bits_file import group_schemes, write
 from .calibrated import Calibration
 from .layer_groups import groups_of, label
-from .mixed import Allocated, Budget, allocate
+from .mixed import Allocated, Budget, allocate, budget_bits
 from .plan import quantize
 from .quantized import Scheme
 from .sensitivity import Group, Sensitivities
@@ -88,6 +88,8 @@ def allocate_bits(checkpoint: Checkpoint, options: AllocateOptions, out: Path, p
     progress = progress or quiet()
     _check(checkpoint, options, out)
     groups = groups_of(checkpoint, options.choices[0], options.exclude)
+    packed = partial(quantize, checkpoint, format_name=options.format, exclude=options.exclude)
+    budget_bits(checkpoint, groups, options.choices, options.budget, packed, options.format)  # what cannot be met is refused before hours of work
     rows, _ = options.calibration.read(checkpoint)
     heldout = rows[HELD_OUT - 1 :: HELD_OUT]
     measured_on = rows[[number for number in range(len(rows)) if number % HELD_OUT != HELD_OUT - 1]]
@@ -99,7 +101,6 @@ def allocate_bits(checkpoint: Checkpoint, options: AllocateOptions, out: Path, p
         calibration=calibration,
     )  # fmt: skip
     table = _table(checkpoint, groups, options, make, measured_on, progress)
-    packed = partial(quantize, checkpoint, format_name=options.format, exclude=options.exclude)
     result = allocate(
         checkpoint, table, options.budget, packed, options.format, make=make, heldout=heldout if options.candidates > 1 else None,
         count=options.candidates, seed=options.calibration.seed, device=options.device, progress=progress,
@@ -112,8 +113,9 @@ def allocate_bits(checkpoint: Checkpoint, options: AllocateOptions, out: Path, p
 def _check(checkpoint: Checkpoint, options: AllocateOptions, out: Path) -> None:
     if out.exists() and not options.overwrite:
         raise OutputError(f"{out} exists already; name another output with -o, or replace it with --overwrite")
-    if not out.absolute().parent.is_dir():
-        raise OutputError(f"{out}: the folder {out.parent} does not exist")
+    for path in (out, *([options.sensitivities] if options.sensitivities else [])):
+        if not path.absolute().parent.is_dir():
+            raise OutputError(f"{path}: the folder {path.parent} does not exist")
     if reason := quantized_reason(checkpoint):
         raise OptionError(reason)
     if options.sensitivity not in METHODS:

@@ -24,7 +24,7 @@ from .allocate import Solution, solve
 from .layer_groups import file_size, stored_bits, weights_of
 from .quantized import Scheme
 from .replay import Replay
-from .sensitivity import Loader, Make, Sensitivities, parameters_of
+from .sensitivity import Group, Loader, Make, Sensitivities, parameters_of
 
 SMALLER = (0.995, 0.99, 0.98)  # of the budget above the cheapest allocation: where neighbours of the optimum are looked for
 LEFT_OUT = 200  # groups whose choice is forbidden in turn, for the second best
@@ -75,11 +75,10 @@ class Allocated:
         return self.chosen.cost / self.weights
 
 
-def schemes(table: Sensitivities, checkpoint: Checkpoint, selection: Sequence[int]) -> dict[str, Scheme]:
+def schemes(checkpoint: Checkpoint, groups: Sequence[Group], choices: Sequence[Scheme], selection: Sequence[int]) -> dict[str, Scheme]:
     """The scheme of each module under an allocation."""
     roles = describe(checkpoint)
-    pairs = zip(table.groups, selection, strict=True)
-    return {roles.tensors[name].module: table.choices[choice] for group, choice in pairs for name in group}
+    return {roles.tensors[name].module: choices[choice] for group, choice in zip(groups, selection, strict=True) for name in group}
 
 
 def allocate(
@@ -94,9 +93,9 @@ def allocate(
     weights = weights_of(checkpoint, table.groups)
 
     def size(selection: Sequence[int]) -> int:
-        return file_size(packed(schemes(table, checkpoint, selection)))
+        return file_size(packed(schemes(checkpoint, table.groups, table.choices, selection)))
 
-    solution, bits = _solve(table, costs, weights, budget, size)
+    solution, bits = _solve(table, costs, budget_bits(checkpoint, table.groups, table.choices, budget, packed, format_name), budget, size)
     found = candidates(table, costs, solution, bits, budget.max_loss, count if heldout is not None else 1, seed)
     if budget.size is not None:
         found = [candidate for candidate in found if size(candidate.selection) <= budget.size]
@@ -106,33 +105,41 @@ def allocate(
     return Allocated(chosen, solution, tuple(found), weights, size(chosen.selection))
 
 
+def budget_bits(
+    checkpoint: Checkpoint, groups: Sequence[Group], choices: Sequence[Scheme], budget: Budget, packed: Packed, format_name: str
+) -> int | None:
+    """A budget in stored bits of the groups, but for a few digits in the headers of files; None for one of loss.
+
+    Errors: OptionError for a budget that cannot be met, with the least that could be; nothing needs to be measured for it.
+    """
+    costs, weights = stored_bits(checkpoint, groups, choices, format_name), weights_of(checkpoint, groups)
+    cheapest, least = tuple(row.index(min(row)) for row in costs), sum(map(min, costs))
+    if budget.bits_per_weight is not None:
+        if (bits := math.floor(budget.bits_per_weight * weights)) < least:
+            what = f"the narrowest choices take {least / weights:.4f}, scales and all"
+            raise OptionError(f"--bits-per-weight {budget.bits_per_weight:g} cannot be met: {what}")
+        return bits
+    if budget.size is not None:
+        if (smallest := file_size(packed(schemes(checkpoint, groups, choices, cheapest)))) > budget.size:
+            what = f"with the narrowest choices it is {smallest}, of which {least // 8} are quantised layers"
+            raise OptionError(f"--size of {budget.size} bytes cannot be met: {what}")
+        return least + 8 * (budget.size - smallest)
+    return None
+
+
 def _solve(
-    table: Sensitivities, costs: list[list[int]], weights: int, budget: Budget, size: Callable[[Sequence[int]], int]
+    table: Sensitivities, costs: list[list[int]], bits: int | None, budget: Budget, size: Callable[[Sequence[int]], int]
 ) -> tuple[Solution, int | None]:
     """The optimum by the sum of losses, and the budget in bits that it keeps."""
     if budget.max_loss is not None:
-        most = budget.max_loss - table.base
-        lowest = math.fsum(map(min, table.losses))
+        most, lowest = budget.max_loss - table.base, math.fsum(map(min, table.losses))
         if most < lowest:
             raise OptionError(f"--max-loss {budget.max_loss:g} cannot be met: the widest choices lose {table.base + lowest:.4g} nats a token; add wider ones")
         return solve(table.losses, costs, max_loss=most), None
-    cheapest = tuple(row.index(min(row)) for row in costs)
-    least_bits = sum(map(min, costs))
-    if budget.bits_per_weight is not None:
-        bits = math.floor(budget.bits_per_weight * weights)
-        if bits < least_bits:
-            least = f"the narrowest choices take {least_bits / weights:.4f}, scales and all"
-            raise OptionError(f"--bits-per-weight {budget.bits_per_weight:g} cannot be met: {least}")
-        return solve(table.losses, costs, bits), bits
-    assert budget.size is not None
-    smallest = size(cheapest)
-    if smallest > budget.size:
-        least = f"with the narrowest choices it is {smallest}, of which {least_bits // 8} are quantised layers"
-        raise OptionError(f"--size of {budget.size} bytes cannot be met: {least}")
-    bits = least_bits + 8 * (budget.size - smallest)
+    assert bits is not None
     while True:  # headers have a few digits more or less
         solution = solve(table.losses, costs, bits)
-        over = size(solution.choices) - budget.size
+        over = size(solution.choices) - budget.size if budget.size is not None else 0
         if over <= 0:
             return solution, bits
         bits -= 8 * over
