@@ -37,7 +37,19 @@ from .checks import Checks, Row, measure_and_compare
 from .errors import CheckFailed, CompressError, OutputError, RecipeError, not_inputs
 from .provenance import check_digests, job, small_files
 from .safe_yaml import read_all
-from .steps import Execution, MergeStep, StepOptions, Strict, calibrations, only_input, order_problems, parse_step, parse_steps, schema_problems
+from .steps import (
+    Execution,
+    MergeStep,
+    StepOptions,
+    Strict,
+    calibrations,
+    only_input,
+    order_problems,
+    parse_step,
+    parse_steps,
+    schema_problems,
+    with_allocations,
+)
 
 
 class Input(Strict):
@@ -152,7 +164,11 @@ def check(parsed: Mapping[str, Any], folder: Path, name: str) -> Recipe:
 
     Errors: RecipeError with every problem found.
     """
-    steps, found = parse_steps(parsed["steps"]) if isinstance(parsed.get("steps"), list) else (parsed.get("steps", []), [])
+    steps, found = parsed.get("steps", []), list[str]()
+    if isinstance(steps, list):
+        written, unread = with_allocations(steps, folder)
+        steps, found = parse_steps(written)
+        found = unread + found
     try:
         recipe = Recipe.model_validate({**parsed, "steps": steps})
     except ValidationError as error:

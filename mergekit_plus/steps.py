@@ -9,10 +9,13 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator
 
+from quant.bits_file import GroupScheme
+from quant.bits_file import read as read_allocation
+
 from .calibration.options import CalibrationOptions
 from .checkpoint import Checkpoint, SaveOptions
 from .checkpoint.dtypes import parse_float_dtype
-from .errors import OptionError, RecipeError, nearest, not_inputs
+from .errors import CompressError, OptionError, RecipeError, nearest, not_inputs
 from .merge import METHODS
 from .merge.plan import MergeOptions, merge, problems
 from .moe.config import MoeConfig
@@ -209,10 +212,11 @@ class QuantizeStep(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    bits: int | None = None
+    bits: int | None = None  # of every layer; or else `scheme`, or `allocation`
     group_size: int = 128
     symmetric: bool = True
-    scheme: str | None = None  # W8A8, FP8, FP8_BLOCK, NVFP4 or MXFP4, in place of the three before it
+    scheme: str | None = None  # W8A8, FP8, FP8_BLOCK, NVFP4 or MXFP4
+    allocation: list[GroupScheme] | None = None  # the scheme of each group of layers; a file of `compress allocate` is read when the recipe is
     method: str = "rtn"
     format: str | None = None  # the scheme's own; pack-quantized for bits
     exclude: list[str] = Field(default_factory=list)
@@ -225,14 +229,16 @@ class QuantizeStep(BaseModel):
         from quant.plan import preset_problems, problems
 
         given, options = (self.calibration is not None) + (self.moments is not None), self.model_extra or {}
-        if (self.bits is None) == (self.scheme is None):
-            yield "quantize: say how many bits, or one scheme by its name (W8A8, FP8, FP8_BLOCK, NVFP4, MXFP4), and not both"
+        if sum(way is not None for way in (self.bits, self.scheme, self.allocation)) != 1:
+            yield "quantize: say how many bits, or one scheme by its name (W8A8, FP8, FP8_BLOCK, NVFP4, MXFP4), or give an allocation, and one of these"
+        elif self.bits is None and (self.group_size, self.symmetric) != (128, True):
+            own = "an allocation says the group size and the symmetry of each layer" if self.allocation else f"{self.scheme} has groups of its own"
+            yield f"quantize: {own}; leave group_size and symmetric out"
         elif self.scheme is not None:
             yield from (f"quantize: {problem}" for problem in preset_problems(self.scheme, self.method, self.format, options, given > 0))
-            if self.group_size != 128 or not self.symmetric:
-                yield f"quantize: the scheme {self.scheme} has groups and zero points of its own; leave them out"
-        elif self.bits is not None:
-            found = problems(self.bits, self.group_size, self.symmetric, self.method, self.format or "pack-quantized", options, given > 0)
+        else:
+            bits = 4 if self.bits is None else self.bits
+            found = problems(bits, self.group_size, self.symmetric, self.method, self.format or "pack-quantized", options, given > 0)
             yield from (f"quantize: {problem}" for problem in found)
         if given > 1:
             yield "quantize: give a calibration text, or moments that were measured on one, not both"
@@ -240,13 +246,17 @@ class QuantizeStep(BaseModel):
         yield from (f"quantize: {problem}" for problem in not_inputs(named, inputs))
 
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from quant.bits_file import schemes_of
         from quant.calibrated import Calibration
+        from quant.formats import AnyScheme
         from quant.plan import PRESETS, quantize
         from quant.quantized import Scheme
 
-        named = PRESETS[self.scheme] if self.scheme else None
-        scheme, layout = named or (Scheme(self.bits or 0, self.group_size, self.symmetric), "pack-quantized")
         source = inputs[self.of] if self.of else only_input({name: model for name, model in inputs.items() if name != self.moments}, previous, "quantize")
+        scheme: AnyScheme | Mapping[str, AnyScheme]
+        scheme, layout = PRESETS[self.scheme] if self.scheme else (Scheme(self.bits or 4, self.group_size, self.symmetric), "pack-quantized")
+        if self.allocation is not None:
+            scheme = schemes_of(self.allocation, source)
         calibration: Calibration | None = None
         notes: list[str] = []
         if self.moments is not None:
@@ -496,6 +506,21 @@ def parse_steps(steps: Sequence[object]) -> tuple[list[dict[str, StepOptions]], 
         except ValueError as error:
             found.append(f"step {number}: {error}")
     return parsed, found
+
+
+def with_allocations(steps: Sequence[object], folder: Path) -> tuple[list[object], list[str]]:
+    """Steps whose allocation is a file, relative to `folder`, with what the file holds in its place; and a sentence for each that cannot be read."""
+    done, found = list(steps), []
+    for number, step in enumerate(steps, 1):
+        options = step.get("quantize") if isinstance(step, dict) else None
+        if isinstance(options, dict) and isinstance(options.get("allocation"), str):
+            try:
+                groups = read_allocation(folder / Path(options["allocation"]).expanduser())
+            except CompressError as error:
+                found.append(f"step {number}, quantize: allocation: {error}")
+                groups = []
+            done[number - 1] = {"quantize": {**options, "allocation": [group.model_dump() for group in groups]}}
+    return done, found
 
 
 def calibrations(steps: Sequence[Mapping[str, StepOptions]]) -> list[tuple[str, CalibrationOptions]]:
