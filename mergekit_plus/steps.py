@@ -262,6 +262,11 @@ class PruneStep(BaseModel):
         """YAML reads 2:4 as 2 * 60 + 4, minutes and seconds."""
         return f"{value // 60}:{value % 60}" if isinstance(value, int) and value > 60 else value
 
+    @property
+    def asked(self) -> str:
+        """What goes, in a word."""
+        return self.pattern or (f"{self.sparsity:g}" if self.sparsity is not None else f"as in {self.mask}")
+
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
         from prune.plan import problems
         from prune.structured import problems as structured_problems
