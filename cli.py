@@ -328,6 +328,38 @@ def prune(
 
 @app.command()
 @writes()
+def retrain(
+    *,
+    how: Writing,
+    model: Model = ".",
+    train: Annotated[str, typer.Option("--train", metavar="VARIANT,...", help="what trains: biases, norms, head, mask_lora, ...; see `compress methods`")],
+    text: Annotated[list[Path], typer.Option("--text", "-t", help="text to train on; may be repeated")],
+    steps: Annotated[int, typer.Option("--steps", help="steps of the optimiser")] = 200,
+    lr: Annotated[float | None, typer.Option("--lr", help="largest learning rate (default 0.001)")] = None,
+    tune_lr: Annotated[bool, typer.Option("--tune-lr", help="find the learning rate on a part of the text")] = False,
+    rank: Annotated[int | None, typer.Option("--rank", help="rank of low-rank updates (default 16)")] = None,
+    window: Annotated[int | None, typer.Option("--window", min=2, help="tokens in a window (default 256, or what the model takes)")] = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", help="model whose predictions are the goal, as a rule the one before pruning")] = None,
+    distill: Annotated[float, typer.Option("--distill", min=0, max=1, help="the teacher's part of the loss; the rest is the text's")] = 1.0,
+    allow_densify: Annotated[bool, typer.Option("--allow-densify", help="allow a variant that brings pruned weights back")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="seed of the start and of the order of the text")] = 0,
+    set_: Set = [],  # noqa: B006
+) -> None:
+    """Retrain a few parameters of a pruned model, which stays as sparse: `compress retrain MODEL --train norms,mask_lora --text FILE`."""
+    digests = None if how.resume else _hash_early(model, *([teacher] if teacher else []))
+    from mergekit_plus.recipe import check
+
+    step = {
+        "train": train, "text": [str(path) for path in text], "window": window, "teacher": "teacher" if teacher else None, "distill": distill,
+        "tune_lr": tune_lr, "allow_densify": allow_densify, "of": "model", "steps": steps, "seed": seed,
+        **({"lr": lr} if lr is not None else {}), **({"rank": rank} if rank is not None else {}), **_settings(set_),
+    }  # fmt: skip
+    recipe = check({"inputs": {"model": model, **({"teacher": teacher} if teacher else {})}, "steps": [{"retrain": step}]}, Path(), "compress retrain")
+    _carry_out(recipe, how, _beside(model, "retrained", "folder"), digests)
+
+
+@app.command()
+@writes()
 def run(
     *,
     how: Writing,

@@ -8,17 +8,18 @@ from .errors import OptionError, nearest
 
 
 def list_methods(name: str | None = None) -> dict[str, Any]:
-    """Merge methods, quantisers and pruners by name, or the one that is asked for.
+    """Merge methods, quantisers, pruners and retraining variants by name, or the one that is asked for.
 
     Errors: OptionError for an unknown name.
     """
     from prune import PRUNERS
+    from prune.perp import VARIANTS
     from quant import QUANTIZERS
 
     from .merge import METHODS, MergeMethod
 
     found: dict[str, Any] = {}
-    for kind, entries in ((METHODS.kind, METHODS), (QUANTIZERS.kind, QUANTIZERS), (PRUNERS.kind, PRUNERS)):
+    for kind, entries in ((METHODS.kind, METHODS), (QUANTIZERS.kind, QUANTIZERS), (PRUNERS.kind, PRUNERS), (VARIANTS.kind, VARIANTS)):
         for key, entry in entries.items():
             options = [
                 {

@@ -88,6 +88,7 @@ def plan_lines(facts: Mapping[str, Any]) -> list[str]:
         f"at most {size(facts['peak_memory'])} in flight ({facts['workers']} workers, largest unit {size(facts['largest_unit'])}); "
         f"needs {size(facts['disk_needed'])} on the disk, {size(facts['disk_free'])} are free",
         *hub,
+        *facts["notes"],
     ]
 
 

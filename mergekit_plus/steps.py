@@ -301,6 +301,47 @@ class PruneStep(BaseModel):
         return replace(result, notes=(*result.notes, *notes))
 
 
+class RetrainStep(BaseModel):
+    """`retrain:` — the keys beside these are options of the training (steps, lr, batch) and of what trains (rank, alpha, k)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    train: list[str]
+    text: list[str]
+    window: int | None = Field(default=None, ge=2)
+    teacher: str | None = None  # an input
+    distill: float = Field(default=1.0, ge=0, le=1)
+    tune_lr: bool = False
+    allow_densify: bool = False
+    of: str | None = None
+
+    @field_validator("train", "text", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        from prune.retrain import split_options
+
+        *_, found = split_options(self.model_extra or {}, self.train)
+        yield from (f"retrain: {problem}" for problem in found)
+        yield from (f"retrain: {problem}" for problem in not_inputs([name for name in (self.of, self.teacher) if name is not None], inputs))
+        if self.tune_lr and "lr" in (self.model_extra or {}):
+            yield "retrain: tune_lr finds the rate; leave out lr, or tune_lr"
+        if not self.text:
+            yield "retrain: give it a text"
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from prune.retrain import RetrainOptions, retrain, split_options
+
+        training, variant_options, _ = split_options(self.model_extra or {}, self.train)
+        options = RetrainOptions(
+            tuple(self.train), tuple(how.folder / text for text in self.text), variant_options, training, self.window, self.distill, self.tune_lr,
+            self.allow_densify, how.device,
+        )  # fmt: skip
+        return retrain(inputs[self.of] if self.of else only_input(inputs, previous, "retrain"), options, inputs[self.teacher] if self.teacher else None)
+
+
 class MergekitStep(RootModel[Any]):
     """`mergekit:` — a document in mergekit's schema, or a list of them; the models that they name are inputs."""
 
@@ -330,10 +371,10 @@ class MoeStep(MoeConfig):
         return moe(inputs, self)
 
 
-StepOptions = MergeStep | MergekitStep | MoeStep | MergeAdaptersStep | ExtractAdapterStep | QuantizeStep | DequantizeStep | PruneStep
+StepOptions = MergeStep | MergekitStep | MoeStep | MergeAdaptersStep | ExtractAdapterStep | QuantizeStep | DequantizeStep | PruneStep | RetrainStep
 OPERATIONS: dict[str, type[StepOptions]] = {
     "merge": MergeStep, "mergekit": MergekitStep, "moe": MoeStep, "merge_adapters": MergeAdaptersStep, "extract_adapter": ExtractAdapterStep,
-    "quantize": QuantizeStep, "dequantize": DequantizeStep, "prune": PruneStep,
+    "quantize": QuantizeStep, "dequantize": DequantizeStep, "prune": PruneStep, "retrain": RetrainStep,
 }  # fmt: skip
 FIRST = (MergeStep, MergekitStep, MoeStep, ExtractAdapterStep)  # they read inputs, not what a step before them made
 
