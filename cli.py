@@ -218,6 +218,39 @@ def extract(
         _print({**outcome_facts(outcome), "kept": [asdict(tensor) for tensor in report]}, kept_lines(report) + outcome_lines(outcome), how.as_json)
 
 
+@adapter.command("quantize")
+@writes("max_shard_size", "device")
+def quantize_adapter(
+    *,
+    how: Writing,
+    adapter: Annotated[str, typer.Argument(help="a LoRA adapter: a folder as peft writes it, or org/name")],
+    bits: Annotated[int, typer.Option("--bits", help="1, 2, 3, 4 or 8 bits for each number in the factors")] = 4,
+    codebook: Annotated[str, typer.Option("--codebook", help="l2 (Lloyd-Max) or k-median (the 1-bit adapters of arXiv 2307.16867)")] = "l2",
+    scale: Annotated[str, typer.Option("--scale", help="what shares a scale: tensor, component (row of A, column of B) or group (of 128)")] = "component",
+    gauge: Annotated[str, typer.Option("--gauge", help="how B A is shared out before it is coded: balanced, svd, or none (as it is)")] = "balanced",
+    refit: Annotated[bool, typer.Option("--refit/--no-refit", help="fit codes and scales to the product B A")] = True,
+) -> None:
+    """Bring a LoRA adapter to a few bits, packed: `compress adapter quantize ./code-lora --bits 1`."""
+    from mergekit_plus.recipe import check
+
+    step = {"bits": bits, "codebook": codebook, "scale": scale, "gauge": gauge, "refit": refit}
+    recipe = check({"inputs": {"adapter": adapter}, "steps": [{"quantize_adapter": step}]}, Path(), "compress adapter quantize")
+    _carry_out(recipe, how, _beside(adapter, f"{bits}bit", "folder"))
+
+
+@adapter.command()
+@writes("max_shard_size", "device")
+def expand(
+    *,
+    how: Writing,
+    adapter: Annotated[str, typer.Argument(help="a packed adapter")],
+) -> None:
+    """Turn a packed adapter into an ordinary one, which peft and vLLM load."""
+    from mergekit_plus.recipe import check
+
+    _carry_out(check({"inputs": {"adapter": adapter}}, Path(), "compress adapter expand"), how, _beside(adapter, "expanded", "folder"))
+
+
 @app.command()
 @writes("device")
 def moe(
@@ -423,7 +456,7 @@ def verify(
     inputs: Annotated[bool, typer.Option("--inputs", help="check the files that it was made of too, where they were then")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compare an output with its manifest; exit code 1 when a file is missing or not what was written."""
+    """Compare an output with its manifest, and packed weights with config.json; exit code 1 when a file is not what was written, or would be loaded wrongly."""
     from dataclasses import asdict
 
     from mergekit_plus.progress import on
@@ -432,7 +465,7 @@ def verify(
 
     facts = asdict(check(out, inputs, on()))
     _print(facts, verification_lines(facts), as_json)
-    if facts["problems"]:
+    if facts["problems"] or facts["wrong"]:
         raise typer.Exit(1)
 
 

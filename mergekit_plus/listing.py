@@ -19,7 +19,7 @@ def list_methods(name: str | None = None) -> dict[str, Any]:
     from .merge import METHODS, MergeMethod
 
     found: dict[str, Any] = {}
-    for kind, entries in ((METHODS.kind, METHODS), (QUANTIZERS.kind, QUANTIZERS), (PRUNERS.kind, PRUNERS), (VARIANTS.kind, VARIANTS)):
+    for kind, entries in ((registry.kind, registry) for registry in (METHODS, QUANTIZERS, PRUNERS, VARIANTS)):
         for key, entry in entries.items():
             options = [
                 {

@@ -143,5 +143,6 @@ def _relative(ref: str, out: Path) -> str:
 def _digests(ref: str, opened: Checkpoint, manifest: Manifest) -> dict[str, str]:
     """The digest of each file of an input; those of `model+adapter` have the number of their part before the name."""
     parts = split_reference(opened.pinned or ref)
-    labels = [("", opened.ref)] if len(parts) == 1 else [(f"{number}/", part) for number, part in enumerate(parts)]
+    own = next((label for label in (opened.ref, ref) if label in manifest.inputs), opened.ref)  # what is expanded from a file goes by the file's reference
+    labels = [("", own)] if len(parts) == 1 else [(f"{number}/", part) for number, part in enumerate(parts)]
     return {f"{prefix}{file}": facts["sha256"] for prefix, label in labels for file, facts in manifest.inputs.get(label, {}).items()}

@@ -175,6 +175,35 @@ class ExtractAdapterStep(Strict):
         return extract(inputs[self.base], inputs[self.tuned], options, how.save.progress)
 
 
+class QuantizeAdapterStep(Strict):
+    """`quantize_adapter:` — a LoRA adapter at a few bits."""
+
+    bits: int = 4
+    codebook: str = "l2"
+    scale: str = "component"
+    gauge: str = "balanced"
+    refit: bool = True
+    of: str | None = None  # an input; by default what the step before made, or the only input
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        yield from (f"quantize_adapter: {problem}" for problem in self._options().problems())
+        if self.of is not None:
+            yield from (f"quantize_adapter: {problem}" for problem in not_inputs([self.of], inputs))
+
+    def _options(self) -> Any:
+        from quant.adapters.plan import QuantizeOptions
+
+        return QuantizeOptions(**self.model_dump(exclude={"of"}))
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from quant.adapters.plan import quantize_adapter
+
+        from .adapters import read_adapter
+
+        adapter = inputs[self.of] if self.of else only_input(inputs, previous, "quantize_adapter")
+        return quantize_adapter(read_adapter(adapter), self._options())
+
+
 class QuantizeStep(BaseModel):
     """`quantize:` — the keys beside these are options of the quantiser."""
 
@@ -410,11 +439,30 @@ class MoeStep(MoeConfig):
         return moe(inputs, self)
 
 
-StepOptions = MergeStep | MergekitStep | MoeStep | MergeAdaptersStep | ExtractAdapterStep | QuantizeStep | DequantizeStep | PruneStep | RetrainStep
+StepOptions = (
+    MergeStep
+    | MergekitStep
+    | MoeStep
+    | MergeAdaptersStep
+    | ExtractAdapterStep
+    | QuantizeAdapterStep
+    | QuantizeStep
+    | DequantizeStep
+    | PruneStep
+    | RetrainStep
+)
 OPERATIONS: dict[str, type[StepOptions]] = {
-    "merge": MergeStep, "mergekit": MergekitStep, "moe": MoeStep, "merge_adapters": MergeAdaptersStep, "extract_adapter": ExtractAdapterStep,
-    "quantize": QuantizeStep, "dequantize": DequantizeStep, "prune": PruneStep, "retrain": RetrainStep,
-}  # fmt: skip
+    "merge": MergeStep,
+    "mergekit": MergekitStep,
+    "moe": MoeStep,
+    "merge_adapters": MergeAdaptersStep,
+    "extract_adapter": ExtractAdapterStep,
+    "quantize_adapter": QuantizeAdapterStep,
+    "quantize": QuantizeStep,
+    "dequantize": DequantizeStep,
+    "prune": PruneStep,
+    "retrain": RetrainStep,
+}
 FIRST = (MergeStep, MergekitStep, MoeStep, ExtractAdapterStep)  # they read inputs, not what a step before them made
 
 
