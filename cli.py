@@ -439,6 +439,12 @@ def prune(
     calibration: Calibrate = [],  # noqa: B006
     windows: CalibrationWindows = 128,
     window: CalibrationWindow = 256,
+    reconstruct: Annotated[
+        str | None, typer.Option("--reconstruct", metavar="block|sublayer|linear", help="train a little of each until it computes again what it did")
+    ] = None,
+    retrain: Annotated[
+        str | None, typer.Option("--retrain", metavar="VARIANT,...", help="then retrain these on the calibration text, as `compress retrain` does")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="of the method that draws at random; moves the windows of the calibration text")] = 0,
     set_: Set = [],  # noqa: B006
     exclude: Exclude = [],  # noqa: B006
@@ -446,14 +452,22 @@ def prune(
 ) -> None:
     """Set the least important weights to zero, or take out neurons and heads: `compress prune MODEL --sparsity 0.5`."""
     digests = None if how.resume else _hash_early(model)
+    from mergekit_plus.errors import OptionError
     from mergekit_plus.recipe import check
+    from prune import PRUNERS
 
+    used = structured or reconstruct or (method in list(PRUNERS) and PRUNERS[method].calibrated)  # the text may be for --retrain alone
     step = {
         "sparsity": sparsity, "pattern": pattern, "method": method, "scope": scope, "seed": seed, "exclude": exclude, "include": include,
-        "structured": _shares(structured), "mask": "mask" if mask else None, "of": "model",
-        **_calibration(calibration, windows, window, seed), **_settings(set_),
+        "structured": _shares(structured), "mask": "mask" if mask else None, "of": "model", "reconstruct": reconstruct,
+        **_calibration(calibration if used or not retrain else [], windows, window, seed), **_settings(set_),
     }  # fmt: skip
-    recipe = check({"inputs": {"model": model, **({"mask": mask} if mask else {})}, "steps": [{"prune": step}]}, Path(), "compress prune")
+    steps: list[dict[str, Any]] = [{"prune": step}]
+    if retrain is not None:
+        if not calibration:
+            raise OptionError("--retrain trains on a text: give it with --calibration")
+        steps.append({"retrain": {"train": retrain, "text": calibration, "seed": seed}})
+    recipe = check({"inputs": {"model": model, **({"mask": mask} if mask else {})}, "steps": steps}, Path(), "compress prune")
     default = _beside(model, "smaller" if structured else "pruned", "folder" if structured else "file")
     _carry_out(recipe, how, default, digests)
     if masks is not None and not how.dry_run:

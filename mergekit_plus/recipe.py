@@ -35,7 +35,7 @@ from .checkpoint.stage import partial_of, refuse_leftover
 from .checkpoint.upload import Target, Upload, parse_target
 from .checks import Checks, Row, measure_and_compare
 from .errors import CheckFailed, CompressError, OutputError, RecipeError, not_inputs
-from .provenance import check_digests, job, small_files
+from .provenance import check_digests, job, small_files, sparsity_report
 from .safe_yaml import read_all
 from .steps import (
     Execution,
@@ -121,6 +121,7 @@ class Outcome:
     failures: list[str]
     searched: list[dict[str, Any]] = field(default_factory=list)  # the record of each search of this run
     published: tuple[Target, str] | None = None
+    sparsity: dict[str, Any] | None = None  # the zeros of what was pruned
 
     def raise_failures(self) -> None:
         """CheckFailed where a limit was not kept."""
@@ -260,7 +261,8 @@ def _run(recipe: Recipe, how: Execution, out: Path, upload: Upload | None) -> Ou
             finish.publish(upload, out, manifest)
         except OutputError as error:
             raise OutputError(f"{error}; {out} is complete, and `hf upload {upload.target.repo} {out}` sends it") from None
-    return Outcome(out if upload is None or how.push else upload.target, manifest, table, failures, searched, finish.published)
+    sparsity = finish.sparsity or sparsity_report(recipe, out)  # of one file, too
+    return Outcome(out if upload is None or how.push else upload.target, manifest, table, failures, searched, finish.published, sparsity)
 
 
 def _begin_upload(upload: Upload, recipe: Recipe, result: Checkpoint, how: Execution, out: Path) -> None:
@@ -282,6 +284,7 @@ class _Finish:
     measured: tuple[list[Row], list[str]] | None = None
     unmeasured: CompressError | None = None  # why it could not be measured; told at the end, for hours of work do not go because of it
     published: tuple[Target, str] | None = None
+    sparsity: dict[str, Any] | None = None  # of what was pruned
 
     def describe(self, manifest: Manifest, folder: Path) -> Mapping[str, bytes]:
         """Check the inputs, measure what lies in the folder, and tell of it in the recipe and the card."""
@@ -291,7 +294,8 @@ class _Finish:
         except CompressError as error:
             self.unmeasured = error
         table = self.measured[0] if self.measured else []
-        return small_files(self.recipe, self.built.inputs, manifest, self.out, self.options.max_shard_size, table)
+        self.sparsity = sparsity_report(self.recipe, folder)
+        return small_files(self.recipe, self.built.inputs, manifest, self.out, self.options.max_shard_size, table, self.sparsity)
 
     def publish(self, upload: Upload, folder: Path, manifest: Manifest) -> None:
         """Give the repository what lies in the folder, unless a check failed."""

@@ -166,7 +166,7 @@ def outcome_facts(outcome: Outcome) -> dict[str, Any]:
         "out": str(outcome.out), "commit": outcome.published and outcome.published[1],
         "bytes": sum(file["bytes"] for file in outcome.manifest.outputs.values()),
         "outputs": outcome.manifest.outputs, "inputs": outcome.manifest.inputs, "measured": outcome.table, "failures": outcome.failures,
-        "searched": outcome.searched,
+        "searched": outcome.searched, "sparsity": outcome.sparsity,
     }  # fmt: skip
 
 
@@ -174,6 +174,9 @@ def outcome_lines(outcome: Outcome) -> list[str]:
     """A run as text: its table, where it lies, and what failed."""
     lines = [line for record in outcome.searched for line in search_lines(record)]
     lines += [*table(outcome.table), ""] if outcome.table else []
+    if zeros := outcome.sparsity:
+        counts = f"{zeros['zeros']} of {zeros['weights']} weights in {len(zeros['tensors'])} linear layers are zero"
+        lines.append(f"{counts}: {zeros['share']:.2%}, asked: {zeros['asked']}")
     total = sum(file["bytes"] for name, file in outcome.manifest.outputs.items() if name.endswith(".safetensors"))
     if not outcome.published or outcome.published[0] != outcome.out:
         lines.append(f"wrote {outcome.out}: {size(total)}")

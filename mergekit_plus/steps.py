@@ -326,6 +326,25 @@ class ConvertStep(Strict):
         return convert(inputs[self.of] if self.of else only_input(inputs, previous, "convert"), self.to)
 
 
+class RepairOptions(BaseModel):
+    """`reconstruct:` of a pruning step — the keys beside these are options of the training and of what trains, as of `retrain:`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    granularity: Literal["block", "sublayer", "linear"] = "block"
+    train: list[str] = Field(default_factory=lambda: ["biases", "norms", "mask_lora"])
+
+    @property
+    def split(self) -> tuple[Any, dict[str, Any], list[str]]:
+        """The options of the training, those of what trains, and what is wrong with them."""
+        from dataclasses import asdict
+
+        from prune.reconstruct import ReconstructOptions
+        from prune.retrain import split_options
+
+        return split_options({**asdict(ReconstructOptions().training), **(self.model_extra or {})}, self.train)
+
+
 class PruneStep(BaseModel):
     """`prune:` — the keys beside these are options of the pruner."""
 
@@ -338,16 +357,27 @@ class PruneStep(BaseModel):
     method: str = "magnitude"
     scope: str | None = None
     calibration: CalibrationOptions | None = None  # a text, for methods that look at the inputs of layers
+    reconstruct: RepairOptions | None = None  # or its granularity alone: block, sublayer, linear
     seed: int = 0
     exclude: list[str] = Field(default_factory=list)
     include: list[str] = Field(default_factory=list)
     of: str | None = None
+
+    @field_validator("reconstruct", mode="before")
+    @classmethod
+    def _granularity_alone(cls, value: object) -> object:
+        return {"granularity": value} if isinstance(value, str) else value
 
     @field_validator("pattern", mode="before")
     @classmethod
     def _without_quotes(cls, value: object) -> object:
         """YAML reads 2:4 as 2 * 60 + 4, minutes and seconds."""
         return f"{value // 60}:{value % 60}" if isinstance(value, int) and value > 60 else value
+
+    @property
+    def asked(self) -> str:
+        """What goes, in a word."""
+        return self.pattern or (f"{self.sparsity:g}" if self.sparsity is not None else f"as in {self.mask}")
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
         from prune.plan import problems
@@ -359,8 +389,13 @@ class PruneStep(BaseModel):
         elif self.structured is not None:
             yield from (f"prune: {problem}" for problem in structured_problems(self.structured))
         elif self.mask is None:
-            for problem in problems(self.sparsity, self.pattern, self.method, self.scope, self.model_extra or {}, self.calibration is not None):
+            text, repaired = self.calibration is not None, self.reconstruct is not None
+            for problem in problems(self.sparsity, self.pattern, self.method, self.scope, self.model_extra or {}, text, repaired):
                 yield f"prune: {problem}"
+        if self.reconstruct is not None:
+            if self.mask is not None or self.structured is not None:
+                yield "prune: reconstruct goes with a sparsity or a pattern"
+            yield from (f"prune, reconstruct: {problem}" for problem in self.reconstruct.split[-1])
         named = [name for name in (self.of, self.mask) if name is not None]
         yield from (f"prune: {problem}" for problem in not_inputs(named, inputs))
 
@@ -379,8 +414,17 @@ class PruneStep(BaseModel):
             result = shrink(source, self.structured) if ids is None else shrink_on(source, ids, self.structured, options)
         else:
             asked = Sparsity.of(self.sparsity, self.pattern), self.method, self.scope, self.model_extra or {}, options
-            result = prune(source, *asked) if ids is None else prune_on(source, ids, *asked)
+            result = prune(source, *asked) if ids is None else prune_on(source, ids, *asked, self._repair())
         return replace(result, notes=(*result.notes, *notes))
+
+    def _repair(self) -> Any:
+        from prune.calibrated import Repair
+        from prune.reconstruct import ReconstructOptions
+
+        if self.reconstruct is None:
+            return None
+        training, variant_options, _ = self.reconstruct.split
+        return Repair(tuple(self.reconstruct.train), ReconstructOptions(self.reconstruct.granularity, variant_options, training))
 
 
 class RetrainStep(BaseModel):
