@@ -31,6 +31,7 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # that `tune_lr` tries
 TUNING = 4  # each of them for this part of the steps
 HELD_OUT = 32  # windows at most, evenly out of the text, on which a rate and the best state are chosen
 ALL = 1 << 40  # windows
+KEEP_EVERY = 60.0  # seconds, in which at most is lost to a kill
 
 _TRAINING: TypeAdapter[TrainOptions] = TypeAdapter(TrainOptions)
 
@@ -157,7 +158,7 @@ def _retrained(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpo
         keep = partial(_keep, work, folder)
         return train(
             model, adapted.parameters, loss, rows, training, masks=masks, evaluate=lambda: loss_on(model, held, loss), folder=place, kept=keep,
-            progress=work.progress,
+            keep_every=KEEP_EVERY, progress=work.progress,
         )  # fmt: skip
 
     training = replace(options.training, lr=_tuned(adapted, options.training, run)) if options.tune_lr else options.training
