@@ -37,7 +37,7 @@ from .checks import Checks, Row, measure_and_compare
 from .errors import CheckFailed, CompressError, OutputError, RecipeError, not_inputs
 from .provenance import check_digests, job, small_files
 from .safe_yaml import read_all
-from .steps import Execution, MergeStep, StepOptions, Strict, only_input, order_problems, parse_step, parse_steps, schema_problems
+from .steps import Execution, MergeStep, StepOptions, Strict, calibrations, only_input, order_problems, parse_step, parse_steps, schema_problems
 
 
 class Input(Strict):
@@ -81,6 +81,7 @@ class Recipe(Strict):
         """Everything wrong that the schema does not see; without `of_order` where steps are missing that could not be read."""
         found = [problem for step in self.steps for options in step.values() for problem in options.problems(self.inputs)]
         found += [problem for step in self.searches for problem in step.search_problems(self.folder)]
+        found += [f"{name}: {problem}" for name, text in calibrations(self.steps) for problem in text.problems(self.folder)]
         found += order_problems(self.steps, self.inputs) if of_order else []
         named = [*self.checks.beside, *([self.checks.against] if self.checks.against else [])]
         found += [f"checks: {problem}" for problem in not_inputs(named, self.inputs)]
