@@ -3,9 +3,10 @@
     python benchmarks/perp.py --model MODEL --texts TEXTS --results results.jsonl          # goes on where it was stopped
     python benchmarks/perp.py --results results.jsonl --render table.md --plot docs/retraining.svg
 
-TEXTS holds `wiki.train.txt` (on which is calibrated and trained), `wiki.val.txt` (by which rates are chosen) and `wiki.test.txt` (which is reported: 40
-windows of 256 tokens). Every training has 60 steps of 4 windows of 128 tokens, the same ones for a seed. The rate of each variant is the best of three on
-the validation text after 20 steps at 50 % by magnitude, and is used everywhere. Weights are rounded to the model's dtype before they are measured.
+TEXTS holds `general.train.txt` (on which is calibrated and trained: what the model itself was trained on, so that what comes back is what pruning took),
+`wiki.val.txt` (by which rates and the best states are chosen) and `wiki.test.txt` (which is reported: 40 windows of 256 tokens). Every training has 48 steps
+of 4 windows of 128 tokens, the same ones for a seed. The rate of each variant is the best of three on the validation text after 16 steps at 50 % by
+magnitude, and is used everywhere. Weights are rounded to the model's dtype before they are measured.
 """
 
 from __future__ import annotations
@@ -36,12 +37,14 @@ from prune.reconstruct import ReconstructOptions, reconstruct
 
 LEVELS = ("0.5", "0.6", "0.7", "2:4")
 PRUNERS = ("magnitude", "wanda", "sparsegpt")
-TRAINING = TrainOptions(steps=60, batch=4, evaluations=2, autocast=True)
-WINDOW, TUNING_STEPS = 128, 20
+TRAINING = TrainOptions(steps=48, batch=4, evaluations=2, autocast=True)
+WINDOW, TUNING_STEPS = 128, 16
 OURS = "norms+mask_lora"  # the model has no biases
-RATES = {"full": (1e-4, 3e-4, 1e-3)}
-OTHER_RATES = (1e-3, 3e-3, 1e-2)
-VARIANTS = ("norms", "mask_lora", OURS, "full", "scale_lora", "neuroada", "hut", "lora_prune", "norms+head+mask_lora")
+FULL_RATES, RATES = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2)
+VARIANTS = (
+    "norms", "mask_lora", OURS, "full", OURS + ", distilled", OURS + ", muon", "full, muon", "scale_lora", "neuroada", "hut", "lora_prune",
+    "norms+head+mask_lora",
+)  # fmt: skip
 RECONSTRUCTION = ReconstructOptions(training=TrainOptions(steps=16, lr=1e-3, batch=1, evaluations=2, dropout=False))
 Row = dict[str, Any]
 
@@ -52,8 +55,8 @@ class Bench:
     def __init__(self, model: Path, texts: Path, results: Path) -> None:
         self.checkpoint, self.results = Checkpoint.open(model), results
         tokenizer = load_tokenizer(self.checkpoint)
-        self.calibration = read_text([texts / "wiki.train.txt"], tokenizer, 32, 256)
-        self.rows = read_text([texts / "wiki.train.txt"], tokenizer, 1 << 30, WINDOW)
+        self.calibration = read_text([texts / "general.train.txt"], tokenizer, 32, 256)
+        self.rows = read_text([texts / "general.train.txt"], tokenizer, 1 << 30, WINDOW)
         self.held = read_text([texts / "wiki.val.txt"], tokenizer, 24, WINDOW)
         self.test = tokenize(tokenizer, (texts / "wiki.test.txt").read_text()[:200_000])
         self.dense = load_model(self.checkpoint)
@@ -75,6 +78,8 @@ class Bench:
 
     def pruned(self, pruner: str, level: str, rebuilt: bool = False) -> Any:
         """The model with the pruned weights, made once and kept beside the results."""
+        if pruner == "none":
+            return deepcopy(self.dense)
         file = self.results.with_name(f"{pruner}-{level.replace(':', 'of')}{'-rebuilt' if rebuilt else ''}.safetensors")
         if not file.exists():
             save_file({name: tensor.contiguous() for name, tensor in self.walk(pruner, level, rebuilt).items()}, file)
@@ -116,9 +121,10 @@ class Bench:
     def fit(self, pruner: str, level: str, variant: str, options: TrainOptions) -> tuple[Any, Row]:
         """A pruned model, retrained: the model, and what it took."""
         model = self.pruned(pruner, level)
-        names = [name for name in variant.split("+") if name != "distilled"]
-        adapted = adapt(model, self.sites, names, {}, options.seed)
-        loss = distillation(self.dense) if variant.endswith("distilled") else next_token
+        names, _, how = variant.partition(", ")
+        adapted = adapt(model, self.sites, names.split("+"), {}, options.seed)
+        loss = distillation(self.dense) if how == "distilled" else next_token
+        options = replace(options, optimizer="muon") if how == "muon" else options
         record = train(model, adapted.parameters, loss, self.rows, options, masks=adapted.masks, evaluate=lambda: loss_on(model, self.held))
         facts = {"lr": options.lr, "parameters": sum(p.numel() for p in adapted.parameters.values()), "optimizer_bytes": record.optimizer_bytes}
         with torch.no_grad():
@@ -128,13 +134,13 @@ class Bench:
 
     def rate(self, variant: str) -> float:
         """The best of three rates."""
-        variant = variant.removesuffix("+distilled")
+        variant = variant.removesuffix(", distilled")
 
         def compute(rate: float) -> Row:
             options = replace(TRAINING, lr=rate, steps=TUNING_STEPS, evaluations=1)
             return {"heldout": self.fit("magnitude", "0.5", variant, options)[1]["heldout"]}
 
-        rates = RATES.get(variant, OTHER_RATES)
+        rates = FULL_RATES if variant.startswith("full") else RATES
         found = {rate: self.once({"tuned": variant, "rate": rate}, lambda rate=rate: compute(rate))["heldout"] for rate in rates}  # type: ignore[misc]
         return min(found, key=lambda rate: found[rate])
 
@@ -151,7 +157,7 @@ class Bench:
 
     def run(self) -> None:
         """What matters most first, so that a run that is stopped early has it."""
-        self.once({"pruner": "none"}, lambda: {"ppl": self.measure(self.dense)})
+        self.cell("none", "dense", "alone")
         for pruner, level, variant, seed in order():
             self.cell(pruner, level, variant, seed)
 
@@ -160,11 +166,12 @@ def order() -> Iterator[tuple[str, str, str, int]]:
     for seed in (0, 1, 2):
         for variant in ("alone", OURS, "full")[seed > 0 :]:
             yield "magnitude", "0.5", variant, seed
+    yield "none", "dense", "full", 0
     for level in LEVELS:
         for pruner in PRUNERS:
             for variant in ("alone", OURS, "full"):
                 yield pruner, level, variant, 0
-    for variant in (*VARIANTS, OURS + "+distilled"):
+    for variant in VARIANTS:
         yield "magnitude", "0.5", variant, 0
     for variant in ("reconstructed", "norms"):
         for level in LEVELS:
@@ -185,9 +192,10 @@ def read(results: Path) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> list[str]:
     """Perplexities, one line a sparsity and pruner; means over seeds, with their standard deviation, where there are several."""
-    dense = next(row["ppl"] for row in rows if row.get("pruner") == "none")
+    dense, trained = (_values(rows, "none", "dense", variant) for variant in ("alone", "full"))
     columns = ("alone", "reconstructed", "norms", OURS, "full")
-    lines = [f"Dense: {dense:.1f}.", "", f"| sparsity | pruned by | {' | '.join(columns)} | recovered |", "|---" * (len(columns) + 3) + "|"]
+    told = f"Dense: {_shown(dense)}; dense and trained on the same text as all the others: {_shown(trained)}."
+    lines = [told, "", f"| sparsity | pruned by | {' | '.join(columns)} | recovered |", "|---" * (len(columns) + 3) + "|"]
     for level in LEVELS:
         for pruner in PRUNERS:
             found = {column: _values(rows, pruner, level, column) for column in columns}
@@ -197,7 +205,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     lines += ["", "| at 0.5, magnitude | parameters | optimiser | perplexity | recovered |", "|---|---|---|---|---|"]
     alone, full = _values(rows, "magnitude", "0.5", "alone"), _values(rows, "magnitude", "0.5", "full")
     whole = next((row["optimizer_bytes"] for row in rows if row.get("retrained") == "full"), math.nan)
-    for variant in (*VARIANTS, OURS + "+distilled"):
+    for variant in VARIANTS:
         values = _values(rows, "magnitude", "0.5", variant)
         if values:
             row = next(row for row in rows if row.get("retrained") == variant)
@@ -234,7 +242,7 @@ def plot(rows: Sequence[Row], out: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(PRUNERS), figsize=(11, 3.6), sharey=True)
-    dense = next(row["ppl"] for row in rows if row.get("pruner") == "none")
+    (dense,) = _values(rows, "none", "dense", "alone")
     for axis, pruner in zip(axes, PRUNERS, strict=True):
         for variant in ("alone", "reconstructed", "norms", OURS, "full"):
             means = {level: values for level in LEVELS if (values := _values(rows, pruner, level, variant))}

@@ -23,11 +23,11 @@ from typing import Any
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
-from .checkpoint import Checkpoint, Manifest, SaveOptions, save, steps_of
+from .checkpoint import Checkpoint, Deferred, Manifest, SaveOptions, save, steps_of
 from .checkpoint.folder import ADAPTER_CONFIG
 from .checkpoint.hub import HubFile
 from .checkpoint.inputs import check_target, input_files
-from .checkpoint.layout import MANIFEST, plan_save
+from .checkpoint.layout import MANIFEST, plan_save, preparations
 from .checkpoint.plan import is_copy
 from .checkpoint.references import split_reference
 from .checkpoint.shards import parse_size
@@ -216,6 +216,13 @@ def run(recipe: Recipe, how: Execution | None = None) -> Outcome:
         return _run(recipe, how, out, None)
     with Upload(target, how.private) as upload:
         return _run(recipe, how, out, upload)
+
+
+def help_with(recipe: Recipe, how: Execution) -> None:
+    """Take part in the long computations of a recipe that another process of the same torchrun carries out; write nothing."""
+    for each in preparations(steps_of(build(recipe, how).result)):
+        if isinstance(each, Deferred):
+            each.run()
 
 
 def _run(recipe: Recipe, how: Execution, out: Path, upload: Upload | None) -> Outcome:

@@ -23,7 +23,7 @@ from mergekit_plus.checkpoint.dtypes import TORCH_DTYPES
 from mergekit_plus.errors import CheckpointError, OptionError, nearest
 from mergekit_plus.evaluate import load_model, load_tokenizer, windows
 from mergekit_plus.model import adapter_reason, describe, meta_model, quantized_reason
-from mergekit_plus.training import Loss, TrainOptions, TrainRecord, distillation, loss_on, next_token, train
+from mergekit_plus.training import Loss, TrainOptions, TrainRecord, distillation, from_first, loss_on, next_token, several_processes, train
 
 from .perp import VARIANTS, Adapted, Share, Site, adapt, check_variants, chosen_sites, report, sites_of
 
@@ -137,7 +137,10 @@ def _untied(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _compute(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpoint | None, sites: Sequence[Site], work: Work) -> None:
-    work.part("retrained", lambda: _retrained(checkpoint, options, teacher, sites, work))
+    with several_processes(options.device):
+        finished = from_first(lambda: work.has("retrained.safetensors"))
+        tensors = {} if finished else _retrained(checkpoint, options, teacher, sites, work)
+    work.part("retrained", lambda: tensors)
 
 
 def _retrained(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpoint | None, sites: Sequence[Site], work: Work) -> dict[str, Tensor]:

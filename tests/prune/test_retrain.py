@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -229,3 +231,28 @@ def test_a_killed_retraining_goes_on_to_the_same_bytes(small: Path, text: Path, 
     save(retrain(before, options), tmp_path / "out", SaveOptions(job="retrain", resume=True))
     assert made[0] == 11  # the last of four steps was left
     assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
+
+
+def test_several_processes_retrain_with_the_same_command(small: Path, text: Path, tmp_path: Path) -> None:
+    """As one process does, but for rounding; the second one writes nothing."""
+    arguments = [str(small), "--train", "norms", "--text", str(text), "--window", "48", "--steps", "2", "--lr", "0.01", "-s", "batch=2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mergekit_plus"]
+    for out, launcher in (("two", torchrun), ("one", [sys.executable, "-m", "mergekit_plus"])):
+        done = subprocess.run([*launcher, "retrain", *arguments, "-o", str(tmp_path / out)], capture_output=True, text=True, timeout=250, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("wrote") == 1
+    one, two = (Checkpoint.open(tmp_path / out) for out in ("one", "two"))
+    name = describe(one).names("norm")[0]
+    assert not torch.equal(one.read(name), Checkpoint.open(small).read(name))
+    torch.testing.assert_close(one.read(name), two.read(name), rtol=0.01, atol=0.01)
+
+
+def test_pruned_retrained_and_quantized_zeros_are_zeros(compress: Program, tmp_path: Path) -> None:
+    from quant.plan import dequantize
+
+    ended = compress("run", MODELS.parents[1] / "recipes" / "prune-perp-quantize.yaml", "-o", "out")
+    assert ended.returncode == 0, ended.stderr
+    after = dequantize(Checkpoint.open(tmp_path / "out"))
+    for name in describe(Checkpoint.open(MODELS / "base")).linears:
+        weight = after.read(name)
+        assert (weight == 0).sum() >= weight.numel() // 2
