@@ -4,8 +4,8 @@
     python benchmarks/perp.py --results results.jsonl --render table.md --plot docs/retraining.svg
 
 TEXTS holds `general.train.txt` (on which is calibrated and trained: what the model itself was trained on, so that what comes back is what pruning took),
-`wiki.val.txt` (by which rates and the best states are chosen) and `wiki.test.txt` (which is reported: 40 windows of 256 tokens). Every training has 48 steps
-of 4 windows of 128 tokens, the same ones for a seed. The rate of each variant is the best of three on the validation text after 16 steps at 50 % by
+`wiki.val.txt` (by which rates and the best states are chosen) and `wiki.test.txt` (which is reported: 40 windows of 256 tokens). Every training has 40 steps
+of 2 windows of 128 tokens, the same ones for a seed. The rate of each variant is the best of three on the validation text after 12 steps at 50 % by
 magnitude, and is used everywhere. Weights are rounded to the model's dtype before they are measured.
 """
 
@@ -37,8 +37,8 @@ from prune.reconstruct import ReconstructOptions, reconstruct
 
 LEVELS = ("0.5", "0.6", "0.7", "2:4")
 PRUNERS = ("magnitude", "wanda", "sparsegpt")
-TRAINING = TrainOptions(steps=48, batch=4, evaluations=2, autocast=True)
-WINDOW, TUNING_STEPS = 128, 16
+TRAINING = TrainOptions(steps=40, batch=2, evaluations=1, autocast=True)
+WINDOW, TUNING_STEPS = 128, 12
 OURS = "norms+mask_lora"  # the model has no biases
 FULL_RATES, RATES = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2)
 VARIANTS = (
@@ -55,9 +55,9 @@ class Bench:
     def __init__(self, model: Path, texts: Path, results: Path) -> None:
         self.checkpoint, self.results = Checkpoint.open(model), results
         tokenizer = load_tokenizer(self.checkpoint)
-        self.calibration = read_text([texts / "general.train.txt"], tokenizer, 32, 256)
+        self.calibration = read_text([texts / "general.train.txt"], tokenizer, 16, 256)
         self.rows = read_text([texts / "general.train.txt"], tokenizer, 1 << 30, WINDOW)
-        self.held = read_text([texts / "wiki.val.txt"], tokenizer, 24, WINDOW)
+        self.held = read_text([texts / "wiki.val.txt"], tokenizer, 12, WINDOW)
         self.test = tokenize(tokenizer, (texts / "wiki.test.txt").read_text()[:200_000])
         self.dense = load_model(self.checkpoint)
         self.sites = sites_of(self.checkpoint)

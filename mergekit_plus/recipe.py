@@ -320,7 +320,7 @@ def plan(recipe: Recipe, how: Execution | None = None) -> dict[str, Any]:
         check_target(out, how.save.overwrite, result)
     layout = plan_save(result, out, _save_options(recipe, how))
     cached = sum(blob.size for blobs in input_files(result).values() for blob in blobs if isinstance(blob, HubFile)) if how.cache else 0
-    copies = sum(len(step.writes) for step in steps_of(result) if is_copy(step))
+    copies = sum(len(step.writes) for step in steps_of(result) if is_copy(step) and not isinstance(step.reads[0][0].source, Deferred))
     return {
         "out": str(out if target is None or how.push else target), "files": len(layout.shards),
         "tensors": {"computed": len(result.specs) - copies, "copied": copies},
