@@ -337,7 +337,8 @@ def _training(model: Any, parameters: Mapping[str, nn.Parameter], options: Train
     training = model.training
     if options.checkpointing:
         _checkpointing(model, "enable")({"use_reentrant": False})
-    with torch.random.fork_rng(), torch.enable_grad():
+    cards = {parameter.device.index for parameter in required if parameter.is_cuda}
+    with torch.random.fork_rng(devices=cards), torch.enable_grad():
         try:
             for parameter in required:
                 parameter.requires_grad_(id(parameter) in wanted)

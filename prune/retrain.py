@@ -176,7 +176,7 @@ def _retrained(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpo
 def _rows(checkpoint: Checkpoint, options: RetrainOptions) -> tuple[Tensor, Tensor]:
     """The windows of the text to train on, and those held out, int64 [windows, window]."""
     model, tokenizer = meta_model(checkpoint), load_tokenizer(checkpoint)
-    window = windows(model, torch.zeros(1 << 20, dtype=torch.int64), options.window, 1).shape[1]
+    window = windows(model, torch.zeros(1 << 20, dtype=torch.int64), options.window, 1).shape[1]  # of any long text
     rows = read_text(options.text, tokenizer, ALL, window)
     windows(model, rows.flatten(), window, 1)  # refuses what the model cannot read
     if len(rows) < 2:
