@@ -148,7 +148,7 @@ def _retrained(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpo
     work.progress.tell(_report(checkpoint, options))
     model = load_model(checkpoint, progress=work.progress)
     adapted = adapt(model, sites, options.train, options.variant_options, options.training.seed)
-    zeros = {site.name: _zeros(model, site) for site in adapted.sites}
+    zeros = {site.name: _zeros(model, site) for site in adapted.sites if site.role == "linear"}
     model.to(options.device)
     masks = {name: mask.to(options.device) for name, mask in adapted.masks.items()}
     rows, held = rows.to(options.device), held.to(options.device)
@@ -169,7 +169,7 @@ def _retrained(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpo
     if record.stopped and record.best == 0:
         raise OptionError(f"{record.stopped}, and nothing was gained before; give a smaller --lr")
     tensors = {name: tensor.to("cpu", TORCH_DTYPES[_dtype_of(checkpoint, sites, name)], copy=True) for name, tensor in adapted.merge().items()}
-    _tell(work, record, training, sum(_count_zeros(tensors[name]) - zeros[name] for name in tensors))
+    _tell(work, record, training, sum(_count_zeros(tensors[name]) - before for name, before in zeros.items()))
     return tensors
 
 
@@ -223,8 +223,10 @@ def _dtype_of(checkpoint: Checkpoint, sites: Sequence[Site], name: str) -> str:
 def _tell(work: Work, record: TrainRecord, training: TrainOptions, new_zeros: int) -> None:
     """Say what came of it."""
     told = f"held-out loss {record.evaluations[0][1]:.4f} before, {record.value:.4f} after {record.best} steps at a rate of {training.lr:g}"
-    if new_zeros:
+    if new_zeros > 0:
         told += f"; {new_zeros} more weights are zero, by cancellation or rounding"
+    elif new_zeros < 0:
+        told += f"; {-new_zeros} weights that were zero are not any more"
     work.progress.tell(told)
     if record.stopped:
         warnings.warn(f"{record.stopped}; the model is as it was after step {record.best}", stacklevel=2)
