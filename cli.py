@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
@@ -506,6 +507,12 @@ def retrain(
         **({"lr": lr} if lr is not None else {}), **({"rank": rank} if rank is not None else {}), **_settings(set_),
     }  # fmt: skip
     recipe = check({"inputs": {"model": model, **({"teacher": teacher} if teacher else {})}, "steps": [{"retrain": step}]}, Path(), "compress retrain")
+    if (local := os.environ.get("LOCAL_RANK")) and how.device == "cuda":  # torchrun: a card for each process
+        how = replace(how, device=f"cuda:{local}")
+    if int(os.environ.get("RANK", 0)):
+        from mergekit_plus.recipe import help_with
+
+        return None if how.dry_run else help_with(recipe, _execution(how, None, digests))
     _carry_out(recipe, how, _beside(model, "retrained", "folder"), digests)
 
 
