@@ -63,6 +63,12 @@ Search = Annotated[
 Texts = Annotated[list[str], typer.Option("--text", "-t", metavar="[NAME=]FILE", help="text to measure on; may be repeated")]
 HeldOut = Annotated[list[str], typer.Option("--heldout", metavar="[NAME=]FILE", help="text on which the outcome of --search is measured; may be repeated")]
 Windows = Annotated[int | None, typer.Option("--windows", min=1, help="use only so many windows of each text")]
+Calibrate = Annotated[
+    list[str], typer.Option("--calibration", metavar="FILE", help="text for methods that look at the inputs of layers: .txt, .jsonl, a folder; may be repeated")
+]
+CalibrationWindows = Annotated[int, typer.Option("--windows", min=1, help="windows of the calibration text, spread over it")]
+CalibrationWindow = Annotated[int, typer.Option("--window", min=2, help="tokens in a window of the calibration text")]
+CalibrationSeed = Annotated[int, typer.Option("--seed", help="moves the windows of the calibration text")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
@@ -272,16 +278,27 @@ def quantize(
     set_: Set = [],  # noqa: B006
     exclude: Exclude = [],  # noqa: B006
     include: Include = [],  # noqa: B006
+    calibration: Calibrate = [],  # noqa: B006
+    windows: CalibrationWindows = 128,
+    window: CalibrationWindow = 256,
+    seed: CalibrationSeed = 0,
+    order: Annotated[
+        Literal["block", "layer"], typer.Option("--order", help="layer: measure what stands behind other layers of a block again after these")
+    ] = "block",
+    moments: Annotated[str | None, typer.Option("--moments", metavar="FILE", help="what `compress calibrate` wrote, in place of a text")] = None,
 ) -> None:
-    """Quantize a model's linear layers: `compress quantize --bits 4` in its folder."""
+    """Quantize a model's linear layers: `compress quantize --bits 4` in its folder; `--method gptq --calibration text.txt` looks at their inputs."""
     digests = None if how.resume else _hash_early(model)
     from mergekit_plus.recipe import check
 
     step = {
         "bits": bits, "group_size": group_size, "symmetric": not asymmetric, "method": method, "format": format_, "exclude": exclude, "include": include,
-        **_settings(set_),
+        "order": order, **_calibration(calibration, windows, window, seed), **_settings(set_),
     }  # fmt: skip
-    recipe = check({"inputs": {"model": model}, "steps": [{"quantize": step}]}, Path(), "compress quantize")
+    inputs = {"model": model}
+    if moments is not None:
+        inputs["moments"], step["moments"], step["of"] = moments, "moments", "model"
+    recipe = check({"inputs": inputs, "steps": [{"quantize": step}]}, Path(), "compress quantize")
     default = _beside(model, f"{bits}bit-dense", "file") if format_ == "dense" else _beside(model, f"{bits}bit", "folder")
     _carry_out(recipe, how, default, digests)
 
@@ -298,6 +315,80 @@ def dequantize(
 
     recipe = check({"inputs": {"model": model}, "steps": [{"dequantize": {}}]}, Path(), "compress dequantize")
     _carry_out(recipe, how, _beside(model, "dense", "file"))
+
+
+@app.command()
+@writes()
+def prune(
+    *,
+    how: Writing,
+    model: Model = ".",
+    sparsity: Annotated[float | None, typer.Option("--sparsity", help="share of zeros, as in 0.5")] = None,
+    pattern: Annotated[str | None, typer.Option("--pattern", metavar="N:M", help="at most n weights that are not zero in every m inputs, as in 2:4")] = None,
+    structured: Annotated[
+        str | None, typer.Option("--structured", metavar="mlp=SHARE,heads=SHARE", help="take neurons and heads out whole: a smaller ordinary model")
+    ] = None,
+    mask: Annotated[str | None, typer.Option("--mask", help="zeros where this has them: masks saved by --masks, or a pruned model")] = None,
+    masks: Annotated[Path | None, typer.Option("--masks", help="write the masks too, one bit a weight, to this .safetensors file")] = None,
+    method: Annotated[str, typer.Option("--method", "-m", help="see `compress methods`")] = "magnitude",
+    scope: Annotated[str | None, typer.Option("--scope", help="what is compared: row, tensor, block or global (default: the method's own)")] = None,
+    calibration: Calibrate = [],  # noqa: B006
+    windows: CalibrationWindows = 128,
+    window: CalibrationWindow = 256,
+    seed: Annotated[int, typer.Option("--seed", help="of the method that draws at random; moves the windows of the calibration text")] = 0,
+    set_: Set = [],  # noqa: B006
+    exclude: Exclude = [],  # noqa: B006
+    include: Include = [],  # noqa: B006
+) -> None:
+    """Set the least important weights to zero, or take out neurons and heads: `compress prune MODEL --sparsity 0.5`."""
+    digests = None if how.resume else _hash_early(model)
+    from mergekit_plus.recipe import check
+
+    step = {
+        "sparsity": sparsity, "pattern": pattern, "method": method, "scope": scope, "seed": seed, "exclude": exclude, "include": include,
+        "structured": _shares(structured), "mask": "mask" if mask else None, "of": "model",
+        **_calibration(calibration, windows, window, seed), **_settings(set_),
+    }  # fmt: skip
+    recipe = check({"inputs": {"model": model, **({"mask": mask} if mask else {})}, "steps": [{"prune": step}]}, Path(), "compress prune")
+    default = _beside(model, "smaller" if structured else "pruned", "folder" if structured else "file")
+    _carry_out(recipe, how, default, digests)
+    if masks is not None and not how.dry_run:
+        from mergekit_plus.checkpoint import SaveOptions, save
+        from prune.plan import PruneOptions, masks_of
+
+        save(masks_of(_open(str(how.out or default)), PruneOptions(tuple(exclude))), masks, SaveOptions(how.overwrite))
+
+
+@app.command()
+@writes()
+def retrain(
+    *,
+    how: Writing,
+    model: Model = ".",
+    train: Annotated[str, typer.Option("--train", metavar="VARIANT,...", help="what trains: biases, norms, head, mask_lora, ...; see `compress methods`")],
+    text: Annotated[list[Path], typer.Option("--text", "-t", help="text to train on; may be repeated")],
+    steps: Annotated[int, typer.Option("--steps", help="steps of the optimiser")] = 200,
+    lr: Annotated[float | None, typer.Option("--lr", help="largest learning rate (default 0.001)")] = None,
+    tune_lr: Annotated[bool, typer.Option("--tune-lr", help="find the learning rate on a part of the text")] = False,
+    rank: Annotated[int | None, typer.Option("--rank", help="rank of low-rank updates (default 16)")] = None,
+    window: Annotated[int | None, typer.Option("--window", min=2, help="tokens in a window (default 256, or what the model takes)")] = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", help="model whose predictions are the goal, as a rule the one before pruning")] = None,
+    distill: Annotated[float, typer.Option("--distill", min=0, max=1, help="the teacher's part of the loss; the rest is the text's")] = 1.0,
+    allow_densify: Annotated[bool, typer.Option("--allow-densify", help="allow a variant that brings pruned weights back")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="seed of the start and of the order of the text")] = 0,
+    set_: Set = [],  # noqa: B006
+) -> None:
+    """Retrain a few parameters of a pruned model, which stays as sparse: `compress retrain MODEL --train norms,mask_lora --text FILE`."""
+    digests = None if how.resume else _hash_early(model, *([teacher] if teacher else []))
+    from mergekit_plus.recipe import check
+
+    step = {
+        "train": train, "text": [str(path) for path in text], "window": window, "teacher": "teacher" if teacher else None, "distill": distill,
+        "tune_lr": tune_lr, "allow_densify": allow_densify, "of": "model", "steps": steps, "seed": seed,
+        **({"lr": lr} if lr is not None else {}), **({"rank": rank} if rank is not None else {}), **_settings(set_),
+    }  # fmt: skip
+    recipe = check({"inputs": {"model": model, **({"teacher": teacher} if teacher else {})}, "steps": [{"retrain": step}]}, Path(), "compress retrain")
+    _carry_out(recipe, how, _beside(model, "retrained", "folder"), digests)
 
 
 @app.command()
@@ -351,7 +442,7 @@ def verify(
     inputs: Annotated[bool, typer.Option("--inputs", help="check the files that it was made of too, where they were then")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compare an output with its manifest; exit code 1 when a file is missing or not what was written."""
+    """Compare an output with its manifest, and packed weights with config.json; exit code 1 when a file is not what was written, or would be loaded wrongly."""
     from dataclasses import asdict
 
     from mergekit_plus.progress import on
@@ -360,7 +451,7 @@ def verify(
 
     facts = asdict(check(out, inputs, on()))
     _print(facts, verification_lines(facts), as_json)
-    if facts["problems"]:
+    if facts["problems"] or facts["wrong"]:
         raise typer.Exit(1)
 
 
@@ -412,7 +503,7 @@ def compare(
 
 @app.command()
 def methods(name: Annotated[str | None, typer.Argument(help="one method, with its options")] = None, as_json: Json = False) -> None:
-    """List merge methods and quantizers with their options."""
+    """List merge methods, quantizers and pruners with their options."""
     from mergekit_plus.listing import list_methods
     from mergekit_plus.show import method_lines
 
@@ -512,6 +603,16 @@ def _settings(assignments: list[str]) -> dict[str, Any]:
         listed = "," in value and not value.startswith("{")
         settings[name] = [parse(part, f"-s {name}") for part in value.split(",")] if listed else parse(value, f"-s {name}")
     return settings
+
+
+def _shares(given: str | None) -> dict[str, Any] | None:
+    """`mlp=0.25,heads=0.5` by name."""
+    return None if given is None else _settings(given.split(","))
+
+
+def _calibration(texts: list[str], windows: int, window: int, seed: int) -> dict[str, Any]:
+    """The `calibration` key of a step; nothing where no text is given."""
+    return {"calibration": {"texts": texts, "windows": windows, "window": window, "seed": seed}} if texts else {}
 
 
 def _distinct(refs: list[str]) -> dict[str, str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator
 
+from .calibration.options import CalibrationOptions
 from .checkpoint import Checkpoint, SaveOptions
 from .checkpoint.dtypes import parse_float_dtype
 from .errors import OptionError, RecipeError, nearest, not_inputs
@@ -35,6 +36,7 @@ class Execution:
     cache: bool = False  # bring what lies on the Hub into the local cache first
     push: str | None = None  # a repository to which the output goes as well
     private: bool = False  # where it has to be created
+    folder: Path = Path()  # what the texts of steps are relative to: the recipe's
 
 
 class MergeStep(BaseModel):
@@ -214,26 +216,41 @@ class QuantizeStep(BaseModel):
     format: str = "pack-quantized"
     exclude: list[str] = Field(default_factory=list)
     include: list[str] = Field(default_factory=list)
+    calibration: CalibrationOptions | None = None  # a text, for methods that look at the inputs of layers
+    order: Literal["block", "layer"] = "block"  # measure a block's layers once, or those behind others again after these were quantised
+    moments: str | None = None  # in place of a text, an input: what `compress calibrate` wrote
     of: str | None = None  # an input; by default what the step before made, or the only input
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
         from quant.plan import problems
 
-        for problem in problems(self.bits, self.group_size, self.symmetric, self.method, self.format, self.model_extra or {}):
+        given = (self.calibration is not None) + (self.moments is not None)
+        for problem in problems(self.bits, self.group_size, self.symmetric, self.method, self.format, self.model_extra or {}, given > 0):
             yield f"quantize: {problem}"
-        if self.of is not None:
-            yield from (f"quantize: {problem}" for problem in not_inputs([self.of], inputs))
+        if given > 1:
+            yield "quantize: give a calibration text, or moments that were measured on one, not both"
+        named = [name for name in (self.of, self.moments) if name is not None]
+        yield from (f"quantize: {problem}" for problem in not_inputs(named, inputs))
 
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from quant.calibrated import Calibration
         from quant.plan import quantize
         from quant.quantized import Scheme
 
         scheme = Scheme(self.bits, self.group_size, self.symmetric)
-        source = inputs[self.of] if self.of else only_input(inputs, previous, "quantize")
-        return quantize(
-            source, scheme, self.method, self.model_extra or {}, self.format,
-            exclude=tuple(self.exclude), include=tuple(self.include), device=how.device, allow_nonfinite=how.save.allow_nonfinite,
+        source = inputs[self.of] if self.of else only_input({name: model for name, model in inputs.items() if name != self.moments}, previous, "quantize")
+        calibration: Calibration | None = None
+        notes: list[str] = []
+        if self.moments is not None:
+            calibration = Calibration(moments=inputs[self.moments], order=self.order)
+        elif self.calibration is not None:
+            ids, notes = self.calibration.placed(how.folder).read(source)
+            calibration = Calibration(ids, order=self.order)
+        result = quantize(
+            source, scheme, self.method, self.model_extra or {}, self.format, exclude=tuple(self.exclude), include=tuple(self.include),
+            device=how.device, allow_nonfinite=how.save.allow_nonfinite, calibration=calibration,
         )  # fmt: skip
+        return replace(result, notes=(*result.notes, *notes))
 
 
 class DequantizeStep(Strict):
@@ -249,6 +266,104 @@ class DequantizeStep(Strict):
         from quant.plan import dequantize
 
         return dequantize(inputs[self.of] if self.of else only_input(inputs, previous, "dequantize"))
+
+
+class PruneStep(BaseModel):
+    """`prune:` — the keys beside these are options of the pruner."""
+
+    model_config = ConfigDict(extra="allow")
+
+    sparsity: float | None = None
+    pattern: str | None = None
+    structured: dict[str, float] | None = None  # what goes whole: {mlp: 0.25, heads: 0.5}
+    mask: str | None = None  # an input whose zeros, or whose packed masks, are taken
+    method: str = "magnitude"
+    scope: str | None = None
+    calibration: CalibrationOptions | None = None  # a text, for methods that look at the inputs of layers
+    seed: int = 0
+    exclude: list[str] = Field(default_factory=list)
+    include: list[str] = Field(default_factory=list)
+    of: str | None = None
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _without_quotes(cls, value: object) -> object:
+        """YAML reads 2:4 as 2 * 60 + 4, minutes and seconds."""
+        return f"{value // 60}:{value % 60}" if isinstance(value, int) and value > 60 else value
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        from prune.plan import problems
+        from prune.structured import problems as structured_problems
+
+        given = [key for key in ("sparsity", "pattern", "structured", "mask") if getattr(self, key) is not None]
+        if len(given) != 1:
+            yield f"prune: say what goes with one of sparsity, pattern, structured and mask, not with {' and '.join(given) or 'none of them'}"
+        elif self.structured is not None:
+            yield from (f"prune: {problem}" for problem in structured_problems(self.structured))
+        elif self.mask is None:
+            for problem in problems(self.sparsity, self.pattern, self.method, self.scope, self.model_extra or {}, self.calibration is not None):
+                yield f"prune: {problem}"
+        named = [name for name in (self.of, self.mask) if name is not None]
+        yield from (f"prune: {problem}" for problem in not_inputs(named, inputs))
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from prune import Sparsity
+        from prune.calibrated import prune_on, shrink_on
+        from prune.plan import PruneOptions, apply_masks, prune
+        from prune.structured import shrink
+
+        source = inputs[self.of] if self.of else only_input({name: model for name, model in inputs.items() if name != self.mask}, previous, "prune")
+        options = PruneOptions(tuple(self.exclude), tuple(self.include), self.seed, how.device, how.save.allow_nonfinite)
+        if self.mask is not None:
+            return apply_masks(source, inputs[self.mask], options)
+        ids, notes = self.calibration.placed(how.folder).read(source) if self.calibration else (None, [])
+        if self.structured is not None:
+            result = shrink(source, self.structured) if ids is None else shrink_on(source, ids, self.structured, options)
+        else:
+            asked = Sparsity.of(self.sparsity, self.pattern), self.method, self.scope, self.model_extra or {}, options
+            result = prune(source, *asked) if ids is None else prune_on(source, ids, *asked)
+        return replace(result, notes=(*result.notes, *notes))
+
+
+class RetrainStep(BaseModel):
+    """`retrain:` — the keys beside these are options of the training (steps, lr, batch) and of what trains (rank, alpha, k)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    train: list[str]
+    text: list[str]
+    window: int | None = Field(default=None, ge=2)
+    teacher: str | None = None  # an input
+    distill: float = Field(default=1.0, ge=0, le=1)
+    tune_lr: bool = False
+    allow_densify: bool = False
+    of: str | None = None
+
+    @field_validator("train", "text", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        from prune.retrain import split_options
+
+        *_, found = split_options(self.model_extra or {}, self.train)
+        yield from (f"retrain: {problem}" for problem in found)
+        yield from (f"retrain: {problem}" for problem in not_inputs([name for name in (self.of, self.teacher) if name is not None], inputs))
+        if self.tune_lr and "lr" in (self.model_extra or {}):
+            yield "retrain: tune_lr finds the rate; leave out lr, or tune_lr"
+        if not self.text:
+            yield "retrain: give it a text"
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from prune.retrain import RetrainOptions, retrain, split_options
+
+        training, variant_options, _ = split_options(self.model_extra or {}, self.train)
+        options = RetrainOptions(
+            tuple(self.train), tuple(how.folder / text for text in self.text), variant_options, training, self.window, self.distill, self.tune_lr,
+            self.allow_densify, how.device,
+        )  # fmt: skip
+        return retrain(inputs[self.of] if self.of else only_input(inputs, previous, "retrain"), options, inputs[self.teacher] if self.teacher else None)
 
 
 class MergekitStep(RootModel[Any]):
@@ -280,11 +395,30 @@ class MoeStep(MoeConfig):
         return moe(inputs, self)
 
 
-StepOptions = MergeStep | MergekitStep | MoeStep | MergeAdaptersStep | ExtractAdapterStep | QuantizeAdapterStep | QuantizeStep | DequantizeStep
+StepOptions = (
+    MergeStep
+    | MergekitStep
+    | MoeStep
+    | MergeAdaptersStep
+    | ExtractAdapterStep
+    | QuantizeAdapterStep
+    | QuantizeStep
+    | DequantizeStep
+    | PruneStep
+    | RetrainStep
+)
 OPERATIONS: dict[str, type[StepOptions]] = {
-    "merge": MergeStep, "mergekit": MergekitStep, "moe": MoeStep, "merge_adapters": MergeAdaptersStep, "extract_adapter": ExtractAdapterStep,
-    "quantize_adapter": QuantizeAdapterStep, "quantize": QuantizeStep, "dequantize": DequantizeStep,
-}  # fmt: skip
+    "merge": MergeStep,
+    "mergekit": MergekitStep,
+    "moe": MoeStep,
+    "merge_adapters": MergeAdaptersStep,
+    "extract_adapter": ExtractAdapterStep,
+    "quantize_adapter": QuantizeAdapterStep,
+    "quantize": QuantizeStep,
+    "dequantize": DequantizeStep,
+    "prune": PruneStep,
+    "retrain": RetrainStep,
+}
 FIRST = (MergeStep, MergekitStep, MoeStep, ExtractAdapterStep)  # they read inputs, not what a step before them made
 
 
@@ -312,17 +446,24 @@ def parse_steps(steps: Sequence[object]) -> tuple[list[dict[str, StepOptions]], 
     return parsed, found
 
 
+def calibrations(steps: Sequence[Mapping[str, StepOptions]]) -> list[tuple[str, CalibrationOptions]]:
+    """The calibration texts of steps, each with the name of its operation."""
+    named = [(name, getattr(options, "calibration", None)) for step in steps for name, options in step.items()]
+    return [(name, text) for name, text in named if text is not None]
+
+
 def order_problems(steps: Sequence[Mapping[str, StepOptions]], inputs: Mapping[str, object]) -> list[str]:
     """What is wrong with how steps follow each other."""
     found: list[str] = []
     for number, step in enumerate(steps, 1):
         for name, options in step.items():
             source = None if isinstance(options, FIRST) else options.of
+            models = [name for name in inputs if name != getattr(options, "moments", None)]
             if number > 1 and (source is not None or isinstance(options, FIRST)):
                 lost = f"what step {number - 1} makes would be lost"
                 found.append(f"step {number}, {name}: it reads inputs, not the step before it, so that {lost}; make it the first, or a recipe of its own")
-            elif number == 1 and source is None and len(inputs) > 1 and not isinstance(options, FIRST):
-                found.append(f"step 1, {name}: say which input it works on, with `of:`; there are {', '.join(inputs)}")
+            elif number == 1 and source is None and len(models) > 1 and not isinstance(options, FIRST):
+                found.append(f"step 1, {name}: say which input it works on, with `of:`; there are {', '.join(models)}")
     return found
 
 

@@ -51,11 +51,15 @@ def gptq(weight: Tensor, scheme: Scheme, moments: Moments, *, damp: Damp = 0.01,
     target = towards_dense(weight, moments, used)
     start = rtn(target.to(weight.dtype), scheme, clip=clip)
     note = f"damping raised from {damp:g} to {used:g} to factor the Gram matrix" if used != damp else ""
-    return replace(start, codes=_round(target, start, root, order, scheme), note=note)
+    return replace(start, codes=_round(target, weight == 0, start, root, order, scheme), note=note)
 
 
-def _round(target: Tensor, start: Quantized, root: Tensor, order: Tensor, scheme: Scheme) -> Tensor:
-    """The codes, int8 [out, in], for the scales and zero points of `start`, with the columns rounded in `order`; `root`: R of H in that order."""
+def _round(target: Tensor, zero: Tensor, start: Quantized, root: Tensor, order: Tensor, scheme: Scheme) -> Tensor:
+    """The codes, int8 [out, in], for the scales and zero points of `start`, with the columns rounded in `order`; `root`: R of H in that order.
+
+    What is `zero` stays so: a pruned weight makes up for nothing.
+    """
+    zero = zero.T[order]
     error = target.T[order]  # [in, out] in order, so that a column lies in one piece: the weight until it is rounded, what is left of it after
     aim = error.clone()  # the weight and what is to be made up for
     steps = torch.empty_like(error)  # codes less the zero point
@@ -78,6 +82,7 @@ def _round(target: Tensor, start: Quantized, root: Tensor, order: Tensor, scheme
             torch.div(aim[k], scale[g], out=s).round_()
             torch.maximum(s, low[g], out=s)
             torch.minimum(s, high[g], out=s)
+            s.masked_fill_(zero[k], 0)
             error[k].addcmul_(s, scale[g], value=-1)
             aim[k + 1 : last].addr_(feedback[k, k + 1 : last], error[k])
 

@@ -15,12 +15,12 @@ LAYERS = [
     ["cli", "mergekit_plus.__main__", "mergekit_plus.show", "mergekit_plus.listing", "mergekit_plus.report", "mergekit_plus.compare"],
     [
         "mergekit_plus.recipe", "mergekit_plus.provenance", "mergekit_plus.steps", "mergekit_plus.mergekit", "mergekit_plus.checks", "mergekit_plus.card",
-        "mergekit_plus.search",
+        "mergekit_plus.search", "mergekit_plus.verify",
     ],
     ["mergekit_plus.merge", "mergekit_plus.moe", "quant", "prune"],
     [
         "mergekit_plus.training", "mergekit_plus.calibration", "mergekit_plus.evaluate", "mergekit_plus.diff", "mergekit_plus.inspection",
-        "mergekit_plus.adapters", "mergekit_plus.vocabulary", "mergekit_plus.verify",
+        "mergekit_plus.adapters", "mergekit_plus.vocabulary",
     ],
     ["mergekit_plus.model", "mergekit_plus.layers", "mergekit_plus.statistics", "mergekit_plus.moments", "mergekit_plus.noise"],
     ["mergekit_plus.checkpoint"],
