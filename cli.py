@@ -63,6 +63,12 @@ Search = Annotated[
 Texts = Annotated[list[str], typer.Option("--text", "-t", metavar="[NAME=]FILE", help="text to measure on; may be repeated")]
 HeldOut = Annotated[list[str], typer.Option("--heldout", metavar="[NAME=]FILE", help="text on which the outcome of --search is measured; may be repeated")]
 Windows = Annotated[int | None, typer.Option("--windows", min=1, help="use only so many windows of each text")]
+Calibrate = Annotated[
+    list[str], typer.Option("--calibration", metavar="FILE", help="text for methods that look at the inputs of layers: .txt, .jsonl, a folder; may be repeated")
+]
+CalibrationWindows = Annotated[int, typer.Option("--windows", min=1, help="windows of the calibration text, spread over it")]
+CalibrationWindow = Annotated[int, typer.Option("--window", min=2, help="tokens in a window of the calibration text")]
+CalibrationSeed = Annotated[int, typer.Option("--seed", help="moves the windows of the calibration text")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
@@ -239,16 +245,27 @@ def quantize(
     set_: Set = [],  # noqa: B006
     exclude: Exclude = [],  # noqa: B006
     include: Include = [],  # noqa: B006
+    calibration: Calibrate = [],  # noqa: B006
+    windows: CalibrationWindows = 128,
+    window: CalibrationWindow = 256,
+    seed: CalibrationSeed = 0,
+    order: Annotated[
+        Literal["block", "layer"], typer.Option("--order", help="layer: measure what stands behind other layers of a block again after these")
+    ] = "block",
+    moments: Annotated[str | None, typer.Option("--moments", metavar="FILE", help="what `compress calibrate` wrote, in place of a text")] = None,
 ) -> None:
-    """Quantize a model's linear layers: `compress quantize --bits 4` in its folder."""
+    """Quantize a model's linear layers: `compress quantize --bits 4` in its folder; `--method gptq --calibration text.txt` looks at their inputs."""
     digests = None if how.resume else _hash_early(model)
     from mergekit_plus.recipe import check
 
     step = {
         "bits": bits, "group_size": group_size, "symmetric": not asymmetric, "method": method, "format": format_, "exclude": exclude, "include": include,
-        **_settings(set_),
+        "order": order, **_calibration(calibration, windows, window, seed), **_settings(set_),
     }  # fmt: skip
-    recipe = check({"inputs": {"model": model}, "steps": [{"quantize": step}]}, Path(), "compress quantize")
+    inputs = {"model": model}
+    if moments is not None:
+        inputs["moments"], step["moments"], step["of"] = moments, "moments", "model"
+    recipe = check({"inputs": inputs, "steps": [{"quantize": step}]}, Path(), "compress quantize")
     default = _beside(model, f"{bits}bit-dense", "file") if format_ == "dense" else _beside(model, f"{bits}bit", "folder")
     _carry_out(recipe, how, default, digests)
 
@@ -479,6 +496,11 @@ def _settings(assignments: list[str]) -> dict[str, Any]:
         listed = "," in value and not value.startswith("{")
         settings[name] = [parse(part, f"-s {name}") for part in value.split(",")] if listed else parse(value, f"-s {name}")
     return settings
+
+
+def _calibration(texts: list[str], windows: int, window: int, seed: int) -> dict[str, Any]:
+    """The `calibration` key of a step; nothing where no text is given."""
+    return {"calibration": {"texts": texts, "windows": windows, "window": window, "seed": seed}} if texts else {}
 
 
 def _distinct(refs: list[str]) -> dict[str, str]:

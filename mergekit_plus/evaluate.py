@@ -24,7 +24,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from .checkpoint.checkpoint import Checkpoint
-from .checkpoint.plan import Plan, Step, execute
+from .checkpoint.deferred import Deferred
+from .checkpoint.layout import preparations
+from .checkpoint.plan import Plan, Step, execute, steps_of
 from .errors import CheckpointError, CompressError, OptionError
 from .model import architecture, quantized_reason, silent_transformers
 from .progress import Progress, quiet
@@ -85,10 +87,13 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, progr
     if reason := quantized_reason(checkpoint):
         raise CheckpointError(reason)
     progress = progress or quiet()
+    for each in preparations(steps_of(checkpoint)):
+        if isinstance(each, Deferred):
+            each.run(progress=progress)
     with silent_transformers(), progress.phase(f"loading {checkpoint.label}", checkpoint.nbytes):
         model_class, config = architecture(checkpoint)
-        reader = _Reader(checkpoint, progress)
-        state = {name: _Unread(reader, name) for name in checkpoint.specs}
+        reader = Reader(checkpoint, progress)
+        state = {name: Unread(reader, name) for name in checkpoint.specs}
         try:
             model, info = model_class.from_pretrained(
                 None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
@@ -118,7 +123,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-class _Reader:
+class Reader:
     """Reads tensors for several threads; a step that yields several of them runs once."""
 
     def __init__(self, checkpoint: Checkpoint, progress: Progress) -> None:
@@ -146,10 +151,10 @@ class _Reader:
 
 
 @dataclass(frozen=True)
-class _Unread:
+class Unread:
     """A tensor as transformers takes one from a file: `unread[...]` reads it."""
 
-    reader: _Reader
+    reader: Reader
     name: str
 
     def __getitem__(self, index: object) -> Tensor:

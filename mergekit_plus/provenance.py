@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from .calibration.options import CalibrationOptions
 from .card import CARD, card
 from .checkpoint import Checkpoint, Manifest
 from .checkpoint.hub import parse_reference
@@ -18,6 +19,7 @@ from .checkpoint.layout import DEFAULT_SHARD_SIZE
 from .checkpoint.references import split_reference
 from .checkpoint.upload import parse_target
 from .errors import CheckpointError
+from .steps import calibrations
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -32,7 +34,7 @@ def small_files(
     text = _resolved(recipe, inputs, manifest, out, shard_size)
     refs = [inputs[name].pinned or source.ref for name, source in recipe.inputs.items()]
     models = [there.repo for model in inputs.values() for part in model.pinned.split("+") if (there := parse_reference(part))]
-    return {RECIPE: text, CARD: card(refs, models, _plain_steps(recipe), text.decode(), table)}
+    return {RECIPE: text, CARD: card(refs, models, _plain_steps(recipe, out), text.decode(), table)}
 
 
 def check_digests(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manifest) -> None:
@@ -52,6 +54,7 @@ def job(recipe: Recipe, device: str) -> str:
     content = {
         "inputs": {name: os.path.abspath(ref) if Path(ref).exists() else ref for name, ref in refs.items()},
         "steps": [{name: options.model_dump(mode="json") for name, options in step.items()} for step in recipe.steps],
+        "texts": [text.placed(recipe.folder).digests() for _, text in calibrations(recipe.steps)],
         "device": device,
     }
     return json.dumps(content, sort_keys=True)
@@ -72,7 +75,7 @@ def _resolved(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manife
         }
         for name, source in recipe.inputs.items()
     }
-    content["steps"] = _plain_steps(recipe)
+    content["steps"] = _plain_steps(recipe, out)
     if shard_size != DEFAULT_SHARD_SIZE:
         content["max_shard_size"] = str(shard_size)
     if "checks" in content and recipe.checks.texts:
@@ -89,8 +92,13 @@ class _Dumper(yaml.SafeDumper):
         return super().represent_mapping(tag, mapping, inline or flow_style)
 
 
-def _plain_steps(recipe: Recipe) -> list[dict[str, dict[str, Any]]]:
-    return [{name: options.model_dump(mode="json", exclude_none=True) for name, options in step.items()} for step in recipe.steps]
+def _plain_steps(recipe: Recipe, out: Path) -> list[dict[str, dict[str, Any]]]:
+    steps = [{name: options.model_dump(mode="json", exclude_none=True) for name, options in step.items()} for step in recipe.steps]
+    for step in steps:
+        for options in step.values():
+            if "calibration" in options:
+                options["calibration"] = CalibrationOptions.model_validate(options["calibration"]).placed(recipe.folder).provenance(out)
+    return steps
 
 
 def _relative(ref: str, out: Path) -> str:

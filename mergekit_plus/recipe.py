@@ -37,7 +37,7 @@ from .checks import Checks, Row, measure_and_compare
 from .errors import CheckFailed, CompressError, OutputError, RecipeError, not_inputs
 from .provenance import check_digests, job, small_files
 from .safe_yaml import read_all
-from .steps import Execution, MergeStep, StepOptions, Strict, only_input, order_problems, parse_step, parse_steps, schema_problems
+from .steps import Execution, MergeStep, StepOptions, Strict, calibrations, only_input, order_problems, parse_step, parse_steps, schema_problems
 
 
 class Input(Strict):
@@ -81,6 +81,7 @@ class Recipe(Strict):
         """Everything wrong that the schema does not see; without `of_order` where steps are missing that could not be read."""
         found = [problem for step in self.steps for options in step.values() for problem in options.problems(self.inputs)]
         found += [problem for step in self.searches for problem in step.search_problems(self.folder)]
+        found += [f"{name}: {problem}" for name, text in calibrations(self.steps) for problem in text.problems(self.folder)]
         found += order_problems(self.steps, self.inputs) if of_order else []
         named = [*self.checks.beside, *([self.checks.against] if self.checks.against else [])]
         found += [f"checks: {problem}" for problem in not_inputs(named, self.inputs)]
@@ -180,7 +181,7 @@ def build(recipe: Recipe, how: Execution | None = None, inputs: dict[str, Checkp
 
     Errors: those of opening a checkpoint and of the operations, before any tensor is read.
     """
-    how = how or Execution()
+    how = replace(how or Execution(), folder=recipe.folder)
     if inputs is None:
         inputs = {name: replace(Checkpoint.open(recipe.resolve(source.ref), how.cache), label=source.ref) for name, source in recipe.inputs.items()}
     stages: dict[str, Checkpoint] = {}
@@ -317,10 +318,10 @@ def plan(recipe: Recipe, how: Execution | None = None) -> dict[str, Any]:
         "out": str(out if target is None or how.push else target), "files": len(layout.shards),
         "tensors": {"computed": len(result.specs) - copies, "copied": copies},
         "bytes_read": layout.bytes_read, "bytes_measured": layout.bytes_measured, "bytes_written": layout.bytes_written,
-        "measurements": len(layout.measurements),
+        "measurements": len(layout.before) - len(layout.deferred), "computations": len(layout.deferred),
         "memory": layout.memory, "workers": layout.workers, "largest_unit": layout.largest_unit, "peak_memory": layout.peak_memory,
         "from_hub": {"bytes": cached or layout.from_hub[0], "requests": layout.from_hub[1] * (not cached)},
-        "cached": cached, "disk_needed": layout.bytes_written, "disk_free": shutil.disk_usage(out.parent).free,
+        "cached": cached, "disk_needed": layout.disk_needed, "disk_free": shutil.disk_usage(out.parent).free,
     }  # fmt: skip
 
 

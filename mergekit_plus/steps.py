@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator
 
+from .calibration.options import CalibrationOptions
 from .checkpoint import Checkpoint, SaveOptions
 from .checkpoint.dtypes import parse_float_dtype
 from .errors import OptionError, RecipeError, nearest, not_inputs
@@ -35,6 +36,7 @@ class Execution:
     cache: bool = False  # bring what lies on the Hub into the local cache first
     push: str | None = None  # a repository to which the output goes as well
     private: bool = False  # where it has to be created
+    folder: Path = Path()  # what the texts of steps are relative to: the recipe's
 
 
 class MergeStep(BaseModel):
@@ -185,26 +187,41 @@ class QuantizeStep(BaseModel):
     format: str = "pack-quantized"
     exclude: list[str] = Field(default_factory=list)
     include: list[str] = Field(default_factory=list)
+    calibration: CalibrationOptions | None = None  # a text, for methods that look at the inputs of layers
+    order: Literal["block", "layer"] = "block"  # measure a block's layers once, or those behind others again after these were quantised
+    moments: str | None = None  # in place of a text, an input: what `compress calibrate` wrote
     of: str | None = None  # an input; by default what the step before made, or the only input
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
         from quant.plan import problems
 
-        for problem in problems(self.bits, self.group_size, self.symmetric, self.method, self.format, self.model_extra or {}):
+        given = (self.calibration is not None) + (self.moments is not None)
+        for problem in problems(self.bits, self.group_size, self.symmetric, self.method, self.format, self.model_extra or {}, given > 0):
             yield f"quantize: {problem}"
-        if self.of is not None:
-            yield from (f"quantize: {problem}" for problem in not_inputs([self.of], inputs))
+        if given > 1:
+            yield "quantize: give a calibration text, or moments that were measured on one, not both"
+        named = [name for name in (self.of, self.moments) if name is not None]
+        yield from (f"quantize: {problem}" for problem in not_inputs(named, inputs))
 
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from quant.calibrated import Calibration
         from quant.plan import quantize
         from quant.quantized import Scheme
 
         scheme = Scheme(self.bits, self.group_size, self.symmetric)
-        source = inputs[self.of] if self.of else only_input(inputs, previous, "quantize")
-        return quantize(
-            source, scheme, self.method, self.model_extra or {}, self.format,
-            exclude=tuple(self.exclude), include=tuple(self.include), device=how.device, allow_nonfinite=how.save.allow_nonfinite,
+        source = inputs[self.of] if self.of else only_input({name: model for name, model in inputs.items() if name != self.moments}, previous, "quantize")
+        calibration: Calibration | None = None
+        notes: list[str] = []
+        if self.moments is not None:
+            calibration = Calibration(moments=inputs[self.moments], order=self.order)
+        elif self.calibration is not None:
+            ids, notes = self.calibration.placed(how.folder).read(source)
+            calibration = Calibration(ids, order=self.order)
+        result = quantize(
+            source, scheme, self.method, self.model_extra or {}, self.format, exclude=tuple(self.exclude), include=tuple(self.include),
+            device=how.device, allow_nonfinite=how.save.allow_nonfinite, calibration=calibration,
         )  # fmt: skip
+        return replace(result, notes=(*result.notes, *notes))
 
 
 class DequantizeStep(Strict):
@@ -283,17 +300,24 @@ def parse_steps(steps: Sequence[object]) -> tuple[list[dict[str, StepOptions]], 
     return parsed, found
 
 
+def calibrations(steps: Sequence[Mapping[str, StepOptions]]) -> list[tuple[str, CalibrationOptions]]:
+    """The calibration texts of steps, each with the name of its operation."""
+    named = [(name, getattr(options, "calibration", None)) for step in steps for name, options in step.items()]
+    return [(name, text) for name, text in named if text is not None]
+
+
 def order_problems(steps: Sequence[Mapping[str, StepOptions]], inputs: Mapping[str, object]) -> list[str]:
     """What is wrong with how steps follow each other."""
     found: list[str] = []
     for number, step in enumerate(steps, 1):
         for name, options in step.items():
             source = None if isinstance(options, FIRST) else options.of
+            models = [name for name in inputs if name != getattr(options, "moments", None)]
             if number > 1 and (source is not None or isinstance(options, FIRST)):
                 lost = f"what step {number - 1} makes would be lost"
                 found.append(f"step {number}, {name}: it reads inputs, not the step before it, so that {lost}; make it the first, or a recipe of its own")
-            elif number == 1 and source is None and len(inputs) > 1 and not isinstance(options, FIRST):
-                found.append(f"step 1, {name}: say which input it works on, with `of:`; there are {', '.join(inputs)}")
+            elif number == 1 and source is None and len(models) > 1 and not isinstance(options, FIRST):
+                found.append(f"step 1, {name}: say which input it works on, with `of:`; there are {', '.join(models)}")
     return found
 
 

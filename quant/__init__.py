@@ -1,6 +1,7 @@
 """Quantisation: a quantiser makes codes, scales and zero points of a weight; a format stores them; `dequantize` undoes both."""
 
 from .formats import FORMATS, Format, decode, read_config
+from .gptq import gptq
 from .quantized import Quantized, Scheme, dequantize
 from .quantizer import QUANTIZERS, Quantizer, quantizer
 from .rtn import rtn
@@ -14,6 +15,7 @@ __all__ = [
     "Scheme",
     "decode",
     "dequantize",
+    "gptq",
     "quantizer",
     "read_config",
     "rtn",

@@ -75,6 +75,7 @@ class Quantized:
     scale: Tensor  # [out, groups], in the dtype that is stored
     zero_point: Tensor | None  # int8 [out, groups], signed like the codes; None where symmetric
     bits: int
+    note: str = ""  # what a user should know of how it was made, such as damping that had to be raised
 
 
 def dequantize(quantized: Quantized) -> Tensor:

@@ -5,6 +5,11 @@
 
 The function gets rows of one weight `[rows, in]` in their own dtype and a scheme that fits them. Row i of the result depends on
 row i of the weight and on nothing else, so that any weight can be fed in pieces.
+
+    @quantizer("gptq", calibrated=True)
+    def gptq(weight, scheme, moments, *, damp: Annotated[float, Field(description="...")] = 0.01) -> Quantized: ...
+
+A calibrated one gets the whole weight `[out, in]` and the `Moments` of the layer's inputs as well.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ class Quantizer:
     name: str
     function: Callable[..., Quantized]
     options: Options = field(compare=False)
+    calibrated: bool = False
 
     @property
     def summary(self) -> str:
@@ -36,11 +42,11 @@ class Quantizer:
 QUANTIZERS: Registry[Quantizer] = Registry("quantizer")
 
 
-def quantizer(name: str) -> Callable[[Callable[..., Quantized]], Callable[..., Quantized]]:
+def quantizer(name: str, calibrated: bool = False) -> Callable[[Callable[..., Quantized]], Callable[..., Quantized]]:
     """Register a quantiser."""
 
     def register(function: Callable[..., Quantized]) -> Callable[..., Quantized]:
-        QUANTIZERS.register(name, Quantizer(name, function, Options(name, function)))
+        QUANTIZERS.register(name, Quantizer(name, function, Options(name, function), calibrated))
         return function
 
     return register

@@ -1,6 +1,7 @@
 """Checkpoints: opened from files, computed lazily, saved all or nothing."""
 
 from .checkpoint import Checkpoint, TensorSource, TensorTable
+from .deferred import Deferred, Work
 from .layout import SaveOptions
 from .manifest import Manifest
 from .plan import Plan, Step, copy_step, renamed, steps_of
@@ -9,6 +10,6 @@ from .scan import Measured, Scan
 from .spec import TensorSpec
 
 __all__ = [
-    "Checkpoint", "Manifest", "Measured", "Plan", "SaveOptions", "Scan", "Step", "TensorSource", "TensorSpec", "TensorTable", "copy_step",
+    "Checkpoint", "Deferred", "Manifest", "Measured", "Plan", "SaveOptions", "Scan", "Step", "TensorSource", "TensorSpec", "TensorTable", "Work", "copy_step",
     "renamed", "save", "steps_of",
 ]  # fmt: skip

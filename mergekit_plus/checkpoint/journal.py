@@ -24,13 +24,14 @@ class Done:
     total: int = 0  # bytes of all shards
     shards: dict[str, tuple[int, str]] = field(default_factory=dict)  # how many bytes from the start are on the disk, and their SHA-256
     statistics: dict[str, Any] = field(default_factory=dict)
+    work: dict[str, str] = field(default_factory=dict)  # SHA-256 of finished files of long computations
     inputs: dict[str, str] = field(default_factory=dict)  # SHA-256 of input files
     publishing: bool = False  # everything is on the disk; the renames may have begun
 
     @property
     def worth_keeping(self) -> bool:
         """Whether it holds work: the digests of inputs alone are had again by reading them."""
-        return bool(self.shards or self.statistics)
+        return bool(self.shards or self.statistics or self.work)
 
     @property
     def amount(self) -> str:
@@ -38,7 +39,8 @@ class Done:
         unit, name = next((unit, name) for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "bytes")) if self.total >= unit or unit == 1)
         written = sum(position for position, _ in self.shards.values())
         if not written:
-            return f"the measurements, and 0 of {self.total / unit:.1f} {name}"
+            before = f"{len(self.work)} parts of the computation" if self.work else "the measurements"
+            return f"{before}, and 0 of {self.total / unit:.1f} {name}"
         return f"{written / unit:.1f} of {self.total / unit:.1f} {name}"
 
     def note(self, record: Mapping[str, Any]) -> None:
@@ -50,6 +52,8 @@ class Done:
                 self.shards[name] = (position, digest)
             case {"statistic": key, "value": value}:
                 self.statistics[key] = value
+            case {"work": name, "sha256": digest}:
+                self.work[name] = digest
             case {"input": name, "sha256": digest}:
                 self.inputs[name] = digest
             case {"publishing": True}:
@@ -60,6 +64,7 @@ class Done:
         yield {"job": self.job, "total": self.total}
         yield from ({"input": name, "sha256": digest} for name, digest in self.inputs.items())
         yield from ({"statistic": key, "value": value} for key, value in self.statistics.items())
+        yield from ({"work": name, "sha256": digest} for name, digest in self.work.items())
         yield from ({"shard": name, "bytes": position, "sha256": digest} for name, (position, digest) in self.shards.items())
         if self.publishing:
             yield {"publishing": True}

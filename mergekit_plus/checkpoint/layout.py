@@ -15,6 +15,7 @@ from ..errors import OptionError
 from ..progress import Progress, quiet
 from .blob import Blob
 from .checkpoint import Checkpoint, FileSource, Rows
+from .deferred import Deferred
 from .folder import ADAPTER, ADAPTER_CONFIG
 from .hub import HubFile
 from .plan import SLAB, Plan, Step, of_inner, proportional, steps_of
@@ -55,9 +56,9 @@ class Layout:
 
     shards: list[Shard]
     units: list[Unit]
-    measurements: list[Measured]
+    before: list[Measured | Deferred]  # what is measured and computed first, in this order
     bytes_read: int
-    bytes_measured: int  # read before that, about, to measure whole models
+    bytes_measured: int  # read before that, about, to measure whole models and for long computations
     bytes_written: int
     largest_unit: int
     memory: int
@@ -68,7 +69,17 @@ class Layout:
     @property
     def peak_memory(self) -> int:
         """Bytes in flight at most."""
-        return min(self.memory, self.ahead + self.workers * self.largest_unit)
+        return max(min(self.memory, self.ahead + self.workers * self.largest_unit), *(each.memory for each in self.deferred), 0)
+
+    @property
+    def deferred(self) -> list[Deferred]:
+        """The long computations."""
+        return [each for each in self.before if isinstance(each, Deferred)]
+
+    @property
+    def disk_needed(self) -> int:
+        """Bytes of the output, and of what long computations keep until it is written."""
+        return self.bytes_written + sum(each.nbytes for each in self.deferred)
 
 
 def plan_save(checkpoint: Checkpoint, out: Path, options: SaveOptions) -> Layout:
@@ -86,7 +97,8 @@ def plan_save(checkpoint: Checkpoint, out: Path, options: SaveOptions) -> Layout
     ahead = min(memory // 4, AHEAD) if on_hub else 0
     share = (memory - ahead) // workers
     units = [(step, rows) for step in steps for rows in _units(step, share)]
-    found = measurements(steps)
+    before = preparations(steps)
+    found = [each for each in before if isinstance(each, Measured)]
     scanned = [(step, step.slabs()[0]) for measured in found for step in measured.steps]
     first = {id(step): (step, rows) for step, rows in reversed(units)}  # the later units of a step are no larger
     largest, culprit = max(((cost(step, rows), step) for step, rows in (*first.values(), *scanned)), key=lambda pair: pair[0], default=(0, None))
@@ -95,10 +107,14 @@ def plan_save(checkpoint: Checkpoint, out: Path, options: SaveOptions) -> Layout
             f"--memory {memory / 1e6:.0f} MB is too little: "
             f"{culprit.writes[0].name} needs {largest / 1e6:.0f} MB at once; give at least {'a third more than ' * bool(ahead)}that"
         )
+    greedy = max((each for each in before if isinstance(each, Deferred)), key=lambda each: each.memory, default=None)
+    if greedy is not None and greedy.memory > memory:
+        raise OptionError(f"--memory {memory / 1e6:.0f} MB is too little: a block at a time takes {greedy.memory / 1e6:.0f} MB; give at least that")
     read = sum(_bytes_read(step) for step in steps)
     measured = sum(each.passes * _bytes_read(step) for each in found for step in each.steps)
+    measured += sum(each.passes * _bytes_read(step) for each in before if isinstance(each, Deferred) for part in each.reads for step in steps_of(part))
     written = sum(shard.size for shard in shards)
-    return Layout(shards, units, found, read, measured, written, largest, memory, ahead, workers, _from_hub(units, found, ahead))
+    return Layout(shards, units, before, read, measured, written, largest, memory, ahead, workers, _from_hub(units, found, ahead))
 
 
 def _from_hub(units: Iterable[Unit], found: Iterable[Measured], ahead: int) -> tuple[int, int]:
@@ -170,27 +186,38 @@ def file_inputs(checkpoint: Checkpoint) -> list[tuple[Checkpoint, FileSource]]:
             for step in part.source.steps:
                 for inner, _ in step.reads:
                     visit(inner)
+        elif isinstance(part.source, Deferred):
+            for inner in part.source.reads:
+                visit(inner)
 
     visit(checkpoint)
     return list(found.values())
 
 
-def measurements(steps: Iterable[Step]) -> list[Measured]:
-    """Every measurement over whole models behind these steps, those that others build on first."""
-    found: dict[int, Measured] = {}
+def preparations(steps: Iterable[Step]) -> list[Measured | Deferred]:
+    """Every measurement over whole models, and every long computation, behind these steps; those that others build on first."""
+    found: dict[int, Measured | Deferred] = {}
     seen: set[int] = set()
 
     def visit(step: Step) -> None:
         if id(step) in seen:
             return
         seen.add(id(step))
-        for inner, _ in step.behind:
-            visit(inner)
+        visit_behind(step)
         if step.measured is not None and step.measured.whole_model and id(step.measured) not in found:
             for sibling in step.measured.steps:
-                for inner, _ in sibling.behind:
-                    visit(inner)
+                visit_behind(sibling)
             found[id(step.measured)] = step.measured
+
+    def visit_behind(step: Step) -> None:
+        for feed in step.feeds:
+            if feed.step is not None:
+                visit(feed.step)
+            elif isinstance(source := feed.checkpoint.source, Deferred) and id(source) not in found:
+                for part in source.reads:
+                    for inner in steps_of(part):
+                        visit(inner)
+                found[id(source)] = source
 
     for step in steps:
         visit(step)

@@ -27,6 +27,7 @@ from ..errors import CheckFailed, CheckpointError, CompressError, OutputError, R
 from ..progress import Progress
 from .blob import Blob
 from .checkpoint import Checkpoint, Rows
+from .deferred import Deferred, Work
 from .finite import is_finite
 from .hub import HubFile
 from .inputs import check_target, digest_of, input_files
@@ -156,9 +157,14 @@ def _write_all(checkpoint: Checkpoint, inputs: Mapping[str, Sequence[Blob]], lay
             parallel = _parallel(workers, stop, budget, ahead)
             try:
                 input_digests = {blob.place: _input_digest(blob, digests_of, stage) for blob in blobs}
-                for number, measured in enumerate(layout.measurements):
-                    with options.progress.phase(measured.label or "measuring", None):
-                        measured.get(parallel=parallel, recall=_recall(str(number), stage))
+                for number, each in enumerate(layout.before):
+                    if isinstance(each, Deferred):
+                        torch.set_num_threads(threads_before)
+                        each.run(_work(str(number), stage, layout, options.progress))
+                        torch.set_num_threads(1)
+                        continue
+                    with options.progress.phase(each.label or "measuring", None):
+                        each.get(parallel=parallel, recall=_recall(str(number), stage))
                 uploads = options.upload.uploads if options.upload else []
                 output_digests = [output_pool.submit(_output_digest, file, stage, options.upload, lambda: _abandon(files, stop)) for file in files]
                 where = {name: file for file in files for name in file.shard.offsets}
@@ -184,6 +190,8 @@ def _write_all(checkpoint: Checkpoint, inputs: Mapping[str, Sequence[Blob]], lay
             blob.check_unchanged()
     finally:
         torch.set_num_threads(threads_before)
+        for deferred in layout.deferred:
+            deferred.forget()
         for written in files:
             written.close()
     outputs = {written.shard.name: {"bytes": written.shard.size, "sha256": digest} for written, digest in zip(files, digests, strict=True)}
@@ -208,7 +216,8 @@ def _shard_files(layout: Layout, stage: Stage, progress: Progress) -> list[Shard
             stop.set()
     stage.done.shards.update((name, finished[name]) for name in known)
     stage.retain(known)
-    needed = layout.bytes_written - sum((stage.files / name).stat().st_blocks * 512 for name in known)
+    there = [*(stage.files / name for name in known), *stage.work.rglob("*.safetensors")]
+    needed = layout.disk_needed - sum(path.stat().st_blocks * 512 for path in there)
     free = shutil.disk_usage(stage.files).free
     if needed > free:
         raise OutputError(f"{stage.out.parent}: {needed / 1e9:.2f} GB to write but only {free / 1e9:.2f} GB are free")
@@ -244,6 +253,14 @@ def _recall(measurement: str, stage: Stage) -> Recall:
         return stage.done.statistics[key]
 
     return recall
+
+
+def _work(computation: str, stage: Stage, layout: Layout, progress: Progress) -> Work:
+    """Where a long computation keeps what it has finished."""
+    journal, prefix = stage.journal, f"{computation}/"
+    known = {name.removeprefix(prefix): digest for name, digest in stage.done.work.items() if name.startswith(prefix)}
+    note = None if journal is None else lambda name, digest: journal.add(work=prefix + name, sha256=digest)
+    return Work(stage.work / computation, progress, layout.memory, known, note)
 
 
 def _input_digest(blob: Blob, digests: Digests, stage: Stage) -> Future[str]:

@@ -3,6 +3,7 @@
     lock      held by the process that writes; says which one that is
     journal   what is finished, where the save may be resumed
     files/    the shards and small files: what becomes the output
+    work/     what long computations have finished
     old/      what is being replaced, between the two renames of publishing
 
 Readers of the output see the old one, for a moment none, then the new one. A process that is killed leaves this folder and nothing else.
@@ -55,7 +56,7 @@ class Stage:
 
     def __init__(self, out: Path) -> None:
         self.out, self.folder = out, partial_of(out)
-        self.files, self.old = self.folder / "files", self.folder / "old"
+        self.files, self.old, self.work = self.folder / "files", self.folder / "old", self.folder / "work"
         self.journal: Journal | None = None
         self.done = Done()
         self.keep = True  # until `begin` has looked whose work is in it
@@ -145,7 +146,7 @@ class Stage:
             os.replace(self.old, self.out)
         for name in ("journal", "journal.new"):
             (self.folder / name).unlink(missing_ok=True)
-        for folder in (self.files, self.old):
+        for folder in (self.files, self.old, self.work):
             shutil.rmtree(folder, ignore_errors=True)
 
 

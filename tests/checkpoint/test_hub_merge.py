@@ -11,11 +11,13 @@ import torch
 import yaml
 from checkpoint_toys import PEAK_OF, files_in, random_tensor, write_model
 from hub_client import compress, python
-from hub_server import TOKEN, Hub
+from hub_server import TOKEN, Hub, wait_until
 
 import mergekit_plus.checkpoint.layout as layout
 import mergekit_plus.checkpoint.ranges as ranges
 from mergekit_plus.checkpoint import Checkpoint, SaveOptions, save
+from mergekit_plus.checkpoint.journal import read
+from mergekit_plus.checkpoint.stage import partial_of
 from mergekit_plus.errors import Unreachable
 from mergekit_plus.merge import METHODS
 from mergekit_plus.merge.plan import MergeOptions, merge
@@ -127,12 +129,16 @@ def test_the_recipe_of_the_output_names_the_commit_and_runs_again(models: Hub, t
 def test_a_merge_that_the_network_interrupts_goes_on_later_and_reads_only_the_rest(models: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranges, "PAUSE", 0.001)
     monkeypatch.setattr(layout, "AHEAD", 8 << 16)  # eight spans of 64 KiB
+    for seed, name in ((1, "a"), (2, "b")):  # one file each, so that the first of the output's files is finished first
+        write_model(tmp_path / f"{name}-whole", tensors(seed))
+        models.commit(f"org/{name}", tmp_path / f"{name}-whole")
     recipe = check({"inputs": {"a": "org/a", "b": "org/b"}, "steps": [{"merge": {"models": ["a", "b"]}}]}, tmp_path, "a test")
     options = SaveOptions(workers=1, memory=400 << 20, max_shard_size=400_000)
     run(recipe, Execution(options, out=tmp_path / "whole"))
-    data = "GET .*-of-00003.safetensors$"
-    read = models.sent(data)
-    fault = models.fault(data, skip=45, status=503, times=999)
+    data = "GET .*safetensors$"
+    everything = models.sent(data)
+    journal = partial_of(tmp_path / "out") / "journal"
+    fault = models.fault(data, skip=45, status=503, times=999, then=lambda: wait_until(lambda: read(journal).worth_keeping))
     with pytest.raises(Unreachable, match="the Hub answers 503, the last of 6 tries.*--resume"):
         run(recipe, Execution(options, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
@@ -142,7 +148,7 @@ def test_a_merge_that_the_network_interrupts_goes_on_later_and_reads_only_the_re
     assert {name: facts for name, facts in files_in(tmp_path / "out").items() if name.endswith(".safetensors")} == {
         name: facts for name, facts in files_in(tmp_path / "whole").items() if name.endswith(".safetensors")
     }
-    assert models.sent(data) < read
+    assert models.sent(data) < everything
 
 
 def test_a_digest_in_a_recipe_holds_for_a_file_that_nobody_had_to_read(models: Hub, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 import mergekit_plus.checkpoint.plan as plans
 from mergekit_plus.checkpoint import Checkpoint, Measured, Plan, SaveOptions, Scan, Step, save
 from mergekit_plus.checkpoint.checkpoint import FileSource
-from mergekit_plus.checkpoint.layout import measurements
+from mergekit_plus.checkpoint.layout import preparations
 from mergekit_plus.checkpoint.plan import execute
 from mergekit_plus.checkpoint.scan import _sampled
 
@@ -182,8 +182,8 @@ def test_measurements_that_others_build_on_come_first() -> None:
     third = centered(mapped(second, torch.abs), whole_model=True)
     steps = third.source.steps  # type: ignore[attr-defined]
     expected = [part.source.steps[0].measured for part in (first, second, third)]  # type: ignore[attr-defined]
-    assert measurements(steps) == expected
-    assert measurements(steps[:1]) == expected
+    assert preparations(steps) == expected
+    assert preparations(steps[:1]) == expected
 
 
 def test_a_step_that_measures_its_tensor_reads_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

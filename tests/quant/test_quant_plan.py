@@ -16,7 +16,8 @@ from tiny import tiny_model
 from mergekit_plus.checkpoint import Checkpoint, SaveOptions, save
 from mergekit_plus.checkpoint import plan as plans
 from mergekit_plus.errors import CheckpointError, OptionError
-from quant import FORMATS, QUANTIZERS, Scheme
+from mergekit_plus.evaluate import size
+from quant import FORMATS, QUANTIZERS, Scheme, read_config
 from quant import dequantize as values_of
 from quant.plan import dequantize, is_packed, problems, quantize
 
@@ -140,6 +141,66 @@ def test_a_bare_file_is_quantized_by_names_and_shapes_and_says_how(tmp_path: Pat
     assert torch.equal(packed.read("layers.0.norm.weight"), torch.ones(64, dtype=torch.bfloat16))
     assert packed.read("steps").tolist() == [0, 1, 2]
     assert same(dequantize(packed), quantize(bare(), Scheme(4, 32), format_name="dense"))
+
+
+def mixed(base: Checkpoint) -> dict[str, Scheme]:
+    """Every fused group of the small Llama with a scheme of its own, o_proj of the first block and all of the last one dense."""
+    schemes = {}
+    for block in range(5):
+        schemes |= {f"model.layers.{block}.self_attn.{name}_proj": Scheme(2 + block, 32, block != 2) for name in "qkv"}
+        schemes |= {f"model.layers.{block}.mlp.{name}_proj": Scheme(3, 64) if block % 2 else Scheme(4, 0) for name in ("gate", "up")}
+        schemes |= {f"model.layers.{block}.mlp.down_proj": Scheme(8, 0)}
+        schemes |= {f"model.layers.{block}.self_attn.o_proj": Scheme(5, 32)} if block else {}
+    return schemes
+
+
+def test_a_table_gives_each_module_its_scheme_and_what_it_does_not_name_stays_dense(base: Checkpoint) -> None:
+    schemes = mixed(base)
+    result = quantize(base, schemes)
+    assert result.label == f"{base.label} in 8 schemes"
+    lookup = read_config(result.config)
+    modules = {name.removesuffix(".weight") for name in base.specs}
+    assert {module: lookup(module) for module in modules} == {module: schemes.get(module) for module in modules}
+    assert {name.removesuffix(".weight_packed") for name in result.specs if name.endswith("_packed")} == set(schemes)
+    back, dense = dequantize(result), quantize(base, schemes, format_name="dense")
+    assert same(back, dense)
+    for module, scheme in schemes.items():
+        weight = base.read(f"{module}.weight")
+        assert torch.equal(back.read(f"{module}.weight"), values_of(QUANTIZERS["rtn"].function(weight, scheme)))
+    assert torch.equal(back.read("model.layers.5.mlp.up_proj.weight"), base.read("model.layers.5.mlp.up_proj.weight"))
+
+
+def test_a_table_of_one_scheme_is_that_scheme(base: Checkpoint) -> None:
+    whole = quantize(base, Scheme(4, 32))
+    modules = [name.removesuffix(".weight_packed") for name in whole.specs if name.endswith("_packed")]
+    table = quantize(base, dict.fromkeys(modules, Scheme(4, 32)))
+    assert (table.specs, table.config) == (whole.specs, whole.config)
+
+
+def test_the_size_of_a_mixed_model_counts_every_width(base: Checkpoint, tmp_path: Path) -> None:
+    result = quantize(base, mixed(base))
+    save(result, tmp_path / "out")
+    expected = sum(spec.numel for spec in base.specs.values())
+    assert size(result).parameters == size(Checkpoint.open(tmp_path / "out")).parameters == expected
+
+
+def test_a_table_that_tears_a_fused_group_or_names_no_linear_layer_is_refused(base: Checkpoint) -> None:
+    schemes = mixed(base) | {"model.layers.3.self_attn.v_proj": Scheme(8, 32)}
+    with pytest.raises(OptionError) as caught:
+        quantize(base, schemes)
+    assert str(caught.value) == (
+        "servers fuse model.layers.3.self_attn.q_proj.weight and model.layers.3.self_attn.v_proj.weight: give both one scheme, "
+        "not 5 bits, groups of 32, symmetric and 8 bits, groups of 32, symmetric"
+    )
+    del schemes["model.layers.3.self_attn.v_proj"]
+    with pytest.raises(OptionError, match=r"servers fuse .*3.self_attn.q_proj.weight and .*3.self_attn.v_proj.weight: quantize both or neither"):
+        quantize(base, schemes)
+    with pytest.raises(OptionError, match=r"has no linear layer 'model.layers.0.mlp.up' to quantize\. Did you mean 'model.layers.0.mlp.up_proj'\?"):
+        quantize(base, {"model.layers.0.mlp.up": Scheme(4, 32)})
+    with pytest.raises(OptionError, match="has no linear layer 'lm_head' to quantize"):
+        quantize(base, {"lm_head": Scheme(4, 32)})
+    with pytest.raises(CheckpointError, match=r"0.mlp.down_proj.weight has .* groups of 7 do not divide; give it another scheme, or leave layers out"):
+        quantize(base, mixed(base) | {"model.layers.0.mlp.down_proj": Scheme(4, 7)})
 
 
 # ---- what is refused ----

@@ -1,0 +1,33 @@
+"""Weights, and texts whose inputs are correlated like those of a real layer: a few directions hold most of the power."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mergekit_plus.moments import Moments
+from quant import Quantized
+
+
+def a_weight(rows: int, width: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    return (torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) / 50).to(dtype)
+
+
+def a_text(width: int, tokens: int = 1000, seed: int = 0) -> Tensor:
+    """Inputs [tokens, width], float32, of a mean that is not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=generator) * torch.logspace(0, -2, width).unsqueeze(1)
+    return torch.randn(tokens, width, generator=generator) @ mix + torch.randn(width, generator=generator) / 4
+
+
+def moments_of(x: Tensor, dense: Tensor | None = None) -> Moments:
+    """The moments of inputs [tokens, in]; with those of the dense model, their cross moments as well."""
+    y = x.double()
+    gram, mean = y.T @ y / len(x), y.mean(0)
+    return Moments(gram.float(), mean.float(), len(x), None if dense is None else (dense.double().T @ y / len(x)).float())
+
+
+def same(one: Quantized, two: Quantized) -> bool:
+    """Whether codes, scales and zero points are the same."""
+    zeros = [torch.empty(0) if quantized.zero_point is None else quantized.zero_point for quantized in (one, two)]
+    return torch.equal(one.codes, two.codes) and torch.equal(one.scale, two.scale) and torch.equal(*zeros)
