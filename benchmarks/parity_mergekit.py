@@ -20,7 +20,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def ours(method: str, base: Tensor | None, models: Sequence[Tensor], options: di
     class Whole:
         size = models[0].numel()
 
-        def map(self, function: Callable[[Tensor | None, Sequence[Tensor]], Any], sample: bool = False) -> list[Any]:
+        def map(self, function: Callable[[Tensor | None, Sequence[Tensor]], Any], sample: bool = False, only: Collection[int] | None = None) -> list[Any]:
             return [function(base, models)]
 
     chosen = METHODS[method]

@@ -22,6 +22,10 @@ class Progress(Protocol):
         """What stands beside the bar: a loss, a name."""
         ...
 
+    def tell(self, line: str) -> None:
+        """A line that stays."""
+        ...
+
 
 class _Quiet:
     @contextmanager
@@ -32,6 +36,9 @@ class _Quiet:
         pass
 
     def say(self, text: str) -> None:
+        pass
+
+    def tell(self, line: str) -> None:
         pass
 
 
@@ -53,6 +60,9 @@ class _Lines(_Quiet):
     def say(self, text: str) -> None:
         self.said = text
 
+    def tell(self, line: str) -> None:
+        print(line, file=self.stream)
+
 
 class _Bars(_Quiet):
     """A tqdm bar a phase, for terminals."""
@@ -72,6 +82,11 @@ class _Bars(_Quiet):
 
     def say(self, text: str) -> None:
         self._bar.set_postfix_str(text, refresh=False)
+
+    def tell(self, line: str) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(line, file=self.stream)
 
 
 def quiet() -> Progress:

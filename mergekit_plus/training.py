@@ -157,6 +157,7 @@ def train(
     after_step: Callable[[], None] | None = None,
     evaluate: Callable[[], float] | None = None,
     folder: Path | None = None,
+    kept: Callable[[str], None] | None = None,
     keep_every: float = 60.0,
     progress: Progress | None = None,
 ) -> TrainRecord:
@@ -165,7 +166,8 @@ def train(
     `masks`: for parameters by name, bool, where False stays exactly 0 in the weight, its gradient and the optimiser's state. `after_step`
     is called after each step, to keep an invariant of the caller's. `evaluate` gives a number, the lower the better; it is asked before
     the first step too. A loss or a gradient that is NaN or infinite ends the training: the model is left in its best state (the first one
-    where nothing is evaluated), and the record says which step. State for a resumption is kept in `folder` every `keep_every` seconds.
+    where nothing is evaluated), and the record says which step. State for a resumption is kept in `folder` every `keep_every` seconds;
+    `kept` is told the name of the file each time.
     Memory: the parameters, a copy of the best ones, gradients, and the optimiser's state.
     Errors: OptionError for impossible options, nothing to train, and a folder that holds another training's state.
     """
@@ -177,7 +179,7 @@ def train(
         run.restore()
         if not run.done and evaluate is not None:
             run.note(evaluate())
-        kept = time.monotonic()
+        last = time.monotonic()
         with progress.phase("training", options.steps, " steps", done=run.done):
             while run.done < options.steps and not run.record.stopped:
                 value = run.step(loss, _batch_of(ids, run.done, options))
@@ -190,9 +192,9 @@ def train(
                 progress.advance(1)
                 if evaluate is not None and options.evaluated(run.done):
                     run.note(evaluate())
-                if folder is not None and (time.monotonic() - kept >= keep_every or run.done == options.steps):
-                    run.keep()
-                    kept = time.monotonic()
+                if folder is not None and (time.monotonic() - last >= keep_every or run.done == options.steps):
+                    run.keep(kept)
+                    last = time.monotonic()
         run.finish(evaluated=evaluate is not None)
     return run.record
 
@@ -254,7 +256,7 @@ class _Run:
         else:
             self.record.best = self.done
 
-    def keep(self) -> None:
+    def keep(self, kept: Callable[[str], None] | None) -> None:
         """Write the state of the training, whole or not at all."""
         if self.folder is None or _rank():
             return
@@ -269,12 +271,15 @@ class _Run:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(self.folder / STATE)
+        if kept is not None:
+            kept(STATE)
 
     def restore(self) -> None:
         """Go on from what the folder holds, if it holds anything."""
-        if self.folder is None or not (self.folder / STATE).exists():
+        there = self.folder is not None and (self.folder / STATE).exists()
+        state = from_first(lambda: torch.load(self.folder / STATE, map_location="cpu", weights_only=True) if there and self.folder else None)
+        if state is None:
             return
-        state = torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
         if state["job"] != self.job:
             raise OptionError(f"{self.folder} holds the state of another training, with other options, parameters or text; remove it to start anew")
         self.done, self.best = state["done"], state["best"]
@@ -291,6 +296,27 @@ class _Run:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(values[name])
+
+
+@contextmanager
+def several_processes(device: str) -> Iterator[None]:
+    """Inside, this process is one of those that torchrun started, if it did; they all must come here."""
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or _processes() > 1:
+        yield
+        return
+    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def from_first(compute: Callable[[], Any]) -> Any:
+    """What the first process computes, in every process."""
+    found = [None if _rank() else compute()]
+    if _processes() > 1:
+        distributed.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def _misfits(parameters: Mapping[str, nn.Parameter], ids: Tensor, options: TrainOptions) -> list[str]:
@@ -311,7 +337,8 @@ def _training(model: Any, parameters: Mapping[str, nn.Parameter], options: Train
     training = model.training
     if options.checkpointing:
         _checkpointing(model, "enable")({"use_reentrant": False})
-    with torch.random.fork_rng(), torch.enable_grad():
+    cards = {parameter.device.index for parameter in required if parameter.is_cuda}
+    with torch.random.fork_rng(devices=cards), torch.enable_grad():
         try:
             for parameter in required:
                 parameter.requires_grad_(id(parameter) in wanted)

@@ -8,7 +8,7 @@ layers of a checkpoint without blocks); heads, embeddings, norms, biases and rou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,6 +43,9 @@ class PruneOptions:
     allow_nonfinite: bool = False
 
 
+DEFAULTS = PruneOptions()
+
+
 @dataclass(frozen=True)
 class Chosen:
     """The weights to prune, by name, in natural order; what becomes of each is in the rest of the plan."""
@@ -73,8 +76,16 @@ class Chosen:
         yield from map(tuple, blocks.values())
 
 
-def problems(sparsity: float | None, pattern: str | None, method: str, scope: str | None, options: Mapping[str, object]) -> list[str]:
-    """Everything wrong with these options, a sentence each."""
+def problems(
+    sparsity: float | None,
+    pattern: str | None,
+    method: str,
+    scope: str | None,
+    options: Mapping[str, object],
+    text: bool = False,
+    repaired: bool = False,
+) -> list[str]:
+    """Everything wrong with these options, a sentence each; `text`: whether there is one; `repaired`: whether blocks are to be reconstructed on it."""
     found: list[str] = []
     try:
         Sparsity.of(sparsity, pattern)
@@ -85,11 +96,31 @@ def problems(sparsity: float | None, pattern: str | None, method: str, scope: st
     chosen = PRUNERS[method]
     if scope is not None and pattern is not None:
         found.append(f"a pattern says itself what is compared: {pattern} inputs of a row; leave out the scope '{scope}'")
-    elif scope is not None and scope not in SCOPES:
-        found.append(f"unknown scope '{scope}'.{nearest(scope, chosen.scopes)}")
     elif scope is not None and scope not in chosen.scopes:
-        found.append(f"{method} compares weights within {' or '.join(map(repr, chosen.scopes))}, not within '{scope}'")
+        found.append(_foreign_scope(chosen, scope))
+    if chosen.calibrated and not text:
+        found.append(f"{method} looks at the inputs of layers: give it a text with --calibration")
+    elif repaired and not text:
+        found.append("blocks are reconstructed on a text: give it with --calibration")
+    elif text and not chosen.calibrated and not repaired:
+        found.append(f"{method} needs no calibration text")
     return found + chosen.options.problems(options)
+
+
+def scope_of(pruner: Pruner, sparsity: Sparsity, scope: str | None) -> Scope:
+    """What is compared: the groups of rows of a pattern, what was asked for, or what the pruner does by itself. Errors: OptionError."""
+    if sparsity.group or scope is None:
+        return "row" if sparsity.group and not pruner.solves else pruner.scopes[0]
+    for known in pruner.scopes:
+        if known == scope:
+            return known
+    raise OptionError(_foreign_scope(pruner, scope))
+
+
+def _foreign_scope(pruner: Pruner, scope: str) -> str:
+    if scope not in SCOPES:
+        return f"unknown scope '{scope}'.{nearest(scope, pruner.scopes)}"
+    return f"{pruner.name} compares weights within {' or '.join(map(repr, pruner.scopes))}, not within '{scope}'"
 
 
 def choose(checkpoint: Checkpoint, how: PruneOptions) -> Chosen:
@@ -124,9 +155,9 @@ def prune(
     checkpoint: Checkpoint,
     sparsity: Sparsity,
     method: str = "magnitude",
-    scope: Scope | None = None,
+    scope: str | None = None,
     options: Mapping[str, object] | None = None,
-    how: PruneOptions = PruneOptions(),
+    how: PruneOptions = DEFAULTS,
 ) -> Checkpoint:
     """The checkpoint with the least important weights of its linear layers set to zero, by a method that needs no text; everything else stays, byte for byte.
 
@@ -138,30 +169,30 @@ def prune(
     pruner = PRUNERS[method]
     arguments = pruner.options.check(options or {})
     if pruner.calibrated:
-        raise OptionError(f"{method} is calibrated: give it a text with --text")
+        raise OptionError(f"{method} looks at the inputs of layers: give it a text (`calibrated.prune_on`)")
     chosen = choose(checkpoint, how)
     check_fit(chosen, sparsity)
-    scope = "row" if sparsity.group else scope or pruner.scopes[0]
+    within = scope_of(pruner, sparsity, scope)
     scores = _scored(chosen, pruner, arguments, how)
     steps: list[Step] = [copy_step(checkpoint, name) for name in chosen.copied]
-    for group in chosen.groups(scope):
+    for group in chosen.groups(within):
         measured, first = None, 0
-        if scope != "row":
+        if within != "row":
             total = sum(checkpoint.specs[name].numel for name in group)
-            measured = Measured(_cut(sparsity.count(total)), _label(scope, chosen, group[0]), whole_model=scope != "tensor")
+            measured = Measured(_cut(sparsity.count(total)), _label(within, chosen, group[0]), whole_model=within != "tensor")
         for name in group:
             spec = checkpoint.specs[name]
-            turned = scope == "row" and chosen.turned(name)
-            run: Any = _ByRow(sparsity, turned) if scope == "row" else _ByCut(first, spec.numel // spec.rows)
+            turned = within == "row" and chosen.turned(name)
+            run: Any = _ByRow(sparsity, turned) if within == "row" else _ByCut(first, spec.numel // spec.rows)
             step = Step(((checkpoint, name), (scores, name)), (spec,), run, 0 if turned else row_multiple(spec), measured)
             if measured is not None:
                 measured.steps.append(step)
             steps.append(step)
             first += spec.numel
-    return replace(_result(chosen, steps), label=f"{checkpoint.label} pruned to {sparsity} by {method}")
+    return replace(pruned_checkpoint(chosen, steps), label=f"{checkpoint.label} pruned to {sparsity} by {method}")
 
 
-def _result(chosen: Chosen, steps: Sequence[Step]) -> Checkpoint:
+def pruned_checkpoint(chosen: Chosen, steps: Sequence[Step]) -> Checkpoint:
     """A checkpoint of these steps in the order of the one they prune."""
     order = {name: number for number, name in enumerate(chosen.checkpoint.specs)}
     ordered = sorted(steps, key=lambda step: order[step.writes[0].name])
@@ -220,8 +251,8 @@ class _Scores:
     def size(self) -> int:
         return self.scan.size
 
-    def map(self, function: Callable[[Tensor | None, Sequence[Tensor]], Any], sample: bool = False) -> Sequence[Any]:
-        return self.scan.map(lambda tensors: function(None, tensors), sample)
+    def map(self, function: Callable[[Tensor | None, Sequence[Tensor]], Any], sample: bool = False, only: Collection[int] | None = None) -> Sequence[Any]:
+        return self.scan.map(lambda tensors: function(None, tensors), sample, only)
 
     def recall(self, compute: Callable[[], Any]) -> Any:
         return self.scan.recall(compute)
@@ -257,7 +288,7 @@ class _ByRow:
 # ---- masks in files ----
 
 
-def masks_of(checkpoint: Checkpoint, how: PruneOptions = PruneOptions()) -> Checkpoint:
+def masks_of(checkpoint: Checkpoint, how: PruneOptions = DEFAULTS) -> Checkpoint:
     """The masks of a pruned checkpoint, packed: `<weight>_mask`, one bit a weight [rows, ceil(width / 8)], 1 where the weight is not zero."""
     chosen = choose(checkpoint, how)
     steps = []
@@ -268,7 +299,7 @@ def masks_of(checkpoint: Checkpoint, how: PruneOptions = PruneOptions()) -> Chec
     return Checkpoint(f"masks of {checkpoint.label}", Plan(steps))
 
 
-def apply_masks(checkpoint: Checkpoint, masks: Checkpoint, how: PruneOptions = PruneOptions()) -> Checkpoint:
+def apply_masks(checkpoint: Checkpoint, masks: Checkpoint, how: PruneOptions = DEFAULTS) -> Checkpoint:
     """The checkpoint with zeros where another has them: in its packed masks, or in its weights, for a pruned checkpoint's own zeros are its mask.
 
     Errors: CheckpointError where a weight has no mask, or one of another shape.
@@ -284,7 +315,7 @@ def apply_masks(checkpoint: Checkpoint, masks: Checkpoint, how: PruneOptions = P
         if found.shape != (packed_shape(spec.shape) if packed else spec.shape) or (packed and found.dtype != "U8"):
             raise CheckpointError(f"{masks.label}: {found.name} is {found.dtype} {list(found.shape)}, no mask of a weight of {list(spec.shape)}")
         steps.append(Step(((checkpoint, name), (masks, found.name)), (spec,), _Masked(packed), row_multiple(spec)))
-    return replace(_result(chosen, steps), label=f"{checkpoint.label} under the mask of {masks.label}")
+    return replace(pruned_checkpoint(chosen, steps), label=f"{checkpoint.label} under the mask of {masks.label}")
 
 
 class _Masked:

@@ -125,7 +125,7 @@ def _fit(
 
 
 def _has_option(variants: Sequence[str], name: str) -> bool:
-    return any(found.options is not None and name in found.options.table for found in map(VARIANTS.__getitem__, variants))
+    return any(name in VARIANTS[variant].options.table for variant in variants)
 
 
 def _parts(sites: Sequence[Site], granularity: Granularity) -> list[str]:

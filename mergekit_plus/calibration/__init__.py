@@ -8,8 +8,9 @@ blocks behind it see. One block's weights are in memory at a time, and the hidde
 """
 
 from .block import Block
+from .options import CalibrationOptions
 from .states import HiddenStates
 from .text import read_text
-from .walk import Work, walk
+from .walk import walk
 
-__all__ = ["Block", "HiddenStates", "Work", "read_text", "walk"]
+__all__ = ["Block", "CalibrationOptions", "HiddenStates", "read_text", "walk"]

@@ -34,6 +34,7 @@ class Block:
 
     index: int
     name: str  # "model.layers.3"
+    names: tuple[str, ...]  # of its tensors in the checkpoint
     module: nn.Module
     weights: Mapping[str, Tensor]
     inputs: HiddenStates
@@ -81,8 +82,8 @@ class Block:
     def moments(self, names: Collection[str] | None = None, cross: bool = False) -> dict[str, Moments]:
         """The moments of what reaches these linear weights (all by default): one pass of the inputs through the module as it is now.
 
-        Weights that are applied to one input share its moments, and their memory. With `cross`, the same tokens flow through the block
-        as it was, from the hidden states of the model that nothing was done to.
+        They come in the order in which the weights are applied; weights that are applied to one input share its moments, and their memory. With
+        `cross`, the same tokens flow through the block as it was, from the hidden states of the model that nothing was done to.
         """
         wanted = {name: weight for name, weight in self.weights.items() if names is None or name in names}
         sums = _Sums(wanted, self.dense_weights if cross else None)
@@ -179,12 +180,12 @@ class _Sums(TorchFunctionMode):
         self.last = inputs, found
 
     def moments(self) -> dict[str, Moments]:
-        """The means; zeros for what nothing reached."""
+        """The means, in the order in which the weights were applied; zeros for what nothing reached."""
         self.last = None
         done: dict[int, Moments] = {}
         found: dict[str, Moments] = {}
-        for name, weight in self.weights.items():
-            entry = self.sums.get(name)
+        for name in dict.fromkeys((*self.sums, *self.weights)):
+            entry, weight = self.sums.get(name), self.weights[name]
             if entry is None:
                 width = weight.shape[1]
                 found[name] = Moments(weight.new_zeros(width, width), weight.new_zeros(width), 0)

@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
-from ..errors import OptionError
-from ..model import vocabulary_size
-from ..progress import Progress
+from ..checkpoint.deferred import Work
+from ..errors import CheckpointError, OptionError
+from ..model import ModelMap, vocabulary_size
 from .block import Block, with_dense
 from .skeleton import Call, Skeleton
-from .states import HiddenStates, batch_size
-
-
-class Work(Protocol):
-    """A folder that survives a kill, and the finished parts of a long computation in it."""
-
-    @property
-    def folder(self) -> Path: ...
-
-    @property
-    def progress(self) -> Progress: ...
-
-    def part(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> Mapping[str, Tensor]:
-        """The tensors of a part: those in its file, or else what `compute` makes, which are kept there."""
-        ...
+from .states import TOKENS, HiddenStates, batch_size
 
 
 def walk(
     checkpoint: Checkpoint, ids: Tensor, process: Callable[[Block], dict[str, Tensor]], work: Work, *, cross: bool = False, device: str = "cpu"
-) -> list[Mapping[str, Tensor]]:
+) -> list[Checkpoint]:
     """Work on every block of a model while a text stands before it: int64 ids [windows, window]. What `process` returns, block by block.
 
     `process` leaves in the block's module the weights that the blocks behind it shall see, and returns the tensors to keep; it is not called
@@ -49,26 +34,31 @@ def walk(
     calls: list[list[Call]] = []
     current: dict[str, HiddenStates] = {}
 
-    def states(kind: str, number: int, batches: Iterator[Tensor]) -> HiddenStates:
-        return HiddenStates.write(work.folder / f"{kind}-{number}", batches)
+    def keep(kind: str, number: int, batches: Iterator[Tensor]) -> HiddenStates:
+        states = HiddenStates.write(work.folder / f"{kind}-{number}", batches)
+        work.keep(states.path.name)
+        return states
 
     def begin(number: int) -> None:
         """The hidden states before a block: those before the first, or those that the last run left."""
-        first = states("states", 0, _first(skeleton, ids, calls))
+        first = HiddenStates.write(work.folder / "first", _first(skeleton, ids, calls))
         for kind in ("states", *(["dense"] if cross else [])):
-            current[kind] = HiddenStates(work.folder / f"{kind if number else 'states'}-{number}", first.windows, first.window, first.width)
+            if number and not work.has(f"{kind}-{number}"):
+                raise CheckpointError(f"{work.folder}: the hidden states before block {number} are gone; start again without --resume")
+            current[kind] = replace(first, path=work.folder / f"{kind}-{number}") if number else first
 
     def compute(number: int) -> dict[str, Tensor]:
         if not current:
             begin(number)
         weights, module = skeleton.load_block(number, device), skeleton.blocks[number]
         dense, dense_weights = with_dense(module, weights) if cross else (None, {})
-        block = Block(number, skeleton.block_name(number), module, weights, current["states"], calls, device, current.get("dense"), dense, dense_weights)
+        names = skeleton.names[number]
+        block = Block(number, skeleton.block_name(number), names, module, weights, current["states"], calls, device, current.get("dense"), dense, dense_weights)
         tensors = process(block)
         if number + 1 < count:
-            after = {"states": states("states", number + 1, block.outputs())}
+            after = {"states": keep("states", number + 1, block.outputs())}
             if cross:
-                after["dense"] = states("dense", number + 1, block.dense_outputs())
+                after["dense"] = keep("dense", number + 1, block.dense_outputs())
             current.update(after)
         skeleton.drop_block(number)
         return tensors
@@ -78,9 +68,25 @@ def walk(
         for number in range(count):
             found.append(work.part(f"block-{number}", partial(compute, number)))
             for kind in ("states", "dense"):
-                (work.folder / f"{kind}-{number}").unlink(missing_ok=True)
+                (work.folder / (f"{kind}-{number}" if number else "first")).unlink(missing_ok=True)
             work.progress.advance(1)
     return found
+
+
+def memory(checkpoint: Checkpoint, roles: ModelMap) -> int:
+    """Bytes that a walk takes at most: the largest block in float32 and what its experts are packed from, the Gram matrices of its inputs, and
+    what flows through it of a batch."""
+    most = 0
+    for names in roles.blocks.values():
+        specs = {name: checkpoint.specs[name] for name in names}
+        linears = [name for name in names if roles.tensors[name].role == "linear"]
+        shared = {name for group in roles.fused if ".experts." not in group[0] for name in group[1:]}
+        widths = [specs[name].shape[0 if roles.tensors[name].transposed else 1] for name in linears if name not in shared]
+        experts = [name for name in linears if ".experts." in name]
+        weights = sum(spec.numel for spec in specs.values()) + sum(specs[name].numel for name in experts)
+        flowing = TOKENS * sum(sum(specs[name].shape) for name in linears if name not in experts)
+        most = max(most, 4 * (weights + sum(width * width for width in widths) + flowing))
+    return most
 
 
 def check_ids(checkpoint: Checkpoint, skeleton: Skeleton, ids: Tensor) -> None:

@@ -33,14 +33,13 @@ def check_variants(variants: Sequence[str], options: Mapping[str, object]) -> li
     known = [VARIANTS[name] for name in dict.fromkeys(variants) if name in list(VARIANTS)]
     if "full" in variants and len(known) > 1:
         found.append(f"full trains everything; leave out {', '.join(variant.name for variant in known if variant.name != 'full')}, or full")
-    tables = [variant.options.table for variant in known if variant.options is not None]
+    tables = [variant.options.table for variant in known]
     for name in options:
         if known and not any(name in table for table in tables):
             names = list(dict.fromkeys(option for table in tables for option in table))
             found.append(f"{', '.join(variant.name for variant in known)}: no option '{name}'.{nearest(name, names)}")
     for variant in known:
-        if variant.options is not None:
-            found += variant.options.problems({name: value for name, value in options.items() if name in variant.options.table})
+        found += variant.options.problems({name: value for name, value in options.items() if name in variant.options.table})
     return found
 
 

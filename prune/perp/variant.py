@@ -65,8 +65,8 @@ class Variant:
     name: str
     summary: str
     trains: Callable[[Site], bool]
+    options: Options
     adapter: type[Adapter] | None = None
-    options: Options | None = None
 
     @property
     def densifies(self) -> bool:
@@ -76,7 +76,6 @@ class Variant:
     def make(self, weight: Tensor, generator: torch.Generator | None, options: Mapping[str, Any]) -> Adapter:
         """The adapter of a weight [out, in]; on the meta device where that is, to be counted."""
         assert self.adapter is not None
-        assert self.options is not None
         own = {name: value for name, value in options.items() if name in self.options.table}
         return self.adapter(weight, generator, **self.options.check(own))
 
@@ -89,14 +88,14 @@ def adapter(name: str, role: Role = "linear") -> Callable[[type[Adapter]], type[
 
     def register(kind: type[Adapter]) -> type[Adapter]:
         summary = (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
-        VARIANTS.register(name, Variant(name, summary, lambda site: site.role == role and not site.is_bias, kind, Options(name, kind.__init__, INSIDE)))
+        VARIANTS.register(name, Variant(name, summary, lambda site: site.role == role and not site.is_bias, Options(name, kind.__init__, INSIDE), kind))
         return kind
 
     return register
 
 
 def _themselves(name: str, summary: str, trains: Callable[[Site], bool]) -> None:
-    VARIANTS.register(name, Variant(name, summary, trains))
+    VARIANTS.register(name, Variant(name, summary, trains, Options(name, lambda: None)))
 
 
 _themselves("biases", "Every bias trains, those of norms among them.", lambda site: site.is_bias)
