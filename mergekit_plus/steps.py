@@ -468,6 +468,60 @@ class RetrainStep(BaseModel):
         return retrain(inputs[self.of] if self.of else only_input(inputs, previous, "retrain"), options, inputs[self.teacher] if self.teacher else None)
 
 
+class FoldStep(Strict):
+    """`fold:` — fewer blocks, and blocks that share their linear weights."""
+
+    remove: float = 0  # a share of the blocks, or a number of them; which ones is found on the text, unless `keep` says it
+    keep: list[int] | None = None  # the blocks that stay, in order
+    by: str = "leave-one-out"
+    pinned: list[int] = Field(default_factory=list)  # blocks that stay whatever is found
+    share: int = Field(default=1, ge=1)  # neighbours in a group
+    parent: Literal["first", "average"] = "first"
+    calibration: CalibrationOptions | None = None
+    scores: list[float] | None = None  # how much each block counts, where that was found
+    of: str | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is still to be found out which blocks go."""
+        return self.remove > 0 and self.keep is None
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        from prune.fold import SCORES
+
+        if self.keep is None and not self.remove and self.share == 1:
+            yield "fold: say how many blocks to remove, or which to keep, or how many are to share"
+        if self.keep is not None and self.remove and self.scores is None:
+            yield "fold: keep says which blocks stay; leave remove out"
+        if self.by not in SCORES:
+            yield f"fold: unknown importance '{self.by}'.{nearest(self.by, SCORES)}"
+        if self.is_open and self.calibration is None:
+            yield "fold: which blocks go is found on a text: give one with --calibration FILE, or the blocks that stay with --keep"
+        if self.of is not None:
+            yield from (f"fold: {problem}" for problem in not_inputs([self.of], inputs))
+
+    def found(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> FoldStep:
+        """The same step with the blocks that stay."""
+        from prune.fold import find
+
+        source = inputs[self.of] if self.of else only_input(inputs, previous, "fold")
+        assert self.calibration is not None
+        rows, _ = self.calibration.placed(how.folder).read(source)
+        found = find(
+            source, rows, self.remove, self.by, pinned=self.pinned, seed=self.calibration.seed, device=how.device, progress=how.save.progress
+        )  # fmt: skip
+        how.save.progress.tell(f"fold: by {self.by}, the blocks {', '.join(map(str, found.removed))} of {len(found.scores)} are taken out")
+        return self.model_copy(update={"keep": list(found.kept), "scores": [round(score, 6) for score in found.scores]})
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from prune.fold import Fold, count_of, folded, stack_of
+
+        source = inputs[self.of] if self.of else only_input(inputs, previous, "fold")
+        blocks = len(stack_of(source).layers)
+        keep = self.keep if self.keep is not None else range(blocks - count_of(self.remove, blocks))  # as many as there will be
+        return folded(source, Fold.of(keep, self.share, self.parent))
+
+
 class MergekitStep(RootModel[Any]):
     """`mergekit:` — a document in mergekit's schema, or a list of them; the models that they name are inputs."""
 
@@ -509,6 +563,7 @@ StepOptions = (
     | DequantizeStep
     | ConvertStep
     | PruneStep
+    | FoldStep
     | RetrainStep
 )
 OPERATIONS: dict[str, type[StepOptions]] = {
@@ -523,6 +578,7 @@ OPERATIONS: dict[str, type[StepOptions]] = {
     "dequantize": DequantizeStep,
     "convert": ConvertStep,
     "prune": PruneStep,
+    "fold": FoldStep,
     "retrain": RetrainStep,
 }
 FIRST = (MergeStep, MergekitStep, MoeStep, ExtractAdapterStep)  # they read inputs, not what a step before them made

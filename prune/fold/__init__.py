@@ -4,7 +4,8 @@ FoldGPT-style: the paper (arXiv 2407.00928) names learnable gates under a remova
 and has no code; what it leaves open is chosen here and said where it is chosen.
 """
 
+from .find import count_of, find
 from .importance import SCORES, Importance, importance
-from .surgery import Fold, folded
+from .surgery import Fold, folded, stack_of
 
-__all__ = ["SCORES", "Fold", "Importance", "folded", "importance"]
+__all__ = ["SCORES", "Fold", "Importance", "count_of", "find", "folded", "importance", "stack_of"]

@@ -4,8 +4,9 @@
     found.removed                                                  # the three blocks to take out
 
 gates: one number a block, trained under a removal rate while all weights stay, so that a block counts for what it does beside the others. The paper's
-form of the gate and of its objective are not known; these are the polarising gate of GDP (Guo et al., ICCV 2021), a^2 / (a^2 + epsilon) with epsilon
-falling, scaled to be 1 where it starts, and the absolute distance from the rate. A gate weakens what its block adds to the hidden states, h + g (block(h) - h).
+form of the gate and of its objective are not known. A gate here weakens what its block adds to the hidden states, h + g (block(h) - h); the gates are
+sigmoids with a common threshold that holds their sum at the number of blocks that stay, and a falling temperature drives them to 0 and 1. (A gate
+a^2 / (a^2 + epsilon) with a price on missing the rate, as in GDP, moved as one and did not part on our models.)
 influence: one minus the mean cosine between what enters a block and what leaves it (ShortGPT, arXiv 2403.03853).
 leave-one-out: the block without which the loss is least goes, then the next one among those that are left.
 """
@@ -27,9 +28,8 @@ from mergekit_plus.model import describe, layer_of
 from mergekit_plus.progress import Progress, quiet
 from mergekit_plus.training import TrainOptions, loss_on, next_token, train
 
-EPSILON = (0.1, 1e-4)  # of a gate, at the first step and at the last
-PRESSURE = 4.0  # nats that it costs to miss the removal rate altogether
-GATING = TrainOptions(steps=200, lr=2e-2, batch=4, schedule="constant", warmup=0.0, clip=None, dropout=False)
+TEMPERATURE = (1.0, 0.05)  # of gates, at the first step and at the last
+GATING = TrainOptions(steps=100, lr=3e-2, batch=4, schedule="constant", warmup=0.0, clip=None, dropout=False)
 
 
 @dataclass(frozen=True)
@@ -90,36 +90,43 @@ def blocks_of(model: Any, checkpoint: Checkpoint) -> Blocks:
     return Blocks(model, list(model.get_submodule(places.pop())))
 
 
-# ---- the methods: blocks, rows, how many go, seed -> a score of each block, and which go where that is not told by the scores ----
+# ---- the methods: blocks, those that may go, rows, how many do, seed -> a score of each block, and which go where the scores do not tell ----
 
-Method = Callable[[Blocks, Tensor, int, int, Progress], tuple[list[float], Sequence[int] | None]]
+Method = Callable[[Blocks, Sequence[int], Tensor, int, int, Progress], tuple[list[float], Sequence[int] | None]]
 
 
-def by_gates(blocks: Blocks, rows: Tensor, remove: int, seed: int, progress: Progress) -> tuple[list[float], None]:
-    """Gates that are trained together; the smallest go, of equal ones those with the smaller parameter."""
-    alpha = nn.Parameter(torch.ones(len(blocks)))
-    epsilon = EPSILON[0]
+def by_gates(blocks: Blocks, free: Sequence[int], rows: Tensor, remove: int, seed: int, progress: Progress) -> tuple[list[float], None]:
+    """Gates that are trained together; the smallest go."""
+    alpha = nn.Parameter(torch.zeros(len(blocks)))
     done = 0
 
-    def gates() -> Tensor:
-        return (1 + epsilon) * alpha**2 / (alpha**2 + epsilon)
-
-    def anneal() -> None:
-        nonlocal epsilon, done
+    def count() -> None:
+        nonlocal done
         done += 1
-        epsilon = EPSILON[0] * (EPSILON[1] / EPSILON[0]) ** (done / GATING.steps)
+
+    def gates() -> Tensor:
+        """Of the free blocks sigmoid((alpha - t) / temperature), with t such that their sum leaves out `remove` blocks; 1 of the others."""
+        temperature = TEMPERATURE[0] * (TEMPERATURE[1] / TEMPERATURE[0]) ** (done / GATING.steps)
+        own, open_share = alpha[list(free)] / temperature, 1 - remove / len(free)
+        low, high = float(own.detach().min()) - 50, float(own.detach().max()) + 50
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if float(torch.sigmoid(own.detach() - middle).mean()) > open_share else (low, middle)
+        first = torch.sigmoid(own - low)
+        slope = (first * (1 - first)).mean().detach().clamp_min(1e-6)
+        gate = torch.sigmoid(own - low - (first.mean() - open_share) / slope)  # one step of Newton's: t follows alpha
+        return torch.ones(len(blocks)).index_copy(0, torch.tensor(list(free)), gate)
 
     def loss(model: Any, part: Tensor) -> Tensor:
-        open_now = gates()
-        with blocks.changed(lambda number, entering, leaving: entering + open_now[number] * (leaving - entering)):
-            value = next_token(model, part)
-        return value + PRESSURE * (open_now.mean() - (1 - remove / len(blocks))).abs()
+        opened = gates().to(part.device)
+        with blocks.changed(lambda number, entering, leaving: entering + opened[number] * (leaving - entering)):
+            return next_token(model, part)
 
-    train(blocks.model, {"gates": alpha}, loss, rows, replace(GATING, seed=seed), after_step=anneal, progress=progress)
-    return [gate + 1e-6 * value for gate, value in zip(gates().tolist(), alpha.abs().tolist(), strict=True)], None
+    train(blocks.model, {"gates": alpha}, loss, rows, replace(GATING, batch=min(GATING.batch, len(rows)), seed=seed), after_step=count, progress=progress)
+    return gates().tolist(), None
 
 
-def by_influence(blocks: Blocks, rows: Tensor, remove: int, seed: int, progress: Progress) -> tuple[list[float], None]:
+def by_influence(blocks: Blocks, free: Sequence[int], rows: Tensor, remove: int, seed: int, progress: Progress) -> tuple[list[float], None]:
     """One minus the mean cosine of what enters and what leaves, over all tokens, in float32; a zero vector has the cosine 0."""
     totals = torch.zeros(len(blocks), dtype=torch.float64)
 
@@ -132,20 +139,21 @@ def by_influence(blocks: Blocks, rows: Tensor, remove: int, seed: int, progress:
     return (1 - totals / rows.numel()).tolist(), None
 
 
-def by_leaving_out(blocks: Blocks, rows: Tensor, remove: int, seed: int, progress: Progress) -> tuple[list[float], list[int]]:
+def by_leaving_out(blocks: Blocks, free: Sequence[int], rows: Tensor, remove: int, seed: int, progress: Progress) -> tuple[list[float], list[int]]:
     """The loss without each block alone, and the blocks that go one after the other, each the one whose going costs least beside those that are gone."""
     removed: list[int] = []
     first: list[float] = []
-    with progress.phase("leaving blocks out", remove * len(blocks), " runs"):
-        for _ in range(remove):
+    with progress.phase("leaving blocks out", len(blocks) + (remove - 1) * len(free), " runs"):
+        while len(removed) < remove or not first:
             losses = {}
-            for number in range(len(blocks)):
+            for number in free if first else range(len(blocks)):
                 if number not in removed:
                     losses[number] = blocks.loss_without([*removed, number], rows)
                 progress.advance(1)
             first = first or list(losses.values())
-            removed.append(min(losses, key=lambda number: losses[number]))
-    return first or [blocks.loss_without([number], rows) for number in range(len(blocks))], removed
+            if remove:
+                removed.append(min((number for number in losses if number in free), key=lambda number: losses[number]))
+    return first, removed
 
 
 SCORES: dict[str, Method] = {"gates": by_gates, "influence": by_influence, "leave-one-out": by_leaving_out}
@@ -163,7 +171,7 @@ def importance(
     free = [number for number in range(len(blocks)) if number not in pinned]
     if not 0 <= remove < len(blocks) or remove > len(free):
         raise OptionError(f"{remove} of {len(blocks)} blocks cannot be removed{f', {len(pinned)} of them pinned' if pinned else ''}; leave one at least")
-    scores, removed = SCORES[method](blocks, rows, remove, seed, progress or quiet())
+    scores, removed = SCORES[method](blocks, free, rows, remove, seed, progress or quiet())
     if removed is None:
         removed = sorted(free, key=lambda number: (scores[number], number))[:remove]
     return Importance(method, tuple(scores), tuple(sorted(removed)))

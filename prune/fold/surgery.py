@@ -92,7 +92,9 @@ def folded(checkpoint: Checkpoint, fold: Fold) -> Checkpoint:
             sources = [part.moved(name, own, block) for block in fold.sources(place)] if name in shared else [name]
             steps.append(_mean_step(checkpoint, sources, new))
     label = f"{checkpoint.label} folded to {len(fold.kept)} blocks" + (f" in {len(fold.parents)} groups" if len(fold.parents) < len(fold.kept) else "")
-    return of_layers(Checkpoint(label, Plan(steps), checkpoint.files, checkpoint.notes), part, fold.kept)
+    gone = [str(block) for block in range(len(part.layers)) if block not in fold.kept]
+    notes = [f"without the blocks {', '.join(gone)} of {len(part.layers)}"] if gone else []
+    return of_layers(Checkpoint(label, Plan(steps), checkpoint.files, (*checkpoint.notes, *notes)), part, fold.kept)
 
 
 def shareable(checkpoint: Checkpoint, part: Part) -> frozenset[str]:
