@@ -57,10 +57,11 @@ def calibration_problem(quantizer: Quantizer, given: bool) -> str | None:
 
 
 def steps_for(checkpoint: Checkpoint, roles: ModelMap, layers: Sequence[Layer], calibration: Calibration, device: str) -> tuple[list[Step], list[str]]:
-    """The steps that quantise these layers, and notes on those that are rounded to nearest.
+    """The steps that quantise these layers, and notes on how, and on those that are rounded to nearest.
 
     Errors: OptionError without a text or moments; CheckpointError for moments that are another model's.
     """
+    notes: list[str] = []
     if calibration.moments is not None:
         known = MomentsFile(calibration.moments)
         known.check(checkpoint)
@@ -70,9 +71,14 @@ def steps_for(checkpoint: Checkpoint, roles: ModelMap, layers: Sequence[Layer], 
         seen = [layer for layer in layers if in_walk(roles, layer.name)]
         made = block_by_block(checkpoint, seen, calibration, memory(checkpoint, roles), device)
         steps = [copy_step(made, name) for name in made.specs]
+        assert calibration.ids is not None
+        windows, window = calibration.ids.shape
+        notes.append(f"{len(roles.blocks)} blocks, one after another, on {windows} windows of {window} tokens")
     rest = [layer for layer in layers if layer not in seen]
     steps += [Step(((checkpoint, layer.name),), layer.writes, Rows(layer, device), layer.method.layout.row_unit(layer.scheme)) for layer in rest]
-    return steps, [f"{len(rest)} layers ('{rest[0].name}'): {UNSEEN}"] if rest else []
+    if rest:
+        notes.append(f"{len(rest)} layer{'s' * (len(rest) > 1)} ('{rest[0].name}'): {UNSEEN}")
+    return steps, notes
 
 
 def in_walk(roles: ModelMap, name: str) -> bool:
@@ -87,8 +93,8 @@ def block_by_block(checkpoint: Checkpoint, layers: Sequence[Layer], calibration:
     memory: what the walk takes; a quantiser takes some copies of a weight and its Gram matrix more.
     """
     wanted = {layer.name: layer for layer in layers}
+    assert calibration.ids is not None
     ids = calibration.ids
-    assert ids is not None
 
     def compute(work: Work) -> None:
         notes: dict[str, list[str]] = {}
