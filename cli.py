@@ -290,6 +290,9 @@ def quantize(
     order: Annotated[
         Literal["block", "layer"], typer.Option("--order", help="layer: measure what stands behind other layers of a block again after these")
     ] = "block",
+    norm_passes: Annotated[
+        int, typer.Option("--norm-passes", min=0, help="passes over the text in which the norms of each block are tuned to the original's outputs")
+    ] = 0,
     moments: Annotated[str | None, typer.Option("--moments", metavar="FILE", help="what `compress calibrate` wrote, in place of a text")] = None,
 ) -> None:
     """Quantize a model's linear layers: `compress quantize --bits 4` in its folder; `--method gptq --calibration text.txt` looks at their inputs."""
@@ -302,7 +305,7 @@ def quantize(
     }  # fmt: skip
     step = {
         **{key: value for key, value in weights.items() if value is not None}, "method": method, "format": format_, "exclude": exclude, "include": include,
-        **_calibration(calibration, windows, window, seed, order=order), **_settings(set_),
+        "norm_passes": norm_passes, **_calibration(calibration, windows, window, seed, order=order), **_settings(set_),
     }  # fmt: skip
     inputs = {"model": model}
     if moments is not None:

@@ -21,10 +21,12 @@ from mergekit_plus.calibration.walk import memory
 from mergekit_plus.checkpoint import Checkpoint, Step, copy_step
 from mergekit_plus.checkpoint.deferred import Deferred, Work
 from mergekit_plus.checkpoint.dtypes import TORCH_DTYPES
+from mergekit_plus.errors import OptionError
 from mergekit_plus.model import ModelMap
 from mergekit_plus.moments import Moments
 
 from .layer import UNSEEN, Layer, Rows
+from .norms import Norm, tweak_norms
 from .quantized import Quantized, dequantize
 from .quantizer import QUANTIZERS, Quantizer
 
@@ -38,12 +40,14 @@ class Calibration:
 
     order: whether a block's layers are measured once, before any of them is quantised, or those behind others again after these were ("layer").
     cross: aim at the outputs of the model that nothing was done to, which flows along: twice the time and the memory of a block.
+    norm_passes: passes over the text in which each block's norms are tuned, after its layers were quantised; the model flows along for these too.
     """
 
     ids: Tensor | None = None
     moments: Checkpoint | None = None
     order: Order = "block"
     cross: bool = False
+    norm_passes: int = 0
 
 
 def calibration_problem(quantizer: Quantizer, given: bool) -> str | None:
@@ -56,11 +60,16 @@ def calibration_problem(quantizer: Quantizer, given: bool) -> str | None:
     return None
 
 
-def steps_for(checkpoint: Checkpoint, roles: ModelMap, layers: Sequence[Layer], calibration: Calibration, device: str) -> tuple[list[Step], list[str]]:
-    """The steps that quantise these layers, and notes on those that are rounded to nearest.
+def steps_for(
+    checkpoint: Checkpoint, roles: ModelMap, layers: Sequence[Layer], norms: Mapping[str, Norm], calibration: Calibration, device: str
+) -> tuple[list[Step], list[str]]:
+    """The steps that quantise these layers and tune these norms, and notes on how, and on those layers that are rounded to nearest.
 
     Errors: OptionError without a text or moments; CheckpointError for moments that are another model's.
     """
+    if calibration.norm_passes and calibration.ids is None:
+        raise OptionError("norms are tuned while a text flows through the model: give a text, not moments")
+    notes: list[str] = []
     if calibration.moments is not None:
         known = MomentsFile(calibration.moments)
         known.check(checkpoint)
@@ -68,11 +77,16 @@ def steps_for(checkpoint: Checkpoint, roles: ModelMap, layers: Sequence[Layer], 
         steps = [Step(((checkpoint, layer.name), *known.reads(layer.name)), layer.writes, _FromMoments(layer, device)) for layer in seen]
     else:
         seen = [layer for layer in layers if in_walk(roles, layer.name)]
-        made = block_by_block(checkpoint, seen, calibration, memory(checkpoint, roles), device)
+        made = block_by_block(checkpoint, seen, norms, calibration, memory(checkpoint, roles, calibration.cross or bool(norms)), device)
         steps = [copy_step(made, name) for name in made.specs]
+        assert calibration.ids is not None
+        windows, window = calibration.ids.shape
+        notes.append(f"{len(roles.blocks)} blocks, one after another, on {windows} windows of {window} tokens")
     rest = [layer for layer in layers if layer not in seen]
     steps += [Step(((checkpoint, layer.name),), layer.writes, Rows(layer, device), layer.method.layout.row_unit(layer.scheme)) for layer in rest]
-    return steps, [f"{len(rest)} layers ('{rest[0].name}'): {UNSEEN}"] if rest else []
+    if rest:
+        notes.append(f"{len(rest)} layer{'s' * (len(rest) > 1)} ('{rest[0].name}'): {UNSEEN}")
+    return steps, notes
 
 
 def in_walk(roles: ModelMap, name: str) -> bool:
@@ -81,14 +95,16 @@ def in_walk(roles: ModelMap, name: str) -> bool:
     return meaning.block is not None and meaning.stack == roles.stack and meaning.parameter is not None
 
 
-def block_by_block(checkpoint: Checkpoint, layers: Sequence[Layer], calibration: Calibration, memory: int, device: str) -> Checkpoint:
-    """What the weights of the blocks become while the text flows through: all that is written for them, computed when it is first read.
+def block_by_block(
+    checkpoint: Checkpoint, layers: Sequence[Layer], norms: Mapping[str, Norm], calibration: Calibration, memory: int, device: str
+) -> Checkpoint:
+    """What the weights and norms of the blocks become while the text flows through: all that is written for them, computed when it is first read.
 
     memory: what the walk takes; a quantiser takes some copies of a weight and its Gram matrix more.
     """
     wanted = {layer.name: layer for layer in layers}
+    assert calibration.ids is not None
     ids = calibration.ids
-    assert ids is not None
 
     def compute(work: Work) -> None:
         notes: dict[str, list[str]] = {}
@@ -105,16 +121,16 @@ def block_by_block(checkpoint: Checkpoint, layers: Sequence[Layer], calibration:
                     weight.copy_(dequantize(quantized))
                 if quantized.note:
                     notes.setdefault(quantized.note, []).append(name)
-            return found
+            return found | tweak_norms(block, {name: norms[name] for name in block.names if name in norms}, calibration.norm_passes)
 
-        walk(checkpoint, ids, process, work, cross=calibration.cross, device=device)
+        walk(checkpoint, ids, process, work, cross=calibration.cross or bool(norms), device=device)
         for note, names in notes.items():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             warnings.warn(f"{checkpoint.label}: {names[0]}{more}: {note}", stacklevel=2)
 
+    made = [*(write for layer in layers for write in layer.writes), *(norm.spec for norm in norms.values())]
     solving = max((20 * layer.spec.numel + 40 * layer.spec.shape[1] ** 2 for layer in layers), default=0)
-    deferred = Deferred([write for layer in layers for write in layer.writes], [checkpoint], compute, memory=memory + solving)
-    return Checkpoint(f"{checkpoint.label}, calibrated", deferred)
+    return Checkpoint(f"{checkpoint.label}, calibrated", Deferred(made, [checkpoint], compute, memory=memory + solving))
 
 
 def _measured(block: Block, names: Sequence[str], calibration: Calibration) -> Iterator[tuple[str, Moments | None]]:

@@ -1,7 +1,7 @@
 """Statistics tuning: codes stay, and what else there is of a layer, scales of rows and biases, is set so that its output's statistics are right again.
 
 The CalibTIP pipelines (Hubara et al., Accurate Post Training Quantization With Small Calibration Sets, ICML 2021, section 3.3) measure the statistics of the
-quantised model in its batch norms and fold them into weights. Transformers have none, so that the outputs of linear layers are set right themselves; and by least
+quantised model in its batch norms and fold them into weights. Transformers have none, so that outputs of linear layers are set right themselves; by least
 squares, which the matching of variances cannot beat: an output that rounding has shrunk is further off once it has the right variance.
 """
 
