@@ -293,6 +293,7 @@ def quantize(
     norm_passes: Annotated[
         int, typer.Option("--norm-passes", min=0, help="passes over the text in which the norms of each block are tuned to the original's outputs")
     ] = 0,
+    biases: Annotated[bool, typer.Option("--biases", help="correct the biases of the layers, where they have some, for the mean of their outputs")] = False,
     moments: Annotated[str | None, typer.Option("--moments", metavar="FILE", help="what `compress calibrate` wrote, in place of a text")] = None,
 ) -> None:
     """Quantize a model's linear layers: `compress quantize --bits 4` in its folder; `--method gptq --calibration text.txt` looks at their inputs."""
@@ -305,7 +306,7 @@ def quantize(
     }  # fmt: skip
     step = {
         **{key: value for key, value in weights.items() if value is not None}, "method": method, "format": format_, "exclude": exclude, "include": include,
-        "norm_passes": norm_passes, **_calibration(calibration, windows, window, seed, order=order), **_settings(set_),
+        "norm_passes": norm_passes, "biases": biases, **_calibration(calibration, windows, window, seed, order=order), **_settings(set_),
     }  # fmt: skip
     inputs = {"model": model}
     if moments is not None:

@@ -223,6 +223,7 @@ class QuantizeStep(BaseModel):
     include: list[str] = Field(default_factory=list)
     calibration: CalibrationOptions | None = None  # a text, for methods that look at the inputs of layers
     norm_passes: int = Field(0, ge=0)  # over the text, in which the norms of each block are tuned
+    biases: bool = False  # correct those of quantised layers
     moments: str | None = None  # in place of a text, an input: what `compress calibrate` wrote
     of: str | None = None  # an input; by default what the step before made, or the only input
 
@@ -243,8 +244,8 @@ class QuantizeStep(BaseModel):
             yield from (f"quantize: {problem}" for problem in found)
         if given > 1:
             yield "quantize: give a calibration text, or moments that were measured on one, not both"
-        if self.norm_passes and self.calibration is None:
-            yield "quantize: norm_passes tunes norms while a text flows through the model: give it with calibration"
+        if (self.norm_passes or self.biases) and self.calibration is None:
+            yield "quantize: norms and biases are tuned while a text flows through the model: give norm_passes and biases with calibration"
         named = [name for name in (self.of, self.moments) if name is not None]
         yield from (f"quantize: {problem}" for problem in not_inputs(named, inputs))
 
@@ -266,7 +267,7 @@ class QuantizeStep(BaseModel):
             calibration = Calibration(moments=inputs[self.moments])
         elif self.calibration is not None:
             ids, notes = self.calibration.placed(how.folder).read(source)
-            calibration = Calibration(ids, order=self.calibration.order, norm_passes=self.norm_passes)
+            calibration = Calibration(ids, order=self.calibration.order, norm_passes=self.norm_passes, biases=self.biases)
         result = quantize(
             source, scheme, self.method, self.model_extra or {}, self.format or layout, exclude=tuple(self.exclude), include=tuple(self.include),
             device=how.device, allow_nonfinite=how.save.allow_nonfinite, calibration=calibration,
