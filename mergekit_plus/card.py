@@ -17,10 +17,11 @@ def card(refs: Sequence[str], models: Sequence[str], steps: Sequence[Mapping[str
     recipe: the text of it. table: what was measured, a row for each model, this one last.
     """
     operations = [operation for step in steps for operation in step]
-    tags = ["mergekit-plus", *(["merge"] if "merge" in operations else []), *(["quantized"] if "quantize" in operations else [])]
+    quantized = "quantize" in operations or "convert" in operations
+    tags = ["mergekit-plus", *(["merge"] if "merge" in operations else []), *(["quantized"] if quantized else [])]
     front: dict[str, Any] = {"library_name": "transformers", "tags": tags}
     if models:
-        relation = "quantized" if "quantize" in operations else "merge" if "merge" in operations else None
+        relation = "quantized" if quantized else "merge" if "merge" in operations else None
         front = {"base_model": list(dict.fromkeys(models)), **({"base_model_relation": relation} if relation else {}), **front}
     said = ", then ".join(operations) or "copy"
     lines = [
