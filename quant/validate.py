@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from mergekit_plus.checkpoint import Checkpoint, Plan, TensorSpec
-from mergekit_plus.errors import CheckpointError, OptionError
+from mergekit_plus.checkpoint import Checkpoint, Plan
+from mergekit_plus.errors import CheckpointError
 from mergekit_plus.model import describe, fused_groups
 
 from .floats import FloatScheme
-from .formats import FORMATS, READERS, AnyScheme, holds_codes, stored_as
+from .formats import READERS, AnyScheme, Module, holds_codes, stored_as
 from .formats.config import DENSE_SINCE, NAME, SAME_IN_ALL_VERSIONS, Stored, target_matches, version_of
 from .formats.gptq import zero_points
-from .formats.reading import declared
+from .formats.reading import declared, misfit, shape_of
 from .quantized import Scheme
 
 _WEIGHT_KEYS = {
@@ -146,31 +146,16 @@ def _of_tensors(found: Validation, checkpoint: Checkpoint, lookup: Lookup, packe
             zeros.append(module)
         if "weight" not in reader.parts and f"{module}.weight" in checkpoint.specs:
             double.append(module)
-        if misfit := _misfit(checkpoint, module, stored, have):
-            misfits.append(misfit)
+        try:
+            reason = misfit(Module(module, stored, reader, have, (), shape_of(checkpoint, module, stored, have)))
+        except CheckpointError as error:
+            reason = str(error)
+        misfits += [reason] if reason else []
     found.problems += [f"{misfits[0]}{f' (and so for {len(misfits) - 1} more)' if len(misfits) > 1 else ''}"] if misfits else []
     for part, modules in missing.items():
         found.add(modules, f"has no {part}, without which it cannot be unpacked; write the model anew")
     found.add(zeros, "is symmetric by config.json, but has a weight_zero_point, which vLLM refuses; say 'symmetric': false, or take the tensor out")
     found.add(double, "has both packed codes and a weight, of which engines take either; take one out")
-
-
-def _misfit(checkpoint: Checkpoint, module: str, stored: Stored, have: Mapping[str, TensorSpec]) -> str | None:
-    """A tensor of a module that has not the shape which the scheme implies."""
-    if stored.layout not in FORMATS:
-        return None
-    shape = READERS[stored.layout].shape(have, lambda part: checkpoint.read(f"{module}.{part}"), stored.scheme)
-    scale = next(spec for part, spec in have.items() if part in ("weight_scale", "scales"))
-    try:
-        expected = FORMATS[stored.layout].specs(TensorSpec(f"{module}.weight", scale.dtype, shape), stored.scheme)
-    except OptionError as error:
-        return str(error)
-    for spec in expected:
-        own = have.get(spec.name.rpartition(".")[2])
-        if own is not None and own.shape != spec.shape and own.numel > 1:
-            implied = f"{stored.scheme} of a weight {list(shape)} makes it {list(spec.shape)}"
-            return f"{spec.name} is {list(own.shape)}, but {implied}; config.json is another model's"
-    return None
 
 
 def _of_fusing(found: Validation, lookup: Lookup, packed: list[str], dense: list[str]) -> None:

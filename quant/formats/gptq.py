@@ -108,12 +108,13 @@ def read_config(found: Mapping[str, Any]) -> Callable[[str], Stored | None]:
     if layout not in ("gptq", "gptq_v2") or found.get("pack_dtype", "int32") != "int32":
         raise unreadable(f"gptq in the format '{layout}', packed in {found.get('pack_dtype', 'int32')}")
     main = _stored(found, layout)
-    dynamic = {pattern: _stored({**found, **own}, layout) if pattern[:2] != "-:" else None for pattern, own in (found.get("dynamic") or {}).items()}
+    rules = [
+        (re.compile(pattern[2:] if pattern[:2] in ("+:", "-:") else pattern), None if pattern[:2] == "-:" else _stored({**found, **own}, layout))
+        for pattern, own in (found.get("dynamic") or {}).items()
+    ]
 
     def lookup(module: str) -> Stored | None:
-        matching = (pattern for pattern in dynamic if re.match(pattern[2:] if pattern[:2] in ("+:", "-:") else pattern, module))
-        pattern = next(matching, None)
-        return main if pattern is None else dynamic[pattern]
+        return next((stored for rule, stored in rules if rule.match(module)), main)
 
     return lookup
 
@@ -199,6 +200,7 @@ for name, less, summary in (
     READERS.register(
         name,
         Reader(
-            ("qweight", "qzeros", "scales", "g_idx"), _shape, partial(decode, less=less), partial(values, less=less), lambda scheme: 0, ("g_idx",),
+            ("qweight", "qzeros", "scales", "g_idx"), partial(specs, layout=name), _shape, partial(decode, less=less), partial(values, less=less),
+            lambda scheme: 0, ("g_idx",),
         ),
     )  # fmt: skip

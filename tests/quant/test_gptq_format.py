@@ -158,6 +158,19 @@ def test_what_awq_and_gptq_cannot_be_read_as_is_refused() -> None:
             stored_as({"quantization_config": found})
 
 
+def test_tensors_that_are_not_what_the_config_implies_are_refused_before_they_are_read() -> None:
+    model = quantize(Checkpoint.from_tensors({"layers.0.up_proj.weight": a_weight()}, "m"), Scheme(4, 32), format_name="gptq")
+    tensors = {name: model.read(name) for name in model.specs}
+    for name, tensor, reason in (
+        ("qweight", tensors["layers.0.up_proj.qweight"].float(), r"qweight is F32 \[16, 64\], but .* makes it I32 \[16, 64\]"),
+        ("scales", tensors["layers.0.up_proj.scales"][:2], r"scales is F16 \[2, 64\], but 4 bits, groups of 32, .* \[64, 128\] makes it F16 \[4, 64\]"),
+        ("qweight", torch.zeros(3, dtype=torch.int32), "layers.0.up_proj is stored as gptq by config.json, but its tensors are no matrices"),
+    ):
+        other = Checkpoint.from_tensors({**tensors, f"layers.0.up_proj.{name}": tensor}, "m")
+        with pytest.raises(CheckpointError, match=reason):
+            dequantize(Checkpoint("m", other.source, model.files))
+
+
 def llama(scheme: Scheme) -> dict[str, Scheme]:
     parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     return {f"model.layers.{block}.{part}": scheme for block in range(12) for part in parts}

@@ -166,7 +166,7 @@ def test_fused_layers_that_are_not_alike() -> None:
 def test_groups_that_do_not_divide_and_shapes_of_another_scheme() -> None:
     assert "groups of 80 do not divide" in validate(broken(lambda tensors, config: weights(config).update(group_size=80))).problems[0]
     assert problem(lambda tensors, config: weights(config).update(group_size=64)) == (
-        "model.layers.0.mlp.down_proj.weight_scale is [128, 12], but 4 bits, groups of 64, symmetric of a weight [128, 384] makes it [128, 6]; "
+        "model.layers.0.mlp.down_proj.weight_scale is BF16 [128, 12], but 4 bits, groups of 64, symmetric of a weight [128, 384] makes it BF16 [128, 6]; "
         "config.json is another model's (and so for 41 more)"
     )
 
