@@ -20,7 +20,7 @@ from .floats import FloatScheme
 from .formats import READERS, AnyScheme, Module, holds_codes, stored_as
 from .formats.config import DENSE_SINCE, NAME, SAME_IN_ALL_VERSIONS, Stored, target_matches, version_of
 from .formats.gptq import zero_points
-from .formats.reading import declared, misfit, shape_of
+from .formats.reading import declared, is_symmetric, lacking, misfit, shape_of
 from .quantized import Scheme
 
 _WEIGHT_KEYS = {
@@ -136,13 +136,12 @@ def _of_tensors(found: Validation, checkpoint: Checkpoint, lookup: Lookup, packe
     for module in packed:
         if (stored := lookup(module)) is None:
             continue
-        reader, symmetric = READERS[stored.layout], getattr(stored.scheme, "symmetric", True)
+        reader = READERS[stored.layout]
         have = {part: checkpoint.specs[f"{module}.{part}"] for part in reader.parts if f"{module}.{part}" in checkpoint.specs}
-        lacking = [part for part in reader.parts if part not in have and (part not in reader.optional or (part == "weight_zero_point" and not symmetric))]
-        if lacking:
-            missing.setdefault(lacking[0], []).append(module)
+        if part := lacking(stored, have):
+            missing.setdefault(part, []).append(module)
             continue
-        if symmetric and "weight_zero_point" in have:
+        if is_symmetric(stored) and "weight_zero_point" in have:
             zeros.append(module)
         if "weight" not in reader.parts and f"{module}.weight" in checkpoint.specs:
             double.append(module)

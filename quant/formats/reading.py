@@ -12,6 +12,7 @@ from torch import Tensor
 from mergekit_plus.checkpoint import Checkpoint, TensorSpec
 from mergekit_plus.errors import CheckpointError, OptionError
 
+from ..quantized import Scheme
 from . import awq, config, gptq
 from .config import Stored
 from .format import READERS, AnyScheme, Codes, Reader
@@ -112,9 +113,9 @@ def modules_of(checkpoint: Checkpoint) -> Iterator[Module]:
             raise CheckpointError(f"{checkpoint.label}: {module} is packed ({codes}), but config.json names no scheme for it")
         reader = READERS[stored.layout]
         specs = {part: checkpoint.specs[f"{module}.{part}"] for part in reader.parts if f"{module}.{part}" in checkpoint.specs}
-        if missing := next((part for part in reader.parts if part not in specs and not _may_lack(part, stored, reader)), None):
+        if missing := lacking(stored, specs):
             raise CheckpointError(f"{checkpoint.label}: {module} is stored as {stored.layout} by config.json, but its {missing} is missing")
-        if stored.scheme is not None and getattr(stored.scheme, "symmetric", True):
+        if is_symmetric(stored):
             specs.pop("weight_zero_point", None)
         others = tuple(part for part in (*reader.others, *reader.parts) if part not in specs and f"{module}.{part}" in checkpoint.specs)
         found = Module(module, stored, reader, specs, others, shape_of(checkpoint, module, stored, specs))
@@ -149,5 +150,13 @@ def misfit(module: Module) -> str | None:
     return None
 
 
-def _may_lack(part: str, stored: Stored, reader: Reader) -> bool:
-    return part in reader.optional and (part != "weight_zero_point" or getattr(stored.scheme, "symmetric", True))
+def lacking(stored: Stored, specs: Mapping[str, TensorSpec]) -> str | None:
+    """A part without which a module cannot be read; None where it can."""
+    reader = READERS[stored.layout]
+    optional = [part for part in reader.optional if part != "weight_zero_point" or is_symmetric(stored)]
+    return next((part for part in reader.parts if part not in specs and part not in optional), None)
+
+
+def is_symmetric(stored: Stored) -> bool:
+    """Whether its codes have no zero points; small floats have none."""
+    return not isinstance(stored.scheme, Scheme) or stored.scheme.symmetric

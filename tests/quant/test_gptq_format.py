@@ -118,8 +118,9 @@ def test_inputs_in_the_order_of_their_activations_are_dequantized_and_not_conver
     assert torch.equal(values[:, order], values_of(quantized))
     with pytest.raises(CheckpointError, match="in the order of their activations"):
         READERS["gptq_v2"].decode(tensors, scheme, (64, 128))
-    with pytest.raises(CheckpointError, match=r"its groups \(g_idx\) do not have 32 inputs each"):
-        READERS["gptq_v2"].values({**tensors, "g_idx": torch.zeros(128, dtype=torch.int32)}, scheme, (64, 128))
+    for wrong in (torch.zeros(128, dtype=torch.int32), tensors["g_idx"] - 1, tensors["g_idx"] * 1000):
+        with pytest.raises(CheckpointError, match=r"its groups \(g_idx\) do not have 32 inputs each"):
+            READERS["gptq_v2"].values({**tensors, "g_idx": wrong}, scheme, (64, 128))
 
 
 @pytest.mark.parametrize("group", [0, 32])
@@ -208,9 +209,11 @@ def test_what_it_cannot_hold_is_refused_by_the_plan() -> None:
     ):
         with pytest.raises(OptionError, match=f"format gptq: .*{reason}"):
             quantize(model, scheme, format_name="gptq")
-    odd = Checkpoint.from_tensors({"layers.0.up_proj.weight": a_weight(33, 64)}, "m")
-    with pytest.raises(OptionError, match=r"layers.0.up_proj.weight is \[33, 64\], and gptq stores 32 outputs and inputs at a time; leave it out"):
-        quantize(odd, Scheme(4, 32), format_name="gptq")
+    odd = Checkpoint.from_tensors({"layers.0.up_proj.weight": a_weight(24, 64)}, "m")
+    with pytest.raises(OptionError, match=r"layers.0.up_proj.weight is \[24, 64\], and gptq stores 32 outputs and inputs at a time; leave it out"):
+        quantize(odd, Scheme(3, 32), format_name="gptq")
+    four = dequantize(quantize(odd, Scheme(4, 32), format_name="gptq"))
+    assert torch.equal(four.read("layers.0.up_proj.weight"), values_of(rtn(a_weight(24, 64), Scheme(4, 32))))
 
 
 def test_codes_are_chosen_against_the_scales_as_stored() -> None:
