@@ -20,7 +20,7 @@ from .floats import FloatScheme
 from .formats import READERS, AnyScheme, Module, holds_codes, stored_as
 from .formats.config import DENSE_SINCE, NAME, SAME_IN_ALL_VERSIONS, Stored, target_matches, version_of
 from .formats.gptq import zero_points
-from .formats.reading import declared, is_symmetric, lacking, misfit, shape_of
+from .formats.reading import METHODS, declared, is_symmetric, lacking, misfit, shape_of
 from .quantized import Scheme
 
 _WEIGHT_KEYS = {
@@ -61,7 +61,11 @@ def validate(checkpoint: Checkpoint) -> Validation:
     if not config:
         found.add(packed, "is packed, but config.json has no quantization_config, so that nobody can read it; restore the config.json it was written with")
         return found
-    if config.get("quant_method", "compressed-tensors") == "compressed-tensors":
+    method = str(config.get("quant_method", "compressed-tensors"))
+    if method not in METHODS:
+        found.warnings.append(f"quantised with '{method}', which is not known here: how it is described was not checked")
+        return found
+    if method == "compressed-tensors":
         found.problems += _of_config(config)
     try:
         lookup = stored_as(checkpoint.config)
@@ -86,9 +90,10 @@ def _of_config(config: Mapping[str, Any]) -> list[str]:
     problems = []
     if (status := config.get("quantization_status")) != "compressed":
         problems.append(f"config.json: quantization_status is {status!r}, for which transformers loads random weights in silence; make it 'compressed'")
-    for group, entry in (config.get("config_groups") or {}).items():
-        weights = (entry.get("weights") or {}) if isinstance(entry, Mapping) else {}
-        if isinstance(entry, Mapping) and not (entry.get("format") or config.get("format")):
+    for group, entry in _groups(config).items():
+        weights, layout = entry.get("weights"), entry.get("format") or config.get("format")
+        weights = weights if isinstance(weights, Mapping) else {}
+        if not layout:
             problems.append(f"config.json: {group} has no format, and neither has the whole; name it in both, as in '{NAME}'")
         if unknown := sorted(set(weights) - _WEIGHT_KEYS):
             problems.append(f"config.json: {group} has the key '{unknown[0]}' inside 'weights', which compressed-tensors refuses; take it out")
@@ -96,13 +101,15 @@ def _of_config(config: Mapping[str, Any]) -> list[str]:
             order = f"config.json: {group} has actorder {weights['actorder']!r}"
             problems.append(f"{order}, which compressed-tensors dropped in 0.19; dequantize it with an older one, and quantize anew")
         bits, version = weights.get("num_bits"), str(config.get("version") or "unknown")
-        if weights.get("type", "int") == "int" and bits not in SAME_IN_ALL_VERSIONS and version_of(version) < DENSE_SINCE and _layout(entry, config) == NAME:
+        if weights.get("type", "int") == "int" and bits not in SAME_IN_ALL_VERSIONS and version_of(version) < DENSE_SINCE and layout == NAME:
             problems.append(f"config.json: {bits} bits with version '{version}': before 0.18 words were laid out otherwise; write the version that packed it")
     return problems
 
 
-def _layout(entry: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    return str(entry.get("format") or config.get("format"))
+def _groups(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The config groups that are tables, as all are in what can be read."""
+    groups = config.get("config_groups")
+    return {str(name): entry for name, entry in groups.items() if isinstance(entry, Mapping)} if isinstance(groups, Mapping) else {}
 
 
 def _dense(checkpoint: Checkpoint, packed: list[str]) -> list[str]:
@@ -120,7 +127,7 @@ def _of_names(found: Validation, config: Mapping[str, Any], lookup: Lookup, pack
     method = config.get("quant_method", "compressed-tensors")
     if method == "compressed-tensors":
         found.add([module for module in dense if lookup(module)], "is dense, but a target of config.json matches it; add it to 'ignore'")
-        groups = [list(entry.get("targets") or ()) for entry in (config.get("config_groups") or {}).values() if isinstance(entry, Mapping)]
+        groups = [[str(target) for target in entry.get("targets") or ()] for entry in _groups(config).values()]
         ambiguous = [module for module in packed if sum(any(target_matches(target, module) for target in group) for group in groups) > 1]
         found.add(ambiguous, "is matched by targets of several config_groups, of which engines do not choose the same; make targets disjoint")
         return
