@@ -37,8 +37,8 @@ class Verification:
 
 
 def verify(out: Path, inputs: bool = False, progress: Progress | None = None) -> Verification:
-    """Compare every file of an output with its manifest; with `inputs`, also the files that it was made of. Packed weights are checked against config.json;
-    those of a folder of another's, too, which has no manifest.
+    """Compare every file of an output with its manifest; with `inputs`, also the files that it was made of. Packed weights are checked against
+    config.json, also those in a folder that another program wrote, without a manifest.
 
     Inputs on a disk are looked for where they were, seen from the output; inputs on the Hub are compared with what the Hub lists for their commit.
     Errors: CheckpointError where there is no manifest, or none that can be read; ReadError where the Hub cannot be asked.
