@@ -218,6 +218,39 @@ def extract(
         _print({**outcome_facts(outcome), "kept": [asdict(tensor) for tensor in report]}, kept_lines(report) + outcome_lines(outcome), how.as_json)
 
 
+@adapter.command("quantize")
+@writes("max_shard_size", "device")
+def quantize_adapter(
+    *,
+    how: Writing,
+    adapter: Annotated[str, typer.Argument(help="a LoRA adapter: a folder as peft writes it, or org/name")],
+    bits: Annotated[int, typer.Option("--bits", help="1, 2, 3, 4 or 8 bits for each number in the factors")] = 4,
+    codebook: Annotated[str, typer.Option("--codebook", help="l2 (Lloyd-Max) or k-median (the 1-bit adapters of arXiv 2307.16867)")] = "l2",
+    scale: Annotated[str, typer.Option("--scale", help="what shares a scale: tensor, component (row of A, column of B) or group (of 128)")] = "component",
+    gauge: Annotated[str, typer.Option("--gauge", help="how B A is shared out before it is coded: balanced, svd, or none (as it is)")] = "balanced",
+    refit: Annotated[bool, typer.Option("--refit/--no-refit", help="fit codes and scales to the product B A")] = True,
+) -> None:
+    """Bring a LoRA adapter to a few bits, packed: `compress adapter quantize ./code-lora --bits 1`."""
+    from mergekit_plus.recipe import check
+
+    step = {"bits": bits, "codebook": codebook, "scale": scale, "gauge": gauge, "refit": refit}
+    recipe = check({"inputs": {"adapter": adapter}, "steps": [{"quantize_adapter": step}]}, Path(), "compress adapter quantize")
+    _carry_out(recipe, how, _beside(adapter, f"{bits}bit", "folder"))
+
+
+@adapter.command()
+@writes("max_shard_size", "device")
+def expand(
+    *,
+    how: Writing,
+    adapter: Annotated[str, typer.Argument(help="a packed adapter")],
+) -> None:
+    """Turn a packed adapter into an ordinary one, which peft and vLLM load."""
+    from mergekit_plus.recipe import check
+
+    _carry_out(check({"inputs": {"adapter": adapter}}, Path(), "compress adapter expand"), how, _beside(adapter, "expanded", "folder"))
+
+
 @app.command()
 @writes("device")
 def moe(
@@ -237,12 +270,15 @@ def quantize(
     *,
     how: Writing,
     model: Model = ".",
-    bits: Annotated[int | None, typer.Option("--bits", help="2, 3, 4, 5, 6 or 8 bits a weight (default: 4)")] = None,
-    group_size: Annotated[int | None, typer.Option("--group-size", help="weights that share a scale; 0 for a whole output row (default: 128)")] = None,
+    bits: Annotated[int | None, typer.Option("--bits", help="2 to 8 bits a weight (default: 4)")] = None,
+    group_size: Annotated[int, typer.Option("--group-size", help="weights that share a scale; 0 for a whole output row")] = 128,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="with zero points")] = False,
+    scheme: Annotated[str | None, typer.Option("--scheme", help="W8A8, FP8, FP8_BLOCK, NVFP4 or MXFP4, in place of bits and groups")] = None,
     allocation: Annotated[Path | None, typer.Option("--allocation", metavar="FILE", help="bits.yaml of `compress allocate`: a scheme for each layer")] = None,
     method: Annotated[str, typer.Option("--method", "-m", help="see `compress methods`")] = "rtn",
-    format_: Annotated[str, typer.Option("--format", help="pack-quantized (compressed-tensors), or dense: the dequantized weights")] = "pack-quantized",
+    format_: Annotated[
+        str | None, typer.Option("--format", help="pack-quantized (compressed-tensors, by default), gptq, gptq_v2, or dense: the dequantized weights")
+    ] = None,
     set_: Set = [],  # noqa: B006
     exclude: Exclude = [],  # noqa: B006
     include: Include = [],  # noqa: B006
@@ -259,19 +295,17 @@ def quantize(
     digests = None if how.resume else _hash_early(model)
     from mergekit_plus.recipe import check
 
-    bits = 4 if bits is None and allocation is None else bits
-    scheme = {"bits": bits, "group_size": group_size, "symmetric": False if asymmetric else None, "allocation": allocation and str(allocation)}
     step = {
-        **{key: value for key, value in scheme.items() if value is not None},
-        "method": method, "format": format_, "exclude": exclude, "include": include, "order": order,
+        "bits": 4 if (bits, scheme, allocation) == (None, None, None) else bits, "group_size": group_size, "symmetric": not asymmetric, "scheme": scheme,
+        "allocation": allocation and str(allocation), "method": method, "format": format_, "exclude": exclude, "include": include, "order": order,
         **_calibration(calibration, windows, window, seed), **_settings(set_),
     }  # fmt: skip
     inputs = {"model": model}
     if moments is not None:
         inputs["moments"], step["moments"], step["of"] = moments, "moments", "model"
     recipe = check({"inputs": inputs, "steps": [{"quantize": step}]}, Path(), "compress quantize")
-    width = "mixed" if allocation is not None else f"{bits}bit"
-    default = _beside(model, f"{width}-dense", "file") if format_ == "dense" else _beside(model, width, "folder")
+    what = scheme.lower() if scheme else "mixed" if allocation else f"{step['bits']}bit"
+    default = _beside(model, f"{what}-dense", "file") if format_ == "dense" else _beside(model, what, "folder")
     _carry_out(recipe, how, default, digests)
 
 
@@ -343,11 +377,100 @@ def dequantize(
     how: Writing,
     model: Model = ".",
 ) -> None:
-    """Turn a packed (compressed-tensors) model back into a dense one."""
+    """Turn a packed model (compressed-tensors, GPTQ, AWQ) back into a dense one."""
     from mergekit_plus.recipe import check
 
     recipe = check({"inputs": {"model": model}, "steps": [{"dequantize": {}}]}, Path(), "compress dequantize")
     _carry_out(recipe, how, _beside(model, "dense", "file"))
+
+
+@app.command()
+@writes("device", "allow_nonfinite")
+def convert(
+    *,
+    how: Writing,
+    model: Model = ".",
+    to: Annotated[str, typer.Option("--to", help="pack-quantized, gptq, gptq_v2 or int-quantized")],
+) -> None:
+    """Store a packed model in another format, code for code: `compress convert MODEL --to gptq`."""
+    from mergekit_plus.recipe import check
+
+    recipe = check({"inputs": {"model": model}, "steps": [{"convert": {"to": to}}]}, Path(), "compress convert")
+    _carry_out(recipe, how, _beside(model, to, "folder"))
+
+
+@app.command()
+@writes()
+def prune(
+    *,
+    how: Writing,
+    model: Model = ".",
+    sparsity: Annotated[float | None, typer.Option("--sparsity", help="share of zeros, as in 0.5")] = None,
+    pattern: Annotated[str | None, typer.Option("--pattern", metavar="N:M", help="at most n weights that are not zero in every m inputs, as in 2:4")] = None,
+    structured: Annotated[
+        str | None, typer.Option("--structured", metavar="mlp=SHARE,heads=SHARE", help="take neurons and heads out whole: a smaller ordinary model")
+    ] = None,
+    mask: Annotated[str | None, typer.Option("--mask", help="zeros where this has them: masks saved by --masks, or a pruned model")] = None,
+    masks: Annotated[Path | None, typer.Option("--masks", help="write the masks too, one bit a weight, to this .safetensors file")] = None,
+    method: Annotated[str, typer.Option("--method", "-m", help="see `compress methods`")] = "magnitude",
+    scope: Annotated[str | None, typer.Option("--scope", help="what is compared: row, tensor, block or global (default: the method's own)")] = None,
+    calibration: Calibrate = [],  # noqa: B006
+    windows: CalibrationWindows = 128,
+    window: CalibrationWindow = 256,
+    seed: Annotated[int, typer.Option("--seed", help="of the method that draws at random; moves the windows of the calibration text")] = 0,
+    set_: Set = [],  # noqa: B006
+    exclude: Exclude = [],  # noqa: B006
+    include: Include = [],  # noqa: B006
+) -> None:
+    """Set the least important weights to zero, or take out neurons and heads: `compress prune MODEL --sparsity 0.5`."""
+    digests = None if how.resume else _hash_early(model)
+    from mergekit_plus.recipe import check
+
+    step = {
+        "sparsity": sparsity, "pattern": pattern, "method": method, "scope": scope, "seed": seed, "exclude": exclude, "include": include,
+        "structured": _shares(structured), "mask": "mask" if mask else None, "of": "model",
+        **_calibration(calibration, windows, window, seed), **_settings(set_),
+    }  # fmt: skip
+    recipe = check({"inputs": {"model": model, **({"mask": mask} if mask else {})}, "steps": [{"prune": step}]}, Path(), "compress prune")
+    default = _beside(model, "smaller" if structured else "pruned", "folder" if structured else "file")
+    _carry_out(recipe, how, default, digests)
+    if masks is not None and not how.dry_run:
+        from mergekit_plus.checkpoint import SaveOptions, save
+        from prune.plan import PruneOptions, masks_of
+
+        save(masks_of(_open(str(how.out or default)), PruneOptions(tuple(exclude))), masks, SaveOptions(how.overwrite))
+
+
+@app.command()
+@writes()
+def retrain(
+    *,
+    how: Writing,
+    model: Model = ".",
+    train: Annotated[str, typer.Option("--train", metavar="VARIANT,...", help="what trains: biases, norms, head, mask_lora, ...; see `compress methods`")],
+    text: Annotated[list[Path], typer.Option("--text", "-t", help="text to train on; may be repeated")],
+    steps: Annotated[int, typer.Option("--steps", help="steps of the optimiser")] = 200,
+    lr: Annotated[float | None, typer.Option("--lr", help="largest learning rate (default 0.001)")] = None,
+    tune_lr: Annotated[bool, typer.Option("--tune-lr", help="find the learning rate on a part of the text")] = False,
+    rank: Annotated[int | None, typer.Option("--rank", help="rank of low-rank updates (default 16)")] = None,
+    window: Annotated[int | None, typer.Option("--window", min=2, help="tokens in a window (default 256, or what the model takes)")] = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", help="model whose predictions are the goal, as a rule the one before pruning")] = None,
+    distill: Annotated[float, typer.Option("--distill", min=0, max=1, help="the teacher's part of the loss; the rest is the text's")] = 1.0,
+    allow_densify: Annotated[bool, typer.Option("--allow-densify", help="allow a variant that brings pruned weights back")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="seed of the start and of the order of the text")] = 0,
+    set_: Set = [],  # noqa: B006
+) -> None:
+    """Retrain a few parameters of a pruned model, which stays as sparse: `compress retrain MODEL --train norms,mask_lora --text FILE`."""
+    digests = None if how.resume else _hash_early(model, *([teacher] if teacher else []))
+    from mergekit_plus.recipe import check
+
+    step = {
+        "train": train, "text": [str(path) for path in text], "window": window, "teacher": "teacher" if teacher else None, "distill": distill,
+        "tune_lr": tune_lr, "allow_densify": allow_densify, "of": "model", "steps": steps, "seed": seed,
+        **({"lr": lr} if lr is not None else {}), **({"rank": rank} if rank is not None else {}), **_settings(set_),
+    }  # fmt: skip
+    recipe = check({"inputs": {"model": model, **({"teacher": teacher} if teacher else {})}, "steps": [{"retrain": step}]}, Path(), "compress retrain")
+    _carry_out(recipe, how, _beside(model, "retrained", "folder"), digests)
 
 
 @app.command()
@@ -401,7 +524,7 @@ def verify(
     inputs: Annotated[bool, typer.Option("--inputs", help="check the files that it was made of too, where they were then")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compare an output with its manifest; exit code 1 when a file is missing or not what was written."""
+    """Compare an output with its manifest, and packed weights with config.json; exit code 1 when a file is not what was written, or would be loaded wrongly."""
     from dataclasses import asdict
 
     from mergekit_plus.progress import on
@@ -410,7 +533,7 @@ def verify(
 
     facts = asdict(check(out, inputs, on()))
     _print(facts, verification_lines(facts), as_json)
-    if facts["problems"]:
+    if facts["problems"] or facts["wrong"]:
         raise typer.Exit(1)
 
 
@@ -462,7 +585,7 @@ def compare(
 
 @app.command()
 def methods(name: Annotated[str | None, typer.Argument(help="one method, with its options")] = None, as_json: Json = False) -> None:
-    """List merge methods and quantizers with their options."""
+    """List merge methods, quantizers and pruners with their options."""
     from mergekit_plus.listing import list_methods
     from mergekit_plus.show import method_lines
 
@@ -562,6 +685,11 @@ def _settings(assignments: list[str]) -> dict[str, Any]:
         listed = "," in value and not value.startswith("{")
         settings[name] = [parse(part, f"-s {name}") for part in value.split(",")] if listed else parse(value, f"-s {name}")
     return settings
+
+
+def _shares(given: str | None) -> dict[str, Any] | None:
+    """`mlp=0.25,heads=0.5` by name."""
+    return None if given is None else _settings(given.split(","))
 
 
 def _calibration(texts: list[str], windows: int, window: int, seed: int) -> dict[str, Any]:

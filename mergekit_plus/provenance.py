@@ -75,7 +75,7 @@ def _resolved(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manife
         }
         for name, source in recipe.inputs.items()
     }
-    content["steps"] = _plain_steps(recipe, out)
+    content["steps"] = [{name: _moved(options, recipe.folder, out) for name, options in step.items()} for step in _plain_steps(recipe, out)]
     if shard_size != DEFAULT_SHARD_SIZE:
         content["max_shard_size"] = str(shard_size)
     if "checks" in content and recipe.checks.texts:
@@ -101,6 +101,12 @@ def _plain_steps(recipe: Recipe, out: Path) -> list[dict[str, dict[str, Any]]]:
     return steps
 
 
+def _moved(options: dict[str, Any], folder: Path, out: Path) -> dict[str, Any]:
+    """A step with the texts that it reads relative to the output."""
+    texts = options.get("text")
+    return options if not isinstance(texts, list) else {**options, "text": [_relative(str(folder / text), out) for text in texts]}
+
+
 def _relative(ref: str, out: Path) -> str:
     if len(parts := split_reference(ref)) > 1:
         return "+".join(_relative(part, out) for part in parts)
@@ -110,5 +116,6 @@ def _relative(ref: str, out: Path) -> str:
 def _digests(ref: str, opened: Checkpoint, manifest: Manifest) -> dict[str, str]:
     """The digest of each file of an input; those of `model+adapter` have the number of their part before the name."""
     parts = split_reference(opened.pinned or ref)
-    labels = [("", opened.ref)] if len(parts) == 1 else [(f"{number}/", part) for number, part in enumerate(parts)]
+    own = next((label for label in (opened.ref, ref) if label in manifest.inputs), opened.ref)  # what is expanded from a file goes by the file's reference
+    labels = [("", own)] if len(parts) == 1 else [(f"{number}/", part) for number, part in enumerate(parts)]
     return {f"{prefix}{file}": facts["sha256"] for prefix, label in labels for file, facts in manifest.inputs.get(label, {}).items()}

@@ -338,6 +338,7 @@ def plan(recipe: Recipe, how: Execution | None = None) -> dict[str, Any]:
         "memory": layout.memory, "workers": layout.workers, "largest_unit": layout.largest_unit, "peak_memory": layout.peak_memory,
         "from_hub": {"bytes": cached or layout.from_hub[0], "requests": layout.from_hub[1] * (not cached)},
         "cached": cached, "disk_needed": layout.disk_needed, "disk_free": shutil.disk_usage(out.parent).free,
+        "notes": list(result.notes),
     }  # fmt: skip
 
 

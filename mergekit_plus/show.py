@@ -61,14 +61,18 @@ def inspection_lines(facts: Mapping[str, Any]) -> list[str]:
         lines.append("tied: " + ", ".join(" = ".join(names) for names in facts["tied"]))
     if facts["quantized"]:
         lines.append(f"it {facts['quantized']}")
+    if packed := facts["packed"]:
+        coding = f"{packed['bits']} bit{'s' * (packed['bits'] > 1)}, {packed['codebook']}, a scale for each {packed['scale']}"
+        lines.append(f"packed: {size(packed['bytes'])} on the disk, {coding}; above is what it expands to")
     return lines + [f"  {t['name']}  {t['dtype']} {tuple(t['shape'])}  {t['role']}" for t in facts.get("list", [])]
 
 
 def verification_lines(facts: Mapping[str, Any]) -> list[str]:
     """`compress verify`."""
-    found = [f"{each['file']}: {each['problem']}" for each in facts["problems"]] + [f"note: {note}" for note in facts["notes"]]
+    found = [*(f"{each['file']}: {each['problem']}" for each in facts["problems"]), *facts["wrong"], *(f"note: {note}" for note in facts["notes"])]
     checked = f"{facts['files']} file{'s' * (facts['files'] != 1)}, {size(facts['bytes'])}"
-    return [*found, f"{facts['out']}: {checked}; " + (f"{len(facts['problems'])} not as recorded" if facts["problems"] else "all as recorded")]
+    recorded = f"{len(facts['problems'])} not as recorded" if facts["problems"] else "all as recorded"
+    return [*found, f"{facts['out']}: {checked}; {recorded}{'; engines would load it wrongly' if facts['wrong'] else ''}"]
 
 
 def plan_lines(facts: Mapping[str, Any]) -> list[str]:
@@ -88,6 +92,7 @@ def plan_lines(facts: Mapping[str, Any]) -> list[str]:
         f"at most {size(facts['peak_memory'])} in flight ({facts['workers']} workers, largest unit {size(facts['largest_unit'])}); "
         f"needs {size(facts['disk_needed'])} on the disk, {size(facts['disk_free'])} are free",
         *hub,
+        *facts["notes"],
     ]
 
 

@@ -178,17 +178,47 @@ class ExtractAdapterStep(Strict):
         return extract(inputs[self.base], inputs[self.tuned], options, how.save.progress)
 
 
+class QuantizeAdapterStep(Strict):
+    """`quantize_adapter:` — a LoRA adapter at a few bits."""
+
+    bits: int = 4
+    codebook: str = "l2"
+    scale: str = "component"
+    gauge: str = "balanced"
+    refit: bool = True
+    of: str | None = None  # an input; by default what the step before made, or the only input
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        yield from (f"quantize_adapter: {problem}" for problem in self._options().problems())
+        if self.of is not None:
+            yield from (f"quantize_adapter: {problem}" for problem in not_inputs([self.of], inputs))
+
+    def _options(self) -> Any:
+        from quant.adapters.plan import QuantizeOptions
+
+        return QuantizeOptions(**self.model_dump(exclude={"of"}))
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from quant.adapters.plan import quantize_adapter
+
+        from .adapters import read_adapter
+
+        adapter = inputs[self.of] if self.of else only_input(inputs, previous, "quantize_adapter")
+        return quantize_adapter(read_adapter(adapter), self._options())
+
+
 class QuantizeStep(BaseModel):
     """`quantize:` — the keys beside these are options of the quantiser."""
 
     model_config = ConfigDict(extra="allow")
 
-    bits: int | None = None  # of every layer, or else `allocation`
+    bits: int | None = None
     group_size: int = 128
     symmetric: bool = True
-    allocation: list[GroupScheme] | None = None  # the scheme of each group of layers; a file of `compress allocate` is read when the recipe is
+    scheme: str | None = None  # W8A8, FP8, FP8_BLOCK, NVFP4 or MXFP4, in place of the three before it
+    allocation: list[GroupScheme] | None = None  # or a scheme for each group of layers; a file of `compress allocate` is read when the recipe is
     method: str = "rtn"
-    format: str = "pack-quantized"
+    format: str | None = None  # the scheme's own; pack-quantized for bits
     exclude: list[str] = Field(default_factory=list)
     include: list[str] = Field(default_factory=list)
     calibration: CalibrationOptions | None = None  # a text, for methods that look at the inputs of layers
@@ -197,16 +227,21 @@ class QuantizeStep(BaseModel):
     of: str | None = None  # an input; by default what the step before made, or the only input
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
-        from quant.plan import problems
+        from quant.plan import preset_problems, problems
 
-        if (self.bits is None) == (self.allocation is None):
-            yield "quantize: give bits, or an allocation that says them for each layer"
-        if self.allocation is not None and (self.group_size, self.symmetric) != (128, True):
-            yield "quantize: an allocation says the group size and the symmetry of each layer; leave these out"
-        given = (self.calibration is not None) + (self.moments is not None)
-        bits = 4 if self.bits is None else self.bits
-        for problem in problems(bits, self.group_size, self.symmetric, self.method, self.format, self.model_extra or {}, given > 0):
-            yield f"quantize: {problem}"
+        given, options = (self.calibration is not None) + (self.moments is not None), self.model_extra or {}
+        if sum(way is not None for way in (self.bits, self.scheme, self.allocation)) != 1:
+            yield "quantize: say how many bits, or one scheme by its name (W8A8, FP8, FP8_BLOCK, NVFP4, MXFP4), or an allocation, and one of them only"
+        elif self.scheme is not None:
+            yield from (f"quantize: {problem}" for problem in preset_problems(self.scheme, self.method, self.format, options, given > 0))
+            if self.group_size != 128 or not self.symmetric:
+                yield f"quantize: the scheme {self.scheme} has groups and zero points of its own; leave them out"
+        else:
+            bits = 4 if self.bits is None else self.bits
+            found = problems(bits, self.group_size, self.symmetric, self.method, self.format or "pack-quantized", options, given > 0)
+            yield from (f"quantize: {problem}" for problem in found)
+            if self.allocation is not None and (self.group_size != 128 or not self.symmetric):
+                yield "quantize: an allocation has groups and zero points of its own; leave them out"
         if given > 1:
             yield "quantize: give a calibration text, or moments that were measured on one, not both"
         named = [name for name in (self.of, self.moments) if name is not None]
@@ -215,16 +250,15 @@ class QuantizeStep(BaseModel):
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
         from quant.bits_file import schemes_of
         from quant.calibrated import Calibration
-        from quant.plan import quantize
+        from quant.formats.format import AnyScheme
+        from quant.plan import PRESETS, quantize
         from quant.quantized import Scheme
 
         source = inputs[self.of] if self.of else only_input({name: model for name, model in inputs.items() if name != self.moments}, previous, "quantize")
-        scheme: Scheme | dict[str, Scheme]
+        scheme: AnyScheme | dict[str, Scheme]
+        scheme, layout = PRESETS[self.scheme] if self.scheme else (Scheme(self.bits or 4, self.group_size, self.symmetric), "pack-quantized")
         if self.allocation is not None:
             scheme = schemes_of(self.allocation, source)
-        else:
-            assert self.bits is not None
-            scheme = Scheme(self.bits, self.group_size, self.symmetric)
         calibration: Calibration | None = None
         notes: list[str] = []
         if self.moments is not None:
@@ -233,7 +267,7 @@ class QuantizeStep(BaseModel):
             ids, notes = self.calibration.placed(how.folder).read(source)
             calibration = Calibration(ids, order=self.order)
         result = quantize(
-            source, scheme, self.method, self.model_extra or {}, self.format, exclude=tuple(self.exclude), include=tuple(self.include),
+            source, scheme, self.method, self.model_extra or {}, self.format or layout, exclude=tuple(self.exclude), include=tuple(self.include),
             device=how.device, allow_nonfinite=how.save.allow_nonfinite, calibration=calibration,
         )  # fmt: skip
         return replace(result, notes=(*result.notes, *notes))
@@ -252,6 +286,124 @@ class DequantizeStep(Strict):
         from quant.plan import dequantize
 
         return dequantize(inputs[self.of] if self.of else only_input(inputs, previous, "dequantize"))
+
+
+class ConvertStep(Strict):
+    """`convert:` — packed weights in another format, their codes as they are."""
+
+    to: str
+    of: str | None = None
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        from quant import FORMATS
+
+        if self.to not in list(FORMATS):
+            yield f"convert: unknown format '{self.to}'.{nearest(self.to, FORMATS)}"
+        if self.of is not None:
+            yield from (f"convert: {problem}" for problem in not_inputs([self.of], inputs))
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from quant.convert import convert
+
+        return convert(inputs[self.of] if self.of else only_input(inputs, previous, "convert"), self.to)
+
+
+class PruneStep(BaseModel):
+    """`prune:` — the keys beside these are options of the pruner."""
+
+    model_config = ConfigDict(extra="allow")
+
+    sparsity: float | None = None
+    pattern: str | None = None
+    structured: dict[str, float] | None = None  # what goes whole: {mlp: 0.25, heads: 0.5}
+    mask: str | None = None  # an input whose zeros, or whose packed masks, are taken
+    method: str = "magnitude"
+    scope: str | None = None
+    calibration: CalibrationOptions | None = None  # a text, for methods that look at the inputs of layers
+    seed: int = 0
+    exclude: list[str] = Field(default_factory=list)
+    include: list[str] = Field(default_factory=list)
+    of: str | None = None
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _without_quotes(cls, value: object) -> object:
+        """YAML reads 2:4 as 2 * 60 + 4, minutes and seconds."""
+        return f"{value // 60}:{value % 60}" if isinstance(value, int) and value > 60 else value
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        from prune.plan import problems
+        from prune.structured import problems as structured_problems
+
+        given = [key for key in ("sparsity", "pattern", "structured", "mask") if getattr(self, key) is not None]
+        if len(given) != 1:
+            yield f"prune: say what goes with one of sparsity, pattern, structured and mask, not with {' and '.join(given) or 'none of them'}"
+        elif self.structured is not None:
+            yield from (f"prune: {problem}" for problem in structured_problems(self.structured))
+        elif self.mask is None:
+            for problem in problems(self.sparsity, self.pattern, self.method, self.scope, self.model_extra or {}, self.calibration is not None):
+                yield f"prune: {problem}"
+        named = [name for name in (self.of, self.mask) if name is not None]
+        yield from (f"prune: {problem}" for problem in not_inputs(named, inputs))
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from prune import Sparsity
+        from prune.calibrated import prune_on, shrink_on
+        from prune.plan import PruneOptions, apply_masks, prune
+        from prune.structured import shrink
+
+        source = inputs[self.of] if self.of else only_input({name: model for name, model in inputs.items() if name != self.mask}, previous, "prune")
+        options = PruneOptions(tuple(self.exclude), tuple(self.include), self.seed, how.device, how.save.allow_nonfinite)
+        if self.mask is not None:
+            return apply_masks(source, inputs[self.mask], options)
+        ids, notes = self.calibration.placed(how.folder).read(source) if self.calibration else (None, [])
+        if self.structured is not None:
+            result = shrink(source, self.structured) if ids is None else shrink_on(source, ids, self.structured, options)
+        else:
+            asked = Sparsity.of(self.sparsity, self.pattern), self.method, self.scope, self.model_extra or {}, options
+            result = prune(source, *asked) if ids is None else prune_on(source, ids, *asked)
+        return replace(result, notes=(*result.notes, *notes))
+
+
+class RetrainStep(BaseModel):
+    """`retrain:` — the keys beside these are options of the training (steps, lr, batch) and of what trains (rank, alpha, k)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    train: list[str]
+    text: list[str]
+    window: int | None = Field(default=None, ge=2)
+    teacher: str | None = None  # an input
+    distill: float = Field(default=1.0, ge=0, le=1)
+    tune_lr: bool = False
+    allow_densify: bool = False
+    of: str | None = None
+
+    @field_validator("train", "text", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        from prune.retrain import split_options
+
+        *_, found = split_options(self.model_extra or {}, self.train)
+        yield from (f"retrain: {problem}" for problem in found)
+        yield from (f"retrain: {problem}" for problem in not_inputs([name for name in (self.of, self.teacher) if name is not None], inputs))
+        if self.tune_lr and "lr" in (self.model_extra or {}):
+            yield "retrain: tune_lr finds the rate; leave out lr, or tune_lr"
+        if not self.text:
+            yield "retrain: give it a text"
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from prune.retrain import RetrainOptions, retrain, split_options
+
+        training, variant_options, _ = split_options(self.model_extra or {}, self.train)
+        options = RetrainOptions(
+            tuple(self.train), tuple(how.folder / text for text in self.text), variant_options, training, self.window, self.distill, self.tune_lr,
+            self.allow_densify, how.device,
+        )  # fmt: skip
+        return retrain(inputs[self.of] if self.of else only_input(inputs, previous, "retrain"), options, inputs[self.teacher] if self.teacher else None)
 
 
 class MergekitStep(RootModel[Any]):
@@ -283,11 +435,32 @@ class MoeStep(MoeConfig):
         return moe(inputs, self)
 
 
-StepOptions = MergeStep | MergekitStep | MoeStep | MergeAdaptersStep | ExtractAdapterStep | QuantizeStep | DequantizeStep
+StepOptions = (
+    MergeStep
+    | MergekitStep
+    | MoeStep
+    | MergeAdaptersStep
+    | ExtractAdapterStep
+    | QuantizeAdapterStep
+    | QuantizeStep
+    | DequantizeStep
+    | ConvertStep
+    | PruneStep
+    | RetrainStep
+)
 OPERATIONS: dict[str, type[StepOptions]] = {
-    "merge": MergeStep, "mergekit": MergekitStep, "moe": MoeStep, "merge_adapters": MergeAdaptersStep, "extract_adapter": ExtractAdapterStep,
-    "quantize": QuantizeStep, "dequantize": DequantizeStep,
-}  # fmt: skip
+    "merge": MergeStep,
+    "mergekit": MergekitStep,
+    "moe": MoeStep,
+    "merge_adapters": MergeAdaptersStep,
+    "extract_adapter": ExtractAdapterStep,
+    "quantize_adapter": QuantizeAdapterStep,
+    "quantize": QuantizeStep,
+    "dequantize": DequantizeStep,
+    "convert": ConvertStep,
+    "prune": PruneStep,
+    "retrain": RetrainStep,
+}
 FIRST = (MergeStep, MergekitStep, MoeStep, ExtractAdapterStep)  # they read inputs, not what a step before them made
 
 

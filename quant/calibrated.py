@@ -24,7 +24,7 @@ from mergekit_plus.model import ModelMap
 from mergekit_plus.moments import Moments
 
 from .layer import UNSEEN, Layer, Rows
-from .quantized import dequantize
+from .quantized import Quantized, dequantize
 from .quantizer import QUANTIZERS, Quantizer
 
 Order = Literal["block", "layer"]
@@ -95,6 +95,7 @@ def block_by_block(checkpoint: Checkpoint, layers: Sequence[Layer], calibration:
                 layer, weight = wanted[name], block.weights.get(name)
                 stored = checkpoint.read(name).to(device) if weight is None else weight.to(TORCH_DTYPES[layer.spec.dtype])
                 quantized = layer.quantize(stored, moments)
+                assert isinstance(quantized, Quantized)  # floats are rounded without a text
                 found |= layer.encode(quantized)
                 if weight is not None:
                     weight.copy_(dequantize(quantized))
