@@ -297,8 +297,8 @@ def quantize(
 
     step = {
         "bits": 4 if (bits, scheme, allocation) == (None, None, None) else bits, "group_size": group_size, "symmetric": not asymmetric, "scheme": scheme,
-        "allocation": allocation and str(allocation), "method": method, "format": format_, "exclude": exclude, "include": include, "order": order,
-        **_calibration(calibration, windows, window, seed), **_settings(set_),
+        "allocation": allocation and str(allocation), "method": method, "format": format_, "exclude": exclude, "include": include,
+        **_calibration(calibration, windows, window, seed, order=order), **_settings(set_),
     }  # fmt: skip
     inputs = {"model": model}
     if moments is not None:
@@ -368,6 +368,25 @@ def allocate(
         draw_bits(written.table.groups, written.table.choices, written.result.chosen.selection, plot)
     found = facts(written)
     _print(found, allocation_lines(found), as_json)
+
+
+@app.command()
+@writes("allow_nonfinite")
+def calibrate(
+    *,
+    how: Writing,
+    model: Model = ".",
+    text: Annotated[list[str], typer.Option("--text", "-t", metavar="FILE", help="text to flow through the model: .txt, .jsonl, a folder; may be repeated")],
+    windows: CalibrationWindows = 128,
+    window: CalibrationWindow = 256,
+    seed: CalibrationSeed = 0,
+) -> None:
+    """Measure the inputs of a model's linear layers on a text, for any number of `compress quantize --moments`."""
+    from mergekit_plus.recipe import check
+
+    step = _calibration(text, windows, window, seed)
+    recipe = check({"inputs": {"model": model}, "steps": [{"calibrate": step}]}, Path(), "compress calibrate")
+    _carry_out(recipe, how, _beside(model, "moments", "file").with_suffix(".safetensors"))
 
 
 @app.command()
@@ -692,9 +711,9 @@ def _shares(given: str | None) -> dict[str, Any] | None:
     return None if given is None else _settings(given.split(","))
 
 
-def _calibration(texts: list[str], windows: int, window: int, seed: int) -> dict[str, Any]:
+def _calibration(texts: list[str], windows: int, window: int, seed: int, **more: Any) -> dict[str, Any]:
     """The `calibration` key of a step; nothing where no text is given."""
-    return {"calibration": {"texts": texts, "windows": windows, "window": window, "seed": seed}} if texts else {}
+    return {"calibration": {"texts": texts, "windows": windows, "window": window, "seed": seed, **more}} if texts else {}
 
 
 def _distinct(refs: list[str]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator
 
@@ -222,7 +222,6 @@ class QuantizeStep(BaseModel):
     exclude: list[str] = Field(default_factory=list)
     include: list[str] = Field(default_factory=list)
     calibration: CalibrationOptions | None = None  # a text, for methods that look at the inputs of layers
-    order: Literal["block", "layer"] = "block"  # measure a block's layers once, or those behind others again after these were quantised
     moments: str | None = None  # in place of a text, an input: what `compress calibrate` wrote
     of: str | None = None  # an input; by default what the step before made, or the only input
 
@@ -262,15 +261,35 @@ class QuantizeStep(BaseModel):
         calibration: Calibration | None = None
         notes: list[str] = []
         if self.moments is not None:
-            calibration = Calibration(moments=inputs[self.moments], order=self.order)
+            calibration = Calibration(moments=inputs[self.moments])
         elif self.calibration is not None:
             ids, notes = self.calibration.placed(how.folder).read(source)
-            calibration = Calibration(ids, order=self.order)
+            calibration = Calibration(ids, order=self.calibration.order)
         result = quantize(
             source, scheme, self.method, self.model_extra or {}, self.format or layout, exclude=tuple(self.exclude), include=tuple(self.include),
             device=how.device, allow_nonfinite=how.save.allow_nonfinite, calibration=calibration,
         )  # fmt: skip
         return replace(result, notes=(*result.notes, *notes))
+
+
+class CalibrateStep(Strict):
+    """`calibrate:` — the moments of the inputs of linear layers on a text."""
+
+    calibration: CalibrationOptions
+    of: str | None = None
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        if self.of is not None:
+            yield from (f"calibrate: {problem}" for problem in not_inputs([self.of], inputs))
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from .calibration.statistics import calibrate
+
+        source = inputs[self.of] if self.of else only_input(inputs, previous, "calibrate")
+        text = self.calibration.placed(how.folder)
+        ids, notes = text.read(source)
+        made = calibrate(source, ids, {"seed": text.seed, "sha256": text.digests()}, how.device)
+        return replace(made, notes=(*made.notes, *notes))
 
 
 class DequantizeStep(Strict):
@@ -443,6 +462,7 @@ StepOptions = (
     | ExtractAdapterStep
     | QuantizeAdapterStep
     | QuantizeStep
+    | CalibrateStep
     | DequantizeStep
     | ConvertStep
     | PruneStep
@@ -456,6 +476,7 @@ OPERATIONS: dict[str, type[StepOptions]] = {
     "extract_adapter": ExtractAdapterStep,
     "quantize_adapter": QuantizeAdapterStep,
     "quantize": QuantizeStep,
+    "calibrate": CalibrateStep,
     "dequantize": DequantizeStep,
     "convert": ConvertStep,
     "prune": PruneStep,
