@@ -3,7 +3,7 @@
     python benchmarks/allocation.py --model MODEL --calibration TRAIN.txt --test TEST.txt --work FOLDER [--autoscheme PYTHON] [--plot predicted.png]
 
 All rows round to nearest in groups of 128, from the same losses (KL of single groups, the rest at 4 bits), choices 2, 3, 4 and 6 bits. `allocated` is what
-`compress allocate` keeps of 8 candidates, `sum alone` the proven optimum of the sum of losses, `greedy` raises the group that gains most for a bit while
+`compress allocate` keeps of 8 candidates, `optimum` is the proven one of the sum of losses, `greedy` raises the group that gains most for a bit while
 one fits, `inverted` solves with the losses of the most sensitive groups exchanged for those of the least sensitive. The budgets "uniform 3" and
 "uniform 4" are the size of all layers at that width, to the bit. AutoScheme's layers are stored and measured as ours; PYTHON is an interpreter with
 auto-round in it. FOLDER keeps what was measured: a second run goes on.
@@ -102,7 +102,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--autoscheme", type=Path)
     parser.add_argument("--sensitivity", default="kl")
-    parser.add_argument("--windows", type=int, default=24, help="of the calibration text, a third of them held out")
+    parser.add_argument("--windows", type=int, default=18, help="of the calibration text, a third of them held out")
     parser.add_argument("--window", type=int, default=128, help="tokens in one")
     parser.add_argument("--test-windows", type=int, default=40, help="of 256 tokens")
     parser.add_argument("--plot", type=Path)
@@ -138,7 +138,7 @@ def main() -> None:
         points += rows[name]["tried"]
         table = Sensitivities.read(saved)
         others = {
-            "sum alone": solve(table.losses, costs, bits).choices, "greedy": greedy(table.losses, costs, bits),
+            "optimum": solve(table.losses, costs, bits).choices, "greedy": greedy(table.losses, costs, bits),
             "inverted": solve(inverted(table.losses), costs, bits).choices,
         }  # fmt: skip
         for kind, chosen in others.items():
