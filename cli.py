@@ -272,7 +272,7 @@ def quantize(
     how: Writing,
     model: Model = ".",
     bits: Annotated[int | None, typer.Option("--bits", help="2 to 8 bits a weight (default: 4)")] = None,
-    group_size: Annotated[int | None, typer.Option("--group-size", help="weights that share a scale; 0 for a whole output row (default: 128)")] = None,
+    group_size: Annotated[int, typer.Option("--group-size", help="weights that share a scale; 0 for a whole output row")] = 128,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="with zero points")] = False,
     scheme: Annotated[str | None, typer.Option("--scheme", help="W8A8, FP8, FP8_BLOCK, NVFP4 or MXFP4, in place of bits and groups")] = None,
     allocation: Annotated[Path | None, typer.Option("--allocation", metavar="FILE", help="bits.yaml of `compress allocate`: a scheme for each layer")] = None,
@@ -300,19 +300,16 @@ def quantize(
     digests = None if how.resume else _hash_early(model)
     from mergekit_plus.recipe import check
 
-    bits = 4 if bits is None and scheme is None and allocation is None else bits
-    weights = {
-        "bits": bits, "group_size": group_size, "symmetric": False if asymmetric else None, "scheme": scheme, "allocation": allocation and str(allocation),
-    }  # fmt: skip
     step = {
-        **{key: value for key, value in weights.items() if value is not None}, "method": method, "format": format_, "exclude": exclude, "include": include,
+        "bits": 4 if (bits, scheme, allocation) == (None, None, None) else bits, "group_size": group_size, "symmetric": not asymmetric, "scheme": scheme,
+        "allocation": allocation and str(allocation), "method": method, "format": format_, "exclude": exclude, "include": include,
         "norm_passes": norm_passes, "biases": biases, **_calibration(calibration, windows, window, seed, order=order), **_settings(set_),
     }  # fmt: skip
     inputs = {"model": model}
     if moments is not None:
         inputs["moments"], step["moments"], step["of"] = moments, "moments", "model"
     recipe = check({"inputs": inputs, "steps": [{"quantize": step}]}, Path(), "compress quantize")
-    what = scheme.lower() if scheme else "mixed" if allocation is not None else f"{bits}bit"
+    what = scheme.lower() if scheme else "mixed" if allocation else f"{step['bits']}bit"
     default = _beside(model, f"{what}-dense", "file") if format_ == "dense" else _beside(model, what, "folder")
     _carry_out(recipe, how, default, digests)
 
