@@ -111,12 +111,12 @@ def _resolved(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manife
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes a table of nothing but numbers on one line: the trace of a search has many."""
+    """Writes a table of nothing but numbers on one line, for the trace of a search has many; and the scheme of a group of layers, for there are as many."""
 
     def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
         flat = [number for value in mapping.values() for number in (value if isinstance(value, list) else [value])]
         inline = bool(flat) and all(number is None or isinstance(number, int | float) for number in flat)
-        return super().represent_mapping(tag, mapping, inline or flow_style)
+        return super().represent_mapping(tag, mapping, inline or "modules" in mapping or flow_style)
 
 
 def _plain_steps(recipe: Recipe, out: Path) -> list[dict[str, dict[str, Any]]]:

@@ -23,11 +23,11 @@ from typing import Any
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
-from .checkpoint import Checkpoint, Manifest, SaveOptions, save, steps_of
+from .checkpoint import Checkpoint, Deferred, Manifest, SaveOptions, save, steps_of
 from .checkpoint.folder import ADAPTER_CONFIG
 from .checkpoint.hub import HubFile
 from .checkpoint.inputs import check_target, input_files
-from .checkpoint.layout import MANIFEST, plan_save
+from .checkpoint.layout import MANIFEST, plan_save, preparations
 from .checkpoint.plan import is_copy
 from .checkpoint.references import split_reference
 from .checkpoint.shards import parse_size
@@ -37,7 +37,19 @@ from .checks import Checks, Row, measure_and_compare
 from .errors import CheckFailed, CompressError, OutputError, RecipeError, not_inputs
 from .provenance import check_digests, job, small_files, sparsity_report
 from .safe_yaml import read_all
-from .steps import Execution, MergeStep, StepOptions, Strict, calibrations, only_input, order_problems, parse_step, parse_steps, schema_problems
+from .steps import (
+    Execution,
+    MergeStep,
+    StepOptions,
+    Strict,
+    calibrations,
+    only_input,
+    order_problems,
+    parse_step,
+    parse_steps,
+    schema_problems,
+    with_allocations,
+)
 
 
 class Input(Strict):
@@ -153,7 +165,11 @@ def check(parsed: Mapping[str, Any], folder: Path, name: str) -> Recipe:
 
     Errors: RecipeError with every problem found.
     """
-    steps, found = parse_steps(parsed["steps"]) if isinstance(parsed.get("steps"), list) else (parsed.get("steps", []), [])
+    steps, found = parsed.get("steps", []), list[str]()
+    if isinstance(steps, list):
+        written, unread = with_allocations(steps, folder)
+        steps, found = parse_steps(written)
+        found = unread + found
     try:
         recipe = Recipe.model_validate({**parsed, "steps": steps})
     except ValidationError as error:
@@ -217,6 +233,13 @@ def run(recipe: Recipe, how: Execution | None = None) -> Outcome:
         return _run(recipe, how, out, None)
     with Upload(target, how.private) as upload:
         return _run(recipe, how, out, upload)
+
+
+def help_with(recipe: Recipe, how: Execution) -> None:
+    """Take part in the long computations of a recipe that another process of the same torchrun carries out; write nothing."""
+    for each in preparations(steps_of(build(recipe, how).result)):
+        if isinstance(each, Deferred):
+            each.run()
 
 
 def _run(recipe: Recipe, how: Execution, out: Path, upload: Upload | None) -> Outcome:
@@ -317,7 +340,7 @@ def plan(recipe: Recipe, how: Execution | None = None) -> dict[str, Any]:
         check_target(out, how.save.overwrite, result)
     layout = plan_save(result, out, _save_options(recipe, how))
     cached = sum(blob.size for blobs in input_files(result).values() for blob in blobs if isinstance(blob, HubFile)) if how.cache else 0
-    copies = sum(len(step.writes) for step in steps_of(result) if is_copy(step))
+    copies = sum(len(step.writes) for step in steps_of(result) if is_copy(step) and not isinstance(step.reads[0][0].source, Deferred))
     return {
         "out": str(out if target is None or how.push else target), "files": len(layout.shards),
         "tensors": {"computed": len(result.specs) - copies, "copied": copies},

@@ -143,6 +143,23 @@ def kept_lines(tensors: Sequence[Kept]) -> list[str]:
     return [*lines, f"relative error {overall(low):.3g} over {len(low)} modules, {overall(tensors):.3g} over all that changed{advice}"]
 
 
+def allocation_lines(facts: Mapping[str, Any]) -> list[str]:
+    """`compress allocate`: the candidates, what is proven, the schemes, and the file."""
+    kinds = dict.fromkeys(layer["scheme"] for layer in sorted(facts["layers"], key=lambda layer: layer["bits"]))
+    counts = {kind: sum(layer["scheme"] == kind for layer in facts["layers"]) for kind in kinds}
+    widest = max(len(layer["layers"]) for layer in facts["layers"])
+    proof = f"proven optimal by {facts['by']}" if facts["proven"] else f"within {facts['gap']:.3g} of the optimum"
+    return [
+        *(f"{layer['layers']:{widest}}  {layer['scheme']}" for layer in facts["layers"]), "",
+        *table(facts["candidates"]), "",
+        f"objective {facts['objective']:.6g} {facts['unit']}, bound {facts['bound']:.6g}, gap {facts['gap']:.2g}: {proof}; "
+        f"reduced costs fixed {facts['fixed']} of {len(facts['layers'])} groups",
+        "; ".join(f"{count} groups in {kind}" for kind, count in counts.items()),
+        f"wrote {facts['out']}: {facts['bits_per_weight']:.4f} stored bits a quantized weight, {size(facts['file_bytes'])} of weight files; "
+        f"`compress quantize MODEL --allocation {facts['out']}` makes them",
+    ]  # fmt: skip
+
+
 def outcome_facts(outcome: Outcome) -> dict[str, Any]:
     """A run as data."""
     return {

@@ -10,14 +10,15 @@
     adapter_config.json                   peft's, unchanged
 
 Opening such a folder gives the adapter that it stands for: an ordinary one, each tensor computed as it is read, so that whatever takes
-adapters takes these. The difference of a fine-tune (delta.py) is stored the same way under names of its own.
+adapters takes these. The difference of a fine-tune (delta.py) is as large as a model, and is written weight by weight: delta.packed.safetensors has
+`NAME.codes` [rows, bytes], `NAME.stats` and `NAME.checksum` for each, delta_quant.json says the rest.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from math import prod
@@ -40,6 +41,7 @@ from .packing import pack, row_bytes, unpack
 VERSION = 1
 CHECKSUM = 8  # bytes
 CODES, STATS, CHECKSUMS = "codes", "stats", "checksums"
+BLOCK = 1 << 20  # elements that are expanded at once
 MOST = 1 << 40  # elements of a tensor, above which a sidecar is not believed
 
 
@@ -93,18 +95,38 @@ def rows_of(tensor: Tensor, axis: int) -> Tensor:
 def payload_bytes(entries: Sequence[Entry]) -> int:
     """Bytes of everything in the packed file but its header and what is not coded:
     the sum of `rows * ceil(width * bits / 8) + 4 * columns * scales + 8` over the tensors, and `4 * 2^bits` for each width that occurs."""
-    widths = {bits for entry in entries for bits in entry.bits}
-    return sum(spec.nbytes for spec in _specs(entries, sorted(widths)))
+    return sum(spec.nbytes for spec in packed_specs(entries))
 
 
-def _specs(entries: Sequence[Entry], widths: Sequence[int]) -> list[TensorSpec]:
-    columns = entries[0].coding.columns if entries else 1
+def widths_of(entries: Sequence[Entry]) -> list[int]:
+    """The widths that occur."""
+    return sorted({bits for entry in entries for bits in entry.bits})
+
+
+def packed_specs(entries: Sequence[Entry]) -> list[TensorSpec]:
+    """The tensors of the packed file, but for what is not coded."""
+    columns = entries[0].coding.columns
     return [
         TensorSpec(CODES, "U8", (sum(entry.code_bytes for entry in entries),)),
         TensorSpec(STATS, "F32", (sum(entry.scales for entry in entries), columns)),
         TensorSpec(CHECKSUMS, "U8", (len(entries), CHECKSUM)),
-        *(TensorSpec(f"levels.{bits}", "F32", (1 << bits,)) for bits in widths),
+        *level_specs(entries),
     ]
+
+
+def level_specs(entries: Sequence[Entry]) -> list[TensorSpec]:
+    """The codebooks."""
+    return [TensorSpec(f"levels.{bits}", "F32", (1 << bits,)) for bits in widths_of(entries)]
+
+
+def apart_specs(entry: Entry) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
+    """The tensors of one weight of a difference, whose rows have one width."""
+    name, coding = entry.name, entry.coding
+    return (
+        TensorSpec(f"{name}.codes", "U8", (entry.rows, row_bytes(entry.width, coding.bits))),
+        TensorSpec(f"{name}.stats", "F32", (entry.scales, coding.columns)),
+        TensorSpec(f"{name}.checksum", "U8", (CHECKSUM,)),
+    )
 
 
 # ---- writing ----
@@ -115,26 +137,39 @@ Code = Callable[[Sequence[Tensor]], Sequence[Sequence[Coded]]]  # what a step re
 
 def packed_step(entries: Sequence[Entry], reads: Sequence[Read], code: Code) -> Step:
     """The step that writes the packed tensors."""
-    widths = sorted({bits for entry in entries for bits in entry.bits})
 
     def run(tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
         with torch.no_grad():
-            return packed_tensors(code(tensors), widths, entries[0].coding)
+            return packed_tensors(code(tensors), widths_of(entries), entries[0].coding)
 
-    return Step(tuple(reads), tuple(_specs(entries, widths)), run)
+    return Step(tuple(reads), tuple(packed_specs(entries)), run)
 
 
 def packed_tensors(coded: Sequence[Sequence[Coded]], widths: Sequence[int], coding: Coding) -> list[Tensor]:
-    """The tensors of the packed file, in the order of `_specs`."""
+    """The tensors of the packed file, in the order of `packed_specs`."""
     codes = [torch.cat([pack(run.codes, run.coding.bits).flatten() for run in runs]) for runs in coded]
     stats = [torch.cat([run.stats for run in runs]) for runs in coded]
     sums = [_checksum(*pair) for pair in zip(codes, stats, strict=True)]
     return [torch.cat(codes), torch.cat(stats), torch.stack(sums), *(table(coding.codebook, bits).clone() for bits in widths)]
 
 
+def apart_tensors(coded: Coded) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors of one weight of a difference, in the order of `apart_specs`."""
+    codes = pack(coded.codes, coded.coding.bits)
+    return codes, coded.stats, _checksum(codes, coded.stats)
+
+
+def levels_step(entries: Sequence[Entry]) -> Step:
+    """The step that writes the codebooks."""
+    tensors = [table(entries[0].coding.codebook, bits).clone() for bits in widths_of(entries)]
+    return Step((), tuple(level_specs(entries)), lambda _, first_row, measured: tensors)
+
+
 def _checksum(codes: Tensor, stats: Tensor) -> Tensor:
-    digest = hashlib.sha256(codes.contiguous().numpy().tobytes() + stats.contiguous().numpy().tobytes()).digest()
-    return torch.tensor(list(digest[:CHECKSUM]), dtype=torch.uint8)
+    digest = hashlib.sha256()
+    for tensor in (codes, stats):
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return torch.tensor(list(digest.digest()[:CHECKSUM]), dtype=torch.uint8)
 
 
 def sidecar(entries: Sequence[Entry], **more: object) -> bytes:
@@ -170,7 +205,8 @@ def entries_of(packed: Checkpoint, name: str = ADAPTER_QUANT) -> list[Entry]:
             raise ValueError("no tensors")
     except (KeyError, TypeError, ValueError, AttributeError, OptionError) as error:
         raise CheckpointError(f"{where} is not what a packed file is described by ({error})") from None
-    for spec in _specs(entries, sorted({bits for entry in entries for bits in entry.bits})):
+    wanted = packed_specs(entries) if name == ADAPTER_QUANT else [*(spec for entry in entries for spec in apart_specs(entry)), *level_specs(entries)]
+    for spec in wanted:
         found = packed.specs.get(spec.name)
         if found is None or (found.dtype, found.shape) != (spec.dtype, spec.shape):
             there = "is missing" if found is None else f"is {found.dtype} {found.shape}"
@@ -203,18 +239,33 @@ def expanded(packed: Checkpoint, name: str = ADAPTER_QUANT) -> Checkpoint:
     A tensor's checksum is compared when it is read, and a CheckpointError names it where it differs.
     """
     entries = entries_of(packed, name)
-    known = {CODES, STATS, CHECKSUMS, *(spec for spec in packed.specs if spec.startswith("levels."))}
-    code_ends, stat_ends = (list(accumulate(sizes)) for sizes in ([entry.code_bytes for entry in entries], [entry.scales for entry in entries]))
+    coded = {spec.name for spec in level_specs(entries)}
     steps = []
-    for number, (entry, code_end, stat_end) in enumerate(zip(entries, code_ends, stat_ends, strict=True)):
-        codes = _part(packed, CODES, entry.name, slice(code_end - entry.code_bytes, code_end))
-        stats = _part(packed, STATS, entry.name, slice(stat_end - entry.scales, stat_end))
-        levels = [(packed, f"levels.{bits}") for bits in sorted(set(entry.bits))]
-        reads = ((codes, entry.name), (stats, entry.name), (_part(packed, CHECKSUMS, entry.name, slice(number, number + 1)), entry.name), *levels)
-        steps.append(Step(reads, (entry.spec,), _Expand(entry, packed.label)))
-    steps += [copy_step(packed, tensor) for tensor in packed.specs if tensor not in known]
+    for entry, reads in zip(entries, _apart(packed, entries) if name == DELTA_QUANT else _together(packed, entries), strict=True):
+        coded |= {tensor for part, tensor in reads if part is packed}
+        levels = [(packed, f"levels.{bits}") for bits in widths_of([entry])]
+        steps.append(Step((*reads, *levels), (entry.spec,), _Expand(entry, packed.label)))
+    coded |= {CODES, STATS, CHECKSUMS} if name == ADAPTER_QUANT else set()
+    steps += [copy_step(packed, tensor) for tensor in packed.specs if tensor not in coded]
     files = {file: content for file, content in packed.files.items() if file != ADAPTER_QUANT}
     return Checkpoint(packed.label, Plan(steps), files, packed.notes, packed.pinned)
+
+
+def _apart(packed: Checkpoint, entries: Sequence[Entry]) -> list[list[Read]]:
+    return [[(packed, spec.name) for spec in apart_specs(entry)] for entry in entries]
+
+
+def _together(packed: Checkpoint, entries: Sequence[Entry]) -> list[list[Read]]:
+    """The codes, stats and checksum of each tensor, as parts of the blobs that hold those of all."""
+    code_ends, stat_ends = accumulate(entry.code_bytes for entry in entries), accumulate(entry.scales for entry in entries)
+    return [
+        [
+            (_part(packed, CODES, entry.name, slice(code_end - entry.code_bytes, code_end)), entry.name),
+            (_part(packed, STATS, entry.name, slice(stat_end - entry.scales, stat_end)), entry.name),
+            (_part(packed, CHECKSUMS, entry.name, slice(number, number + 1)), entry.name),
+        ]
+        for number, (entry, code_end, stat_end) in enumerate(zip(entries, code_ends, stat_ends, strict=True))
+    ]
 
 
 def is_packed(checkpoint: Checkpoint) -> bool:
@@ -240,15 +291,22 @@ class _Expand:
 
     def __call__(self, tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
         entry, (codes, stats, checksum, *levels) = self.entry, tensors
-        if not torch.equal(_checksum(codes, stats), checksum[0]):
+        if not torch.equal(_checksum(codes, stats), checksum.flatten()):
             raise CheckpointError(f"{self.label}: the codes of {entry.name} are not those that were written (checksum); get the file again")
-        tables = dict(zip(sorted(set(entry.bits)), levels, strict=True))
-        values, at, scale = [], 0, 0
-        for count, coding in entry.runs:
+        tables, codes = dict(zip(widths_of([entry]), levels, strict=True)), codes.flatten()
+        rows = torch.empty((entry.rows, entry.width), dtype=TORCH_DTYPES[entry.dtype])
+        row, at, scale = 0, 0, 0
+        for count, coding in _blocks(entry):
             size, scales = count * row_bytes(entry.width, coding.bits), coding.scales(count, entry.width)
             unpacked = unpack(codes[at : at + size].view(count, -1), coding.bits, entry.width)
-            values.append(decode(Coded(unpacked, stats[scale : scale + scales], coding), tables[coding.bits]))
-            at, scale = at + size, scale + scales
-        rows = torch.cat(values).to(TORCH_DTYPES[entry.dtype])
+            rows[row : row + count] = decode(Coded(unpacked, stats[scale : scale + scales], coding), tables[coding.bits])
+            row, at, scale = row + count, at + size, scale + (0 if coding.scale == "tensor" else scales)
         moved = (entry.shape[entry.axis], *entry.shape[: entry.axis], *entry.shape[entry.axis + 1 :])
         return (rows.view(moved).movedim(0, entry.axis).contiguous(),)
+
+
+def _blocks(entry: Entry) -> Iterator[tuple[int, Coding]]:
+    """Neighbouring rows of one width that are expanded at once."""
+    most = max(1, BLOCK // max(1, entry.width))
+    for count, coding in entry.runs:
+        yield from ((min(most, count - first), coding) for first in range(0, count, most))

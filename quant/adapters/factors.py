@@ -79,6 +79,19 @@ def refitted(a: Tensor, rows_b: Tensor, pair: Pair) -> Pair:
     return best
 
 
+def wanted(a: Tensor, rows_b: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
+    """What each component would be if it were not coded, to fit best what the other components leave; coding it gives the component again where
+    `refitted` has come to its end. [rank, n] and [rank, m], float64: where training starts from."""
+    coded_a, coded_b = (decode(part).double() for part in pair)
+    return _wanted(a, rows_b, coded_a, coded_b), _wanted(rows_b, a, coded_b, coded_a)
+
+
+def _wanted(mine: Tensor, other: Tensor, values: Tensor, against: Tensor) -> Tensor:
+    between = against @ against.T
+    sizes = between.diagonal()[:, None]
+    return torch.where(sizes > 0, (against @ other.T @ mine - between @ values) / _positive(sizes) + values, mine)
+
+
 def scale_factors(mine: Tensor, other: Tensor, coded: Coded, coded_other: Coded) -> Tensor:
     """What to multiply each scale of one factor with, [scales], so that the product is fitted best: the exact least squares for these codes.
 

@@ -10,16 +10,17 @@ from typing import get_args
 
 from torch import Tensor
 
-from mergekit_plus.adapters.peft import Adapter, LowRank
+from mergekit_plus.adapters.peft import Adapter
 from mergekit_plus.checkpoint import Checkpoint, Plan, copy_step
-from mergekit_plus.checkpoint.finite import is_finite
 from mergekit_plus.checkpoint.folder import ADAPTER_QUANT
 from mergekit_plus.errors import CheckpointError, OptionError
 
 from .codebooks import Codebook
 from .coding import Coded, Coding, Scale
-from .container import Entry, packed_step, rows_of, sidecar
+from .container import packed_step, rows_of, sidecar
 from .factors import Gauge, Pair, encode_pair
+from .modules import check_trained, factor_entries, factor_names
+from .train import Lesson, distilled
 
 
 @dataclass(frozen=True)
@@ -49,46 +50,36 @@ class QuantizeOptions:
         return found
 
 
-def quantize_adapter(adapter: Adapter, options: QuantizeOptions) -> Checkpoint:
+def quantize_adapter(adapter: Adapter, options: QuantizeOptions, base: Checkpoint | None = None, lesson: Lesson | None = None) -> Checkpoint:
     """The adapter with the factors of every module at a few bits, packed; DoRA's lengths, biases and whole modules are carried as they are.
 
-    Errors: OptionError for impossible options; CheckpointError for an adapter without factors, and, when it is computed, for one that was never trained
-    (every B is zero) or that holds NaN.
+    base, lesson: the model that it belongs to and a text, to distil the codes from the adapter; both or neither.
+    Errors: OptionError for impossible options; CheckpointError for an adapter without factors or one that does not fit the base, and, when it is
+    computed, for one that was never trained (every B is zero) or that holds NaN.
     """
-    if found := options.problems():
+    if found := options.problems() + (lesson.problems() if lesson else []):
         raise OptionError("; ".join(found))
+    if (base is None) != (lesson is None):
+        raise OptionError("to distil, give both a text and the base that the adapter was trained on")
     if not adapter.lowrank:
         raise CheckpointError(f"{adapter.label} holds no low-rank factors, which are what is quantized")
     part, modules = adapter.checkpoint, list(adapter.lowrank.values())
-    entries = entries_of_modules(part, modules, options.coding)
-    reads = [(part, name) for module in modules for name in (module.a, module.b)]
+    names = factor_names(modules)
+    entries = factor_entries([part.specs[name] for name in names], options.coding)
 
     def code(tensors: Sequence[Tensor]) -> Sequence[Sequence[Coded]]:
-        check_trained(part.label, modules, tensors)
+        check_trained(part, modules, tensors)
         pairs = list(zip(tensors[::2], tensors[1::2], strict=True))
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "adapter") as pool:
             coded = pool.map(lambda pair: _encode(pair[0], pair[1], options), pairs)
             return [[factor] for pair in coded for factor in pair]
 
-    taken = {entry.name for entry in entries}
-    steps = [packed_step(entries, reads, code), *(copy_step(part, name) for name in part.specs if name not in taken)]
+    steps = [packed_step(entries, [(part, name) for name in names], code)]
+    if base is not None and lesson is not None:
+        made = distilled(adapter, base, lesson, entries, options.gauge, options.refit)
+        steps = [copy_step(made, name) for name in made.specs]
+    steps = [*steps, *(copy_step(part, name) for name in part.specs if name not in names)]
     return Checkpoint(f"{part.label} at {options.coding}", Plan(steps), {**part.files, ADAPTER_QUANT: sidecar(entries)}, part.notes)
-
-
-def entries_of_modules(part: Checkpoint, modules: Sequence[LowRank], coding: Coding) -> list[Entry]:
-    """A and B of every module, as they are coded."""
-    specs = [(part.specs[name], axis) for module in modules for name, axis in ((module.a, 0), (module.b, 1))]
-    return [Entry(spec.name, spec.dtype, spec.shape, axis, (coding.bits,) * spec.shape[axis], coding) for spec, axis in specs]
-
-
-def check_trained(label: str, modules: Sequence[LowRank], tensors: Sequence[Tensor]) -> None:
-    """CheckpointError for an adapter with NaN in it, and for one whose every B is zero."""
-    for module, a, b in zip(modules, tensors[::2], tensors[1::2], strict=True):
-        for name, tensor in ((module.a, a), (module.b, b)):
-            if not is_finite(tensor):
-                raise CheckpointError(f"{label}: {name} holds values that are NaN or infinite; mend the adapter")
-    if not any(bool(b.any()) for b in tensors[1::2]):
-        raise CheckpointError(f"{label} changes nothing: every B is zero, as before training; train it, or `compress adapter train` one")
 
 
 def _encode(a: Tensor, b: Tensor, options: QuantizeOptions) -> Pair:
