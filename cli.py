@@ -441,6 +441,7 @@ def prune(
     calibration: Calibrate = [],  # noqa: B006
     windows: CalibrationWindows = 128,
     window: CalibrationWindow = 256,
+    allocate: Annotated[bool, typer.Option("--allocate", help="a sparsity for each layer, by what it costs the predictions on the text")] = False,
     reconstruct: Annotated[
         str | None, typer.Option("--reconstruct", metavar="block|sublayer|linear", help="train a little of each until it computes again what it did")
     ] = None,
@@ -458,11 +459,11 @@ def prune(
     from mergekit_plus.recipe import check
     from prune import PRUNERS
 
-    used = structured or reconstruct or (method in list(PRUNERS) and PRUNERS[method].calibrated)  # the text may be for --retrain alone
+    used = structured or reconstruct or allocate or (method in list(PRUNERS) and PRUNERS[method].calibrated)  # the text may be for --retrain alone
     step = {
         "sparsity": sparsity, "pattern": pattern, "method": method, "scope": scope, "seed": seed, "exclude": exclude, "include": include,
         "structured": _shares(structured), "mask": "mask" if mask else None, "of": "model", "reconstruct": reconstruct,
-        **_calibration(calibration if used or not retrain else [], windows, window, seed), **_settings(set_),
+        "allocate": allocate, **_calibration(calibration if used or not retrain else [], windows, window, seed), **_settings(set_),
     }  # fmt: skip
     steps: list[dict[str, Any]] = [{"prune": step}]
     if retrain is not None:

@@ -361,6 +361,7 @@ class PruneStep(BaseModel):
     method: str = "magnitude"
     scope: str | None = None
     calibration: CalibrationOptions | None = None  # a text, for methods that look at the inputs of layers
+    allocate: bool = False  # a sparsity for each layer, measured on the text
     reconstruct: RepairOptions | None = None  # or its granularity alone: block, sublayer, linear
     seed: int = 0
     exclude: list[str] = Field(default_factory=list)
@@ -393,9 +394,11 @@ class PruneStep(BaseModel):
         elif self.structured is not None:
             yield from (f"prune: {problem}" for problem in structured_problems(self.structured))
         elif self.mask is None:
-            text, repaired = self.calibration is not None, self.reconstruct is not None
+            text, repaired = self.calibration is not None, self.reconstruct is not None or self.allocate
             for problem in problems(self.sparsity, self.pattern, self.method, self.scope, self.model_extra or {}, text, repaired):
                 yield f"prune: {problem}"
+        if self.allocate and (self.sparsity is None or self.reconstruct is not None or self.scope in ("block", "global")):
+            yield "prune: allocate deals out a sparsity to layers that are compared within rows or tensors, and goes without reconstruct"
         if self.reconstruct is not None:
             if self.mask is not None or self.structured is not None:
                 yield "prune: reconstruct goes with a sparsity or a pattern"
@@ -418,7 +421,12 @@ class PruneStep(BaseModel):
             result = shrink(source, self.structured) if ids is None else shrink_on(source, ids, self.structured, options)
         else:
             asked = Sparsity.of(self.sparsity, self.pattern), self.method, self.scope, self.model_extra or {}, options
-            result = prune(source, *asked) if ids is None else prune_on(source, ids, *asked, self._repair())
+            if self.allocate and ids is not None:
+                from .sparsities import prune_allocated
+
+                result = prune_allocated(source, ids, *asked)
+            else:
+                result = prune(source, *asked) if ids is None else prune_on(source, ids, *asked, self._repair())
         return replace(result, notes=(*result.notes, *notes))
 
     def _repair(self) -> Any:
