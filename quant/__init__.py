@@ -2,6 +2,7 @@
 
 from .formats import FORMATS, Format, decode, read_config
 from .gptq import gptq
+from .hqq import hqq
 from .quantized import Quantized, Scheme, dequantize
 from .quantizer import QUANTIZERS, Quantizer, quantizer
 from .rtn import rtn
@@ -15,6 +16,7 @@ __all__ = [
     "Scheme",
     "decode",
     "dequantize",
+    "hqq",
     "gptq",
     "quantizer",
     "read_config",
