@@ -253,6 +253,7 @@ def quantize(
         Literal["block", "layer"], typer.Option("--order", help="layer: measure what stands behind other layers of a block again after these")
     ] = "block",
     moments: Annotated[str | None, typer.Option("--moments", metavar="FILE", help="what `compress calibrate` wrote, in place of a text")] = None,
+    rotate: Annotated[bool, typer.Option("--rotate", help="write the residual stream in another basis first: fewer outliers, the same function")] = False,
 ) -> None:
     """Quantize a model's linear layers: `compress quantize --bits 4` in its folder; `--method gptq --calibration text.txt` looks at their inputs."""
     digests = None if how.resume else _hash_early(model)
@@ -260,7 +261,7 @@ def quantize(
 
     step = {
         "bits": bits, "group_size": group_size, "symmetric": not asymmetric, "method": method, "format": format_, "exclude": exclude, "include": include,
-        "order": order, **_calibration(calibration, windows, window, seed), **_settings(set_),
+        "order": order, **({"rotate": True} if rotate else {}), **_calibration(calibration, windows, window, seed), **_settings(set_),
     }  # fmt: skip
     inputs = {"model": model}
     if moments is not None:

@@ -3,11 +3,12 @@
     python benchmarks/quantize_quality.py --model MODEL --calibration TRAIN.txt --test TEST.txt --methods rtn gptq hqq \\
         --llmcompressor VENV/bin/python --gptqmodel VENV/bin/python --autoround VENV/bin/python --hqq VENV/bin/python --cache results.jsonl
 
-A method is a name of the registry with options after commas (`gptq,act_order=false`; `order=layer` and `cross=true` are of the calibration). A peer whose
-interpreter is not given is left out; each has a driver in benchmarks/peers and runs with its own defaults. Everybody quantizes the linear layers of the
-blocks, symmetric but for HQQ, in groups of the same size, and calibrates on the same windows of token ids, drawn anew for each draw. Each result is
-decoded to dense weights, a peer's by the peer, and measured by `evaluate.perplexity`. Seconds are those of quantizing alone, wall and processor; ours
-hold reading, packing and writing the file as well. Every result goes into the cache at once, and what is there is not computed again.
+A method is a name of the registry, after `rotate+` for a rotated model, with options after commas (`gptq,act_order=false`; `order=layer` and `cross=true`
+are of the calibration, `asymmetric=true` is of the scheme). A peer whose interpreter is not given is left out; each has a driver in benchmarks/peers and runs
+with its own defaults. Everybody quantizes the linear layers of the blocks, symmetric but for HQQ, in groups of the same size, and calibrates on the same
+windows of token ids, drawn anew for each draw. Each result is decoded to dense weights, a peer's by the peer, and measured by `evaluate.perplexity`.
+Seconds are those of quantizing alone, of the processor and, in the JSON, of the clock; ours hold reading, packing and writing the file as well. Every
+result goes into the cache at once, and what is there is not computed again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from mergekit_plus.model import describe
 from quant import QUANTIZERS, Scheme
 from quant.calibrated import Calibration
 from quant.plan import dequantize, quantize
+from quant.rotate import rotate
 
 DRIVERS = Path(__file__).parent / "peers"
 # label: the driver, the method, the interpreter's option, whether it calibrates
@@ -81,7 +84,9 @@ class Bench:
         return {"ppl": self.perplexity(dense), "bytes": nbytes, "bits": bits, "seconds": seconds, "cpu_seconds": processor}
 
     def ours(self, what: str, scheme: Scheme, ids: torch.Tensor | None) -> dict[str, Any]:
-        method, source, given = self.parse(what)
+        method, rotated, given = parse(what)
+        source = rotate(self.model) if rotated else self.model
+        scheme = replace(scheme, symmetric=not given.pop("asymmetric", False))
         own = {name: given.pop(name) for name in OF_CALIBRATION if name in given}
         calibration = None if ids is None else Calibration(ids, **own)
         with tempfile.TemporaryDirectory() as folder:
@@ -91,11 +96,6 @@ class Bench:
             wall, processor = time.perf_counter() - wall, time.process_time() - processor
             nbytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
             return self.facts(dequantize(Checkpoint.open(out)), nbytes, wall, processor)
-
-    def parse(self, what: str) -> tuple[str, Checkpoint, dict[str, Any]]:
-        """A method as it is written on the command line: its name, the model that it quantizes, its options."""
-        name, *options = what.split(",")
-        return name, self.model, {key: yaml.safe_load(value) for key, value in (option.split("=") for option in options)}
 
     def peer(self, label: str, interpreter: str, scheme: Scheme, ids: torch.Tensor) -> dict[str, Any]:
         driver, method, _, _ = PEERS[label]
@@ -128,7 +128,7 @@ class Bench:
         for bits in self.options.bits:
             scheme = Scheme(bits, self.options.group_size)
             for what in self.options.methods:
-                draws = self.draws if QUANTIZERS[self.parse(what)[0]].calibrated else [None]
+                draws = self.draws if QUANTIZERS[parse(what)[0]].calibrated else [None]
                 found.setdefault(what, {})[bits] = [
                     self.remember(f"{what} W{bits} {size} {f'{window} draw {number}' if ids is not None else 'no text'}",
                                   lambda what=what, scheme=scheme, ids=ids: self.ours(what, scheme, ids))
@@ -171,17 +171,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unquantized = bench.remember("unquantized", lambda: {"ppl": bench.perplexity(bench.model)})
     rows = bench.rows()
     widths = options.bits
-    print(f"| method | {' | '.join(f'W{bits}' for bits in widths)} | bits a weight | seconds | CPU seconds |\n|---|{'---|' * (len(widths) + 3)}")
-    print(f"| unquantized | {' | '.join([format(unquantized['ppl'], '.2f')] * len(widths))} | 16 | | |")
+    print(f"| method | {' | '.join(f'W{bits}' for bits in widths)} | bits a weight | CPU seconds |\n|---|{'---|' * (len(widths) + 2)}")
+    print(f"| unquantized | {' | '.join([format(unquantized['ppl'], '.2f')] * len(widths))} | 16 | |")
     for label, by_bits in rows.items():
         cells = [cell([one["ppl"] for one in by_bits[bits]]) for bits in widths]
         own = ", ".join(f"{by_bits[bits][0]['bits']:.2f}" for bits in widths)
-        times = [statistics.mean(one[which] for found in by_bits.values() for one in found) for which in ("seconds", "cpu_seconds")]
-        print(f"| {label} | {' | '.join(cells)} | {own} | {times[0]:.1f} | {times[1]:.1f} |")
+        seconds = statistics.mean(one["cpu_seconds"] for found in by_bits.values() for one in found)
+        print(f"| {label} | {' | '.join(cells)} | {own} | {seconds:.1f} |")
     versions = {name: version for by_bits in rows.values() for found in by_bits.values() for one in found for name, version in one.get("versions", {}).items()}
     print("\n" + ", ".join(f"{name} {version}" for name, version in versions.items() if name not in ("torch", "transformers")))
     if options.json:
         options.json.write_text(json.dumps({"unquantized": unquantized, "rows": rows}, indent=1))
+
+
+def parse(what: str) -> tuple[str, bool, dict[str, Any]]:
+    """A method as it is written on the command line: its name, whether the model is rotated, its options."""
+    name, *options = what.split(",")
+    given = {key: yaml.safe_load(value) for key, value in (option.split("=") for option in options)}
+    return name.removeprefix("rotate+"), name.startswith("rotate+"), given
 
 
 def cell(values: list[float]) -> str:

@@ -190,6 +190,7 @@ class QuantizeStep(BaseModel):
     calibration: CalibrationOptions | None = None  # a text, for methods that look at the inputs of layers
     order: Literal["block", "layer"] = "block"  # measure a block's layers once, or those behind others again after these were quantised
     moments: str | None = None  # in place of a text, an input: what `compress calibrate` wrote
+    rotate: bool = False  # write the residual stream in another basis first
     of: str | None = None  # an input; by default what the step before made, or the only input
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
@@ -200,6 +201,8 @@ class QuantizeStep(BaseModel):
             yield f"quantize: {problem}"
         if given > 1:
             yield "quantize: give a calibration text, or moments that were measured on one, not both"
+        if self.rotate and self.moments is not None:
+            yield "quantize: moments were measured on the model as it was; a rotated one needs a calibration text"
         named = [name for name in (self.of, self.moments) if name is not None]
         yield from (f"quantize: {problem}" for problem in not_inputs(named, inputs))
 
@@ -207,9 +210,11 @@ class QuantizeStep(BaseModel):
         from quant.calibrated import Calibration
         from quant.plan import quantize
         from quant.quantized import Scheme
+        from quant.rotate import rotate
 
         scheme = Scheme(self.bits, self.group_size, self.symmetric)
         source = inputs[self.of] if self.of else only_input({name: model for name, model in inputs.items() if name != self.moments}, previous, "quantize")
+        source = rotate(source) if self.rotate else source
         calibration: Calibration | None = None
         notes: list[str] = []
         if self.moments is not None:
