@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
@@ -218,6 +219,39 @@ def extract(
         _print({**outcome_facts(outcome), "kept": [asdict(tensor) for tensor in report]}, kept_lines(report) + outcome_lines(outcome), how.as_json)
 
 
+@adapter.command("quantize")
+@writes("max_shard_size", "device")
+def quantize_adapter(
+    *,
+    how: Writing,
+    adapter: Annotated[str, typer.Argument(help="a LoRA adapter: a folder as peft writes it, or org/name")],
+    bits: Annotated[int, typer.Option("--bits", help="1, 2, 3, 4 or 8 bits for each number in the factors")] = 4,
+    codebook: Annotated[str, typer.Option("--codebook", help="l2 (Lloyd-Max) or k-median (the 1-bit adapters of arXiv 2307.16867)")] = "l2",
+    scale: Annotated[str, typer.Option("--scale", help="what shares a scale: tensor, component (row of A, column of B) or group (of 128)")] = "component",
+    gauge: Annotated[str, typer.Option("--gauge", help="how B A is shared out before it is coded: balanced, svd, or none (as it is)")] = "balanced",
+    refit: Annotated[bool, typer.Option("--refit/--no-refit", help="fit codes and scales to the product B A")] = True,
+) -> None:
+    """Bring a LoRA adapter to a few bits, packed: `compress adapter quantize ./code-lora --bits 1`."""
+    from mergekit_plus.recipe import check
+
+    step = {"bits": bits, "codebook": codebook, "scale": scale, "gauge": gauge, "refit": refit}
+    recipe = check({"inputs": {"adapter": adapter}, "steps": [{"quantize_adapter": step}]}, Path(), "compress adapter quantize")
+    _carry_out(recipe, how, _beside(adapter, f"{bits}bit", "folder"))
+
+
+@adapter.command()
+@writes("max_shard_size", "device")
+def expand(
+    *,
+    how: Writing,
+    adapter: Annotated[str, typer.Argument(help="a packed adapter")],
+) -> None:
+    """Turn a packed adapter into an ordinary one, which peft and vLLM load."""
+    from mergekit_plus.recipe import check
+
+    _carry_out(check({"inputs": {"adapter": adapter}}, Path(), "compress adapter expand"), how, _beside(adapter, "expanded", "folder"))
+
+
 @app.command()
 @writes("device")
 def moe(
@@ -237,11 +271,15 @@ def quantize(
     *,
     how: Writing,
     model: Model = ".",
-    bits: Annotated[int, typer.Option("--bits", help="2, 3, 4, 5, 6 or 8 bits a weight")] = 4,
-    group_size: Annotated[int, typer.Option("--group-size", help="weights that share a scale; 0 for a whole output row")] = 128,
+    bits: Annotated[int | None, typer.Option("--bits", help="2 to 8 bits a weight (default: 4)")] = None,
+    group_size: Annotated[int | None, typer.Option("--group-size", help="weights that share a scale; 0 for a whole output row (default: 128)")] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="with zero points")] = False,
+    scheme: Annotated[str | None, typer.Option("--scheme", help="W8A8, FP8, FP8_BLOCK, NVFP4 or MXFP4, in place of bits and groups")] = None,
+    allocation: Annotated[Path | None, typer.Option("--allocation", metavar="FILE", help="bits.yaml of `compress allocate`: a scheme for each layer")] = None,
     method: Annotated[str, typer.Option("--method", "-m", help="see `compress methods`")] = "rtn",
-    format_: Annotated[str, typer.Option("--format", help="pack-quantized (compressed-tensors), or dense: the dequantized weights")] = "pack-quantized",
+    format_: Annotated[
+        str | None, typer.Option("--format", help="pack-quantized (compressed-tensors, by default), gptq, gptq_v2, or dense: the dequantized weights")
+    ] = None,
     set_: Set = [],  # noqa: B006
     exclude: Exclude = [],  # noqa: B006
     include: Include = [],  # noqa: B006
@@ -259,16 +297,101 @@ def quantize(
     digests = None if how.resume else _hash_early(model)
     from mergekit_plus.recipe import check
 
+    bits = 4 if bits is None and scheme is None and allocation is None else bits
+    weights = {
+        "bits": bits, "group_size": group_size, "symmetric": False if asymmetric else None, "scheme": scheme, "allocation": allocation and str(allocation),
+    }  # fmt: skip
     step = {
-        "bits": bits, "group_size": group_size, "symmetric": not asymmetric, "method": method, "format": format_, "exclude": exclude, "include": include,
-        "order": order, **({"rotate": True} if rotate else {}), **_calibration(calibration, windows, window, seed), **_settings(set_),
+        **{key: value for key, value in weights.items() if value is not None}, "method": method, "format": format_, "exclude": exclude, "include": include,
+        **({"rotate": True} if rotate else {}), **_calibration(calibration, windows, window, seed, order=order), **_settings(set_),
     }  # fmt: skip
     inputs = {"model": model}
     if moments is not None:
         inputs["moments"], step["moments"], step["of"] = moments, "moments", "model"
     recipe = check({"inputs": inputs, "steps": [{"quantize": step}]}, Path(), "compress quantize")
-    default = _beside(model, f"{bits}bit-dense", "file") if format_ == "dense" else _beside(model, f"{bits}bit", "folder")
+    what = scheme.lower() if scheme else "mixed" if allocation is not None else f"{bits}bit"
+    default = _beside(model, f"{what}-dense", "file") if format_ == "dense" else _beside(model, what, "folder")
     _carry_out(recipe, how, default, digests)
+
+
+@app.command()
+@writes("allow_nonfinite")
+def calibrate(
+    *,
+    how: Writing,
+    model: Model = ".",
+    text: Annotated[list[str], typer.Option("--text", "-t", metavar="FILE", help="text to flow through the model: .txt, .jsonl, a folder; may be repeated")],
+    windows: CalibrationWindows = 128,
+    window: CalibrationWindow = 256,
+    seed: CalibrationSeed = 0,
+) -> None:
+    """Measure the inputs of a model's linear layers on a text, for any number of `compress quantize --moments`."""
+    from mergekit_plus.recipe import check
+
+    step = _calibration(text, windows, window, seed)
+    recipe = check({"inputs": {"model": model}, "steps": [{"calibrate": step}]}, Path(), "compress calibrate")
+    _carry_out(recipe, how, _beside(model, "moments", "file").with_suffix(".safetensors"))
+
+
+@app.command()
+def allocate(
+    model: Model = ".",
+    bits_per_weight: Annotated[float | None, typer.Option("--bits-per-weight", help="budget: stored bits of a quantized weight, scales and all")] = None,
+    size: Annotated[str | None, typer.Option("--size", help="budget: bytes of the weight files, as in 8.1MB, with all that is not quantized")] = None,
+    max_loss: Annotated[float | None, typer.Option("--max-loss", help="fewest bits within this KL, nats a token")] = None,
+    choices: Annotated[str, typer.Option("--choices", help="bits to choose from; 4g32: with a group size of its own, 4a: asymmetric")] = "2,3,4,6,8",
+    group_size: Annotated[int, typer.Option("--group-size", help="weights that share a scale; 0 for a whole output row")] = 128,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="with zero points")] = False,
+    calibration: Calibrate = [],  # noqa: B006
+    windows: CalibrationWindows = 24,
+    window: CalibrationWindow = 256,
+    seed: CalibrationSeed = 0,
+    sensitivity: Annotated[Literal["kl", "fisher", "gram"], typer.Option("--sensitivity", help="how a layer's loss is measured")] = "kl",
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="the choice of all other layers while one is measured, or dense (default: the middle choice)")
+    ] = None,
+    method: Annotated[str, typer.Option("--method", "-m", help="see `compress methods`")] = "rtn",
+    format_: Annotated[str, typer.Option("--format", help="what will be stored: pack-quantized, ...")] = "pack-quantized",
+    set_: Set = [],  # noqa: B006
+    exclude: Exclude = [],  # noqa: B006
+    candidates: Annotated[int, typer.Option("--candidates", min=1, help="allocations that are measured on held-out windows")] = 8,
+    sensitivities: Annotated[Path | None, typer.Option("--sensitivities", help="file of losses: read where it exists, else written")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="picture of the bits of each layer: .svg, .png or .pdf (needs matplotlib)")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="file to write")] = Path("bits.yaml"),
+    overwrite: Overwrite = False,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Give each layer the bits that it needs, within a budget, provably: `compress allocate --bits-per-weight 3.5 --calibration text.txt`."""
+    from mergekit_plus.calibration.options import CalibrationOptions
+    from mergekit_plus.checkpoint.shards import parse_size
+    from mergekit_plus.compare import check_picture
+    from mergekit_plus.errors import OptionError
+    from mergekit_plus.progress import on
+    from mergekit_plus.show import allocation_lines
+    from quant.allocation import AllocateOptions, allocate_bits, facts, parse_choice, parse_choices
+    from quant.mixed import Budget
+
+    if not calibration:
+        raise OptionError("allocate measures on a text: give one with --calibration FILE")
+    if plot is not None:
+        check_picture(plot)
+    text = CalibrationOptions(texts=calibration, windows=windows, window=window, seed=seed)
+    for problem in text.problems(Path()):
+        raise OptionError(problem)
+    dense = reference is None or reference == "dense"
+    options = AllocateOptions(
+        Budget(bits_per_weight, parse_size(size) if size else None, max_loss), parse_choices(choices, group_size, not asymmetric), text, sensitivity,
+        reference if dense else parse_choice(str(reference), group_size, not asymmetric), method, _settings(set_), format_, tuple(exclude), candidates,
+        sensitivities, overwrite, device,
+    )  # fmt: skip
+    written = allocate_bits(_open(model), options, out, on())
+    if plot is not None:
+        from mergekit_plus.bits_plot import draw_bits
+
+        draw_bits(written.table.groups, written.table.choices, written.result.chosen.selection, plot)
+    found = facts(written)
+    _print(found, allocation_lines(found), as_json)
 
 
 @app.command()
@@ -278,11 +401,120 @@ def dequantize(
     how: Writing,
     model: Model = ".",
 ) -> None:
-    """Turn a packed (compressed-tensors) model back into a dense one."""
+    """Turn a packed model (compressed-tensors, GPTQ, AWQ) back into a dense one."""
     from mergekit_plus.recipe import check
 
     recipe = check({"inputs": {"model": model}, "steps": [{"dequantize": {}}]}, Path(), "compress dequantize")
     _carry_out(recipe, how, _beside(model, "dense", "file"))
+
+
+@app.command()
+@writes("device", "allow_nonfinite")
+def convert(
+    *,
+    how: Writing,
+    model: Model = ".",
+    to: Annotated[str, typer.Option("--to", help="pack-quantized, gptq, gptq_v2 or int-quantized")],
+) -> None:
+    """Store a packed model in another format, code for code: `compress convert MODEL --to gptq`."""
+    from mergekit_plus.recipe import check
+
+    recipe = check({"inputs": {"model": model}, "steps": [{"convert": {"to": to}}]}, Path(), "compress convert")
+    _carry_out(recipe, how, _beside(model, to, "folder"))
+
+
+@app.command()
+@writes()
+def prune(
+    *,
+    how: Writing,
+    model: Model = ".",
+    sparsity: Annotated[float | None, typer.Option("--sparsity", help="share of zeros, as in 0.5")] = None,
+    pattern: Annotated[str | None, typer.Option("--pattern", metavar="N:M", help="at most n weights that are not zero in every m inputs, as in 2:4")] = None,
+    structured: Annotated[
+        str | None, typer.Option("--structured", metavar="mlp=SHARE,heads=SHARE", help="take neurons and heads out whole: a smaller ordinary model")
+    ] = None,
+    mask: Annotated[str | None, typer.Option("--mask", help="zeros where this has them: masks saved by --masks, or a pruned model")] = None,
+    masks: Annotated[Path | None, typer.Option("--masks", help="write the masks too, one bit a weight, to this .safetensors file")] = None,
+    method: Annotated[str, typer.Option("--method", "-m", help="see `compress methods`")] = "magnitude",
+    scope: Annotated[str | None, typer.Option("--scope", help="what is compared: row, tensor, block or global (default: the method's own)")] = None,
+    calibration: Calibrate = [],  # noqa: B006
+    windows: CalibrationWindows = 128,
+    window: CalibrationWindow = 256,
+    reconstruct: Annotated[
+        str | None, typer.Option("--reconstruct", metavar="block|sublayer|linear", help="train a little of each until it computes again what it did")
+    ] = None,
+    retrain: Annotated[
+        str | None, typer.Option("--retrain", metavar="VARIANT,...", help="then retrain these on the calibration text, as `compress retrain` does")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="of the method that draws at random; moves the windows of the calibration text")] = 0,
+    set_: Set = [],  # noqa: B006
+    exclude: Exclude = [],  # noqa: B006
+    include: Include = [],  # noqa: B006
+) -> None:
+    """Set the least important weights to zero, or take out neurons and heads: `compress prune MODEL --sparsity 0.5`."""
+    digests = None if how.resume else _hash_early(model)
+    from mergekit_plus.errors import OptionError
+    from mergekit_plus.recipe import check
+    from prune import PRUNERS
+
+    used = structured or reconstruct or (method in list(PRUNERS) and PRUNERS[method].calibrated)  # the text may be for --retrain alone
+    step = {
+        "sparsity": sparsity, "pattern": pattern, "method": method, "scope": scope, "seed": seed, "exclude": exclude, "include": include,
+        "structured": _shares(structured), "mask": "mask" if mask else None, "of": "model", "reconstruct": reconstruct,
+        **_calibration(calibration if used or not retrain else [], windows, window, seed), **_settings(set_),
+    }  # fmt: skip
+    steps: list[dict[str, Any]] = [{"prune": step}]
+    if retrain is not None:
+        if not calibration:
+            raise OptionError("--retrain trains on a text: give it with --calibration")
+        steps.append({"retrain": {"train": retrain, "text": calibration, "seed": seed}})
+    recipe = check({"inputs": {"model": model, **({"mask": mask} if mask else {})}, "steps": steps}, Path(), "compress prune")
+    default = _beside(model, "smaller" if structured else "pruned", "folder" if structured else "file")
+    _carry_out(recipe, how, default, digests)
+    if masks is not None and not how.dry_run:
+        from mergekit_plus.checkpoint import SaveOptions, save
+        from prune.plan import PruneOptions, masks_of
+
+        save(masks_of(_open(str(how.out or default)), PruneOptions(tuple(exclude))), masks, SaveOptions(how.overwrite))
+
+
+@app.command()
+@writes()
+def retrain(
+    *,
+    how: Writing,
+    model: Model = ".",
+    train: Annotated[str, typer.Option("--train", metavar="VARIANT,...", help="what trains: biases, norms, head, mask_lora, ...; see `compress methods`")],
+    text: Annotated[list[Path], typer.Option("--text", "-t", help="text to train on; may be repeated")],
+    steps: Annotated[int, typer.Option("--steps", help="steps of the optimiser")] = 200,
+    lr: Annotated[float | None, typer.Option("--lr", help="largest learning rate (default 0.001)")] = None,
+    tune_lr: Annotated[bool, typer.Option("--tune-lr", help="find the learning rate on a part of the text")] = False,
+    rank: Annotated[int | None, typer.Option("--rank", help="rank of low-rank updates (default 16)")] = None,
+    window: Annotated[int | None, typer.Option("--window", min=2, help="tokens in a window (default 256, or what the model takes)")] = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", help="model whose predictions are the goal, as a rule the one before pruning")] = None,
+    distill: Annotated[float, typer.Option("--distill", min=0, max=1, help="the teacher's part of the loss; the rest is the text's")] = 1.0,
+    allow_densify: Annotated[bool, typer.Option("--allow-densify", help="allow a variant that brings pruned weights back")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="seed of the start and of the order of the text")] = 0,
+    set_: Set = [],  # noqa: B006
+) -> None:
+    """Retrain a few parameters of a pruned model, which stays as sparse: `compress retrain MODEL --train norms,mask_lora --text FILE`."""
+    digests = None if how.resume else _hash_early(model, *([teacher] if teacher else []))
+    from mergekit_plus.recipe import check
+
+    step = {
+        "train": train, "text": [str(path) for path in text], "window": window, "teacher": "teacher" if teacher else None, "distill": distill,
+        "tune_lr": tune_lr, "allow_densify": allow_densify, "of": "model", "steps": steps, "seed": seed,
+        **({"lr": lr} if lr is not None else {}), **({"rank": rank} if rank is not None else {}), **_settings(set_),
+    }  # fmt: skip
+    recipe = check({"inputs": {"model": model, **({"teacher": teacher} if teacher else {})}, "steps": [{"retrain": step}]}, Path(), "compress retrain")
+    if (local := os.environ.get("LOCAL_RANK")) and how.device == "cuda":  # torchrun: a card for each process
+        how = replace(how, device=f"cuda:{local}")
+    if int(os.environ.get("RANK", 0)):
+        from mergekit_plus.recipe import help_with
+
+        return None if how.dry_run else help_with(recipe, _execution(how, None, digests))
+    _carry_out(recipe, how, _beside(model, "retrained", "folder"), digests)
 
 
 @app.command()
@@ -336,7 +568,7 @@ def verify(
     inputs: Annotated[bool, typer.Option("--inputs", help="check the files that it was made of too, where they were then")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compare an output with its manifest; exit code 1 when a file is missing or not what was written."""
+    """Compare an output with its manifest, and packed weights with config.json; exit code 1 when a file is not what was written, or would be loaded wrongly."""
     from dataclasses import asdict
 
     from mergekit_plus.progress import on
@@ -345,7 +577,7 @@ def verify(
 
     facts = asdict(check(out, inputs, on()))
     _print(facts, verification_lines(facts), as_json)
-    if facts["problems"]:
+    if facts["problems"] or facts["wrong"]:
         raise typer.Exit(1)
 
 
@@ -397,7 +629,7 @@ def compare(
 
 @app.command()
 def methods(name: Annotated[str | None, typer.Argument(help="one method, with its options")] = None, as_json: Json = False) -> None:
-    """List merge methods and quantizers with their options."""
+    """List merge methods, quantizers and pruners with their options."""
     from mergekit_plus.listing import list_methods
     from mergekit_plus.show import method_lines
 
@@ -499,9 +731,14 @@ def _settings(assignments: list[str]) -> dict[str, Any]:
     return settings
 
 
-def _calibration(texts: list[str], windows: int, window: int, seed: int) -> dict[str, Any]:
+def _shares(given: str | None) -> dict[str, Any] | None:
+    """`mlp=0.25,heads=0.5` by name."""
+    return None if given is None else _settings(given.split(","))
+
+
+def _calibration(texts: list[str], windows: int, window: int, seed: int, **more: Any) -> dict[str, Any]:
     """The `calibration` key of a step; nothing where no text is given."""
-    return {"calibration": {"texts": texts, "windows": windows, "window": window, "seed": seed}} if texts else {}
+    return {"calibration": {"texts": texts, "windows": windows, "window": window, "seed": seed, **more}} if texts else {}
 
 
 def _distinct(refs: list[str]) -> dict[str, str]:

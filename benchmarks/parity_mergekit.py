@@ -20,7 +20,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +131,12 @@ def settled(options: dict[str, Any], tensors: Sequence[Tensor], models: int) -> 
 def ours(method: str, base: Tensor | None, models: Sequence[Tensor], options: dict[str, Any], seed: int = 0) -> Tensor:
     """Our result in the working dtype."""
     from mergekit_plus.merge import METHODS
-    from mergekit_plus.merge.noise import Noise
+    from mergekit_plus.noise import Noise
 
     class Whole:
         size = models[0].numel()
 
-        def map(self, function: Callable[[Tensor | None, Sequence[Tensor]], Any], sample: bool = False) -> list[Any]:
+        def map(self, function: Callable[[Tensor | None, Sequence[Tensor]], Any], sample: bool = False, only: Collection[int] | None = None) -> list[Any]:
             return [function(base, models)]
 
     chosen = METHODS[method]

@@ -10,7 +10,7 @@ from types import ModuleType
 
 def main() -> None:
     """Run the program, unless one of its top-level packages is somebody else's."""
-    for name in ("quant",):
+    for name in ("quant", "prune"):
         foreign = _foreign(name)
         if foreign:
             sys.exit(

@@ -322,6 +322,8 @@ def _unpacked(checkpoint: Checkpoint, name: str) -> int:
                 return read.numel
     if f"{module}.weight_shape" in checkpoint.specs:
         return int(checkpoint.read(f"{module}.weight_shape").prod())
+    if f"{module}.g_idx" in checkpoint.specs:  # of any width: its groups are those of the inputs
+        return checkpoint.specs[f"{module}.g_idx"].rows * spec.shape[1]
     return spec.nbytes * 8 // _bits(checkpoint.config.get("quantization_config"))
 
 

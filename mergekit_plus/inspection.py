@@ -6,7 +6,9 @@ from collections import Counter
 from typing import Any
 
 from .checkpoint import Checkpoint
+from .checkpoint.folder import ADAPTER_CONFIG, ADAPTER_QUANT, DELTA_QUANT
 from .checkpoint.inputs import input_files
+from .checkpoint.layout import file_inputs
 from .checkpoint.spec import natural_order
 from .evaluate import size
 from .model import describe, quantized_reason
@@ -35,6 +37,7 @@ def inspect(checkpoint: Checkpoint, tensors: bool = False) -> dict[str, Any]:
         "fused": sorted({" + ".join(name.rsplit(".", 2)[-2] for name in group[:8]) for group in roles.fused}),
         "tied": [list(names) for names in roles.tied],
         "quantized": quantized_reason(checkpoint),
+        "packed": _packed(checkpoint),
     }
     if tensors:
         facts["list"] = [
@@ -42,3 +45,15 @@ def inspect(checkpoint: Checkpoint, tensors: bool = False) -> dict[str, Any]:
             for name in sorted(specs, key=natural_order)
         ]
     return facts
+
+
+def _packed(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """How what was opened lies on the disk, where it is expanded from a few bits."""
+    if not {ADAPTER_CONFIG, DELTA_QUANT} & checkpoint.files.keys():
+        return None
+    for part, source in file_inputs(checkpoint):
+        for sidecar in (ADAPTER_QUANT, DELTA_QUANT):
+            if said := part.json_file(sidecar):
+                size = sum({blob.place: blob.size for blob, _ in source.places.values()}.values())
+                return {"bytes": size, "bits": said["bits"], "codebook": said["codebook"], "scale": said["scale"]}
+    return None

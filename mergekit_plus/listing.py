@@ -1,4 +1,4 @@
-"""The registries as data: every method and quantiser with its options."""
+"""The registries as data: every method, quantiser and pruner with its options."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from .errors import OptionError, nearest
 
 
 def list_methods(name: str | None = None) -> dict[str, Any]:
-    """Merge methods and quantisers by name, or the one that is asked for.
+    """Merge methods, quantisers, pruners and retraining variants by name, or the one that is asked for.
 
     Errors: OptionError for an unknown name.
     """
+    from prune import PRUNERS
+    from prune.perp import VARIANTS
     from quant import QUANTIZERS
 
     from .merge import METHODS, MergeMethod
 
     found: dict[str, Any] = {}
-    for kind, entries in ((METHODS.kind, METHODS), (QUANTIZERS.kind, QUANTIZERS)):
+    for kind, entries in ((registry.kind, registry) for registry in (METHODS, QUANTIZERS, PRUNERS, VARIANTS)):
         for key, entry in entries.items():
             options = [
                 {

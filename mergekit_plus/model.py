@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from .checkpoint.checkpoint import Checkpoint
-from .checkpoint.folder import ADAPTER_CONFIG
+from .checkpoint.folder import ADAPTER_CONFIG, DELTA_QUANT
 from .checkpoint.spec import TensorSpec, natural_order
 from .errors import CheckpointError
 
@@ -192,16 +192,18 @@ def quantized_reason(checkpoint: Checkpoint) -> str | None:
         says = f"{checkpoint.label}: config.json says that it is quantised ({scheme or 'quantization_config'}), but its tensors are dense"
         return f"{says}; take the key 'quantization_config' out of config.json if they are right"
     mend = "use the unquantised model that it was made from"
-    if declared.get("format") == "pack-quantized":
+    if declared.get("quant_method") in ("compressed-tensors", "gptq", "awq"):
         mend = f"unpack it first with `compress dequantize {checkpoint.label}`"
     return f"{checkpoint.label} is quantised already ({f'{scheme}, ' if scheme else ''}{packed}); {mend}"
 
 
 def adapter_reason(checkpoint: Checkpoint) -> str | None:
     """Why a checkpoint is no model but an adapter, and what to do about it; None for a model."""
+    label = checkpoint.label
+    if DELTA_QUANT in checkpoint.files:
+        return f"{label} is the difference of a fine-tune, not a model; the base that it was made with and it are the model BASE+{label}"
     if ADAPTER_CONFIG not in checkpoint.files:
         return None
-    label = checkpoint.label
     return f"{label} is an adapter, not a model; a model with it applied is written MODEL+{label}, and `compress adapter merge` merges adapters"
 
 

@@ -18,6 +18,14 @@ class Progress(Protocol):
 
     def advance(self, amount: int) -> None: ...
 
+    def say(self, text: str) -> None:
+        """What stands beside the bar: a loss, a name."""
+        ...
+
+    def tell(self, line: str) -> None:
+        """A line that stays."""
+        ...
+
 
 class _Quiet:
     @contextmanager
@@ -27,21 +35,33 @@ class _Quiet:
     def advance(self, amount: int) -> None:
         pass
 
+    def say(self, text: str) -> None:
+        pass
+
+    def tell(self, line: str) -> None:
+        pass
+
 
 class _Lines(_Quiet):
     """One line a phase, for logs."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+        self.stream, self.said = stream, ""
 
     @contextmanager
     def phase(self, label: str, total: int | None, unit: str = "B", done: int = 0) -> Iterator[None]:
-        start = time.monotonic()
+        start, self.said = time.monotonic(), ""
         yield
         seconds = time.monotonic() - start
         size = "" if not total else f" {(total - done) / 1e6:.0f} MB" if unit == "B" else f" {total - done}{unit}"
         if seconds >= SHORT:
-            print(f"{label}{size and f':{size}'} in {seconds:.1f} s", file=self.stream)
+            print(f"{label}{size and f':{size}'} in {seconds:.1f} s{self.said and f', {self.said}'}", file=self.stream)
+
+    def say(self, text: str) -> None:
+        self.said = text
+
+    def tell(self, line: str) -> None:
+        print(line, file=self.stream)
 
 
 class _Bars(_Quiet):
@@ -59,6 +79,14 @@ class _Bars(_Quiet):
 
     def advance(self, amount: int) -> None:
         self._bar.update(amount)
+
+    def say(self, text: str) -> None:
+        self._bar.set_postfix_str(text, refresh=False)
+
+    def tell(self, line: str) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(line, file=self.stream)
 
 
 def quiet() -> Progress:

@@ -9,7 +9,7 @@ bracket are counted and never gathered, because the differences of 16-bit models
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -34,8 +34,9 @@ class Scan(Protocol):
         """Elements of one model."""
         ...
 
-    def map(self, function: Callable[[Tensor | None, Sequence[Tensor]], Any], sample: bool = False) -> Sequence[Any]:
-        """`function(base, models)` of every piece, in order; with `sample`, of about a sixteenth of the pieces' rows."""
+    def map(self, function: Callable[[Tensor | None, Sequence[Tensor]], Any], sample: bool = False, only: Collection[int] | None = None) -> Sequence[Any]:
+        """`function(base, models)` of every piece, in order; with `sample`, of about a sixteenth of the pieces' rows; with `only`, of the pieces with these
+        numbers."""
         ...
 
     def recall(self, compute: Callable[[], Any]) -> Any:
@@ -105,15 +106,15 @@ def _largest(scan: Scan, values: Values, counts: Sequence[int], gather: int, cap
     if all(whole):
         return [Cut(each.value, size - 1, left) for each, left in zip(found, tied, strict=True)]
 
-    def find(base: Tensor | None, models: Sequence[Tensor]) -> tuple[int, list[int]]:
+    def find(base: Tensor | None, models: Sequence[Tensor]) -> list[int]:
         rows = _rows(values(base, models))
         indices = [np.flatnonzero(row == _exact(each.value, row)) for row, each in zip(rows, found, strict=True)]
-        return rows[0].size, [int(index[place]) if place < index.size else -1 for index, (_, place) in zip(indices, places, strict=True)]
+        return [int(index[place]) if place < index.size else -1 for index, (_, place) in zip(indices, places, strict=True)]
 
-    parts = scan.map(find)
-    starts = np.cumsum([0, *(length for length, _ in parts)])
+    cut_in = sorted({piece for done, (piece, _) in zip(whole, places, strict=True) if not done})
+    indices = dict(zip(cut_in, scan.map(find, only=cut_in), strict=True))
     return [
-        Cut(each.value, size - 1 if whole[row] else int(starts[piece]) + parts[piece][1][row], left)
+        Cut(each.value, size - 1 if whole[row] else sum(each.sizes[:piece]) + indices[piece][row], left)
         for row, (each, left, (piece, _)) in enumerate(zip(found, tied, places, strict=True))
     ]
 
@@ -130,6 +131,7 @@ class _Found:
     below: int
     equal: int
     pieces: list[int]  # how many of the equal ones are in each piece
+    sizes: list[int]  # elements in each
 
 
 @dataclass
@@ -157,6 +159,7 @@ class _Counts:
     at_high: int
     kept: Row
     stride: int
+    size: int
 
 
 def _search(scan: Scan, values: Values, wanted: Sequence[tuple[int, int]], size: int, cap: int) -> list[_Found]:
@@ -212,7 +215,7 @@ def _count(row: Row, low: float, high: float, density: float) -> _Counts:
     stride = 1
     while inside > stride * (16 + density * row.size):
         stride *= 2  # powers of two, so that pieces can be brought to one stride afterwards
-    return _Counts(below, at_low, inside, at_high, kept if stride == 1 else kept[stride // 2 :: stride].copy(), stride)
+    return _Counts(below, at_low, inside, at_high, kept if stride == 1 else kept[stride // 2 :: stride].copy(), stride, row.size)
 
 
 def _narrow(target: _Target, counts: Sequence[_Counts]) -> None:
@@ -221,13 +224,14 @@ def _narrow(target: _Target, counts: Sequence[_Counts]) -> None:
     below, at_low, inside, at_high = (sum(getattr(part, name) for part in counts) for name in ("below", "at_low", "inside", "at_high"))
     left = target.rank - below
     end = target.under + target.inside
+    sizes = [part.size for part in counts]
     target.sample = target.sample[:0]
     if (left < 0 and not target.low < low) or (left >= at_low + inside + at_high and not high < target.high):
         raise ValueError("order statistics of values that are not numbers")
     if left < 0:
         target.high, target.inside = low, below - target.under
     elif left < at_low:
-        target.found = _Found(low + 0.0, below, at_low, [part.at_low for part in counts])
+        target.found = _Found(low + 0.0, below, at_low, [part.at_low for part in counts], sizes)
     elif left < at_low + inside:
         stride = max(part.stride for part in counts)
         steps = [stride // part.stride for part in counts]
@@ -238,11 +242,11 @@ def _narrow(target: _Target, counts: Sequence[_Counts]) -> None:
             value = _select(kept.copy(), [rank])[0]
             pieces = [int(np.count_nonzero(part.kept == _exact(value, part.kept))) for part in counts]
             smaller = int(np.count_nonzero(kept < _exact(value, kept)))
-            target.found = _Found(value, target.under + smaller, sum(pieces), pieces)
+            target.found = _Found(value, target.under + smaller, sum(pieces), pieces, sizes)
         else:
             target.sample = np.sort(kept)
     elif left < at_low + inside + at_high:
-        target.found = _Found(high + 0.0, below + at_low + inside, at_high, [part.at_high for part in counts])
+        target.found = _Found(high + 0.0, below + at_low + inside, at_high, [part.at_high for part in counts], sizes)
     else:
         target.low, target.under = high, below + at_low + inside + at_high
         target.inside = end - target.under

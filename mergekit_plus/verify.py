@@ -12,10 +12,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import Checkpoint
 from .checkpoint.hub import HubFolder, parse_reference, pin, way_back
 from .checkpoint.layout import is_file, manifest_name
 from .digests import sha256 as sha256_of
 from .errors import CheckpointError, ReadError
+from .model import quantized_reason
 from .progress import Progress, quiet
 
 Facts = Mapping[str, Any]  # {"bytes": size, "sha256": digits}, as a manifest has them
@@ -30,19 +32,24 @@ class Verification:
     files: int = 0
     bytes: int = 0
     problems: list[dict[str, str]] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)  # with how packed weights are described: engines would load something else
     notes: list[str] = field(default_factory=list)
 
 
 def verify(out: Path, inputs: bool = False, progress: Progress | None = None) -> Verification:
-    """Compare every file of an output with its manifest; with `inputs`, also the files that it was made of.
+    """Compare every file of an output with its manifest; with `inputs`, also the files that it was made of. Packed weights are checked against config.json;
+    those of a folder of another's, too, which has no manifest.
 
     Inputs on a disk are looked for where they were, seen from the output; inputs on the Hub are compared with what the Hub lists for their commit.
     Errors: CheckpointError where there is no manifest, or none that can be read; ReadError where the Hub cannot be asked.
     """
     progress = progress or quiet()
     path = (out.parent if is_file(out) else out) / manifest_name(out)
-    manifest = _read(path)
     found = Verification(str(out))
+    if not is_file(out) and not path.exists() and (out / "config.json").exists() and _validate(found, out):
+        found.notes.append(f"there is no {path.name}, so that only the description of its packed weights was checked")
+        return found
+    manifest = _read(path)
     checks = {name: (facts, _of_file(path.parent / name, facts)) for name, facts in manifest["outputs"].items()}
     if not is_file(out):
         extra = sorted(each.name for each in path.parent.iterdir() if each.name not in {*manifest["outputs"], path.name})
@@ -57,7 +64,22 @@ def verify(out: Path, inputs: bool = False, progress: Progress | None = None) ->
             if problem := results[name].result():
                 found.problems.append({"file": name, "problem": problem})
             progress.advance(facts["bytes"])
+    if not is_file(out) and not found.problems:
+        _validate(found, out)
     return found
+
+
+def _validate(found: Verification, folder: Path) -> bool:
+    """Check how packed weights are described; whether there are any."""
+    from quant.validate import validate
+
+    opened = Checkpoint.open(folder)
+    if quantized_reason(opened) is None:
+        return False
+    result = validate(opened)
+    found.wrong += result.problems
+    found.notes += result.warnings
+    return True
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from mergekit_plus.checkpoint import TensorSpec
 from mergekit_plus.checkpoint.finite import is_finite, nonfinite
+from mergekit_plus.errors import CheckpointError
 from mergekit_plus.moments import Moments
 
-from .formats import Format
-from .quantized import Quantized, Scheme
+from .floats import FloatScheme, round_floats
+from .formats import AnyScheme, Codes, Format
+from .quantized import Quantized
 from .quantizer import QUANTIZERS, Quantizer
 
 UNSEEN = "no text flows through it: rounded to nearest"
@@ -37,18 +39,16 @@ class Layer:
 
     name: str
     spec: TensorSpec
-    scheme: Scheme
+    scheme: AnyScheme
     writes: tuple[TensorSpec, ...]
     method: Method
 
     def quantize(self, weight: Tensor, moments: Moments | None = None) -> Quantized:
-        """A weight [out, in] in its stored dtype. By a calibrated method that is told no moments it is rounded to nearest, and the note says so.
+        """A weight [out, in] in its stored dtype, as integers. By a calibrated method that is told no moments it is rounded to nearest, and the note says so.
 
-        Errors: CheckpointError for a weight that is not finite, unless that is allowed.
+        Errors: CheckpointError as `readable`.
         """
-        method = self.method
-        if not method.allow_nonfinite and not is_finite(weight):
-            raise nonfinite(method.label, self.name, weight)
+        method, weight = self.method, self.readable(weight)
         if not method.quantizer.calibrated:
             return method.quantizer.function(weight, self.scheme, **method.arguments)
         if moments is not None:
@@ -57,7 +57,24 @@ class Layer:
         own = {name: value for name, value in method.arguments.items() if name in rtn.options.table}
         return replace(rtn.function(weight, self.scheme, **own), note=UNSEEN)
 
-    def encode(self, quantized: Quantized) -> dict[str, Tensor]:
+    def rounded(self, weight: Tensor, above: Tensor | None) -> Codes:
+        """The same for rows of a weight without a text, or as small floats, with the scale that stands above theirs."""
+        return round_floats(self.readable(weight), self.scheme, above) if isinstance(self.scheme, FloatScheme) else self.quantize(weight)
+
+    def readable(self, weight: Tensor) -> Tensor:
+        """The weight in the dtype in which the format stores scales, so that codes are chosen against the scale as stored.
+
+        Errors: CheckpointError for a weight that is not finite, or is not in that dtype, unless that is allowed.
+        """
+        method = self.method
+        if not method.allow_nonfinite and not is_finite(weight):
+            raise nonfinite(method.label, self.name, weight)
+        weight = weight.to(method.layout.dtype or weight.dtype)
+        if not method.allow_nonfinite and not is_finite(weight):
+            raise CheckpointError(f"{method.label}: {self.name} holds values that {weight.dtype} cannot, in which {method.layout.name} stores scales")
+        return weight
+
+    def encode(self, quantized: Codes) -> dict[str, Tensor]:
         """What is written, by its name."""
         prefix = self.name.removesuffix("weight")
         return {f"{prefix}{part}": tensor.to("cpu") for part, tensor in self.method.layout.encode(quantized).items()}
@@ -72,4 +89,4 @@ class Rows:
     def __call__(self, tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
         (weight,) = tensors
         with torch.no_grad():
-            return list(self.layer.encode(self.layer.quantize(weight.to(self.device))).values())
+            return list(self.layer.encode(self.layer.rounded(weight.to(self.device), measured)).values())

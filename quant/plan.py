@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,30 +10,54 @@ from typing import Any
 from torch import Tensor
 
 from mergekit_plus.checkpoint import Checkpoint, Plan, Step, TensorSpec, copy_step
+from mergekit_plus.checkpoint.scan import Measured, Scan
 from mergekit_plus.checkpoint.spec import check_patterns, matches
 from mergekit_plus.errors import CheckpointError, OptionError, nearest
-from mergekit_plus.model import ModelMap, adapter_reason, describe, quantized_reason
+from mergekit_plus.model import FUSED, ModelMap, adapter_reason, describe, quantized_reason
 
-from . import FORMATS, QUANTIZERS, Scheme, decode, read_config
-from . import dequantize as values_of
+from . import FORMATS, QUANTIZERS, Scheme
 from .calibrated import Calibration, calibration_problem, steps_for
+from .floats import FP8, FP8_BLOCK, MXFP4, NVFP4, FloatScheme, global_scale
+from .formats import AnyScheme, Format, Module, holds_codes, modules_of
+from .formats.fp4 import GLOBAL
 from .layer import Layer, Method, Rows
+from .validate import refuse
 
-PACKED = ".weight_packed"
+PRESETS: dict[str, tuple[AnyScheme, str]] = {  # what is asked for by one name: the scheme, and the format that stores it
+    "W8A8": (Scheme(8, 0), "int-quantized"), "FP8": (FP8, "float-quantized"), "FP8_BLOCK": (FP8_BLOCK, "float-quantized"),
+    "NVFP4": (NVFP4, "nvfp4-pack-quantized"), "MXFP4": (MXFP4, "mxfp4-pack-quantized"),
+}  # fmt: skip
+SECOND_CONFIGS = ("quantize_config.json", "quant_config.json")  # which say again what config.json says
 
 
 def problems(
     bits: int, group_size: int, symmetric: bool, method: str, format_name: str, options: Mapping[str, object], calibrated: bool = False
 ) -> list[str]:
     """Everything wrong with these options, a sentence each; `calibrated`: a calibration is given."""
-    found: list[str] = []
     try:
-        Scheme(bits, group_size, symmetric)
+        scheme = Scheme(bits, group_size, symmetric)
     except OptionError as error:
-        found.append(str(error))
+        return [str(error), *_problems(None, method, format_name, options, calibrated)]
+    return _problems(scheme, method, format_name, options, calibrated)
+
+
+def preset_problems(name: str, method: str, format_name: str | None, options: Mapping[str, object], calibrated: bool = False) -> list[str]:
+    """Everything wrong with a scheme asked for by its name, and with the options beside it; the format is the scheme's own where none is named."""
+    if name not in PRESETS:
+        return [f"unknown scheme '{name}'.{nearest(name, PRESETS)}", *_problems(None, method, format_name or "dense", options, calibrated)]
+    scheme, own = PRESETS[name]
+    return _problems(scheme, method, format_name or own, options, calibrated)
+
+
+def _problems(scheme: AnyScheme | None, method: str, format_name: str, options: Mapping[str, object], calibrated: bool) -> list[str]:
+    found: list[str] = []
     for registry, name in ((QUANTIZERS, method), (FORMATS, format_name)):
         if name not in list(registry):
             found.append(f"unknown {registry.kind} '{name}'.{nearest(name, registry)}")
+    if scheme is not None and format_name in list(FORMATS) and (reason := FORMATS[format_name].refuses(scheme)):
+        found.append(f"format {format_name}: {reason}")
+    if isinstance(scheme, FloatScheme) and (method != "rtn" or options):
+        found.append(f"{scheme} is rounded to the nearest number; method {method}{f' and its option {next(iter(options))}' if options else ''} is for integers")
     if method not in list(QUANTIZERS):
         return found
     if wrong := calibration_problem(QUANTIZERS[method], calibrated):
@@ -42,7 +67,7 @@ def problems(
 
 def quantize(
     checkpoint: Checkpoint,
-    scheme: Scheme | Mapping[str, Scheme],
+    scheme: AnyScheme | Mapping[str, AnyScheme],
     method: str = "rtn",
     options: Mapping[str, object] | None = None,
     format_name: str = "pack-quantized",
@@ -70,8 +95,10 @@ def quantize(
     check_patterns("--include", include, checkpoint.specs)
     kept = {name for name in checkpoint.specs if not include or matches(name, include)}
     chosen, notes = _choose(checkpoint, roles, scheme, exclude, kept)
+    _check_held(layout, method, chosen)
     _check_fit(checkpoint, chosen)
     _check_fused(roles, chosen, kept)
+    ranges = _ranges(checkpoint, [name for name, own in chosen.items() if own == NVFP4])
 
     made = Method(checkpoint.label, quantizer, arguments, layout, allow_nonfinite)
     steps: list[Step] = []
@@ -85,79 +112,87 @@ def quantize(
         own, fixed = chosen[name], layout.fixed(spec)
         prefix = name.removesuffix("weight")
         writes = layout.specs(spec, own)
-        layers.append(Layer(name, spec, own, tuple(write for write in writes if write.name.removeprefix(prefix) not in fixed), made))
-        steps += [_constant(write, fixed[write.name.removeprefix(prefix)]) for write in writes if write not in layers[-1].writes]
+        layers.append(Layer(name, spec, own, tuple(write for write in writes if write.name.removeprefix(prefix) not in (*fixed, GLOBAL)), made))
+        steps += [constant(write, fixed[part]) for write in writes if (part := write.name.removeprefix(prefix)) in fixed]
+        steps += [Step((), (write,), _global_scale, measured=ranges[name]) for write in writes if write.name == f"{prefix}{GLOBAL}"]
     if calibration is not None:
         calibrated, unseen = steps_for(checkpoint, roles, layers, calibration, device)
         steps, notes = steps + calibrated, notes + unseen
     else:
-        steps += [Step(((checkpoint, layer.name),), layer.writes, Rows(layer, device), layout.row_unit(layer.scheme)) for layer in layers]
+        for layer in layers:
+            steps.append(Step(((checkpoint, layer.name),), layer.writes, Rows(layer, device), layout.row_unit(layer.scheme), ranges.get(layer.name)))
     schemes = list(dict.fromkeys(chosen.values()))
     what = str(schemes[0]) if len(schemes) == 1 else f"{len(schemes)} schemes"
     result = Checkpoint(f"{checkpoint.label} in {what}", Plan(steps), checkpoint.files, (*checkpoint.notes, *notes))
-    config = layout.config({roles.tensors[name].module: own for name, own in chosen.items()}, _dense_modules(checkpoint, roles, chosen, kept))
+    config = layout.config({roles.tensors[name].module: own for name, own in chosen.items()}, dense_modules(checkpoint, roles, chosen, kept))
+    return refuse(with_quantization(result, layout, config))
+
+
+def with_quantization(result: Checkpoint, layout: Format, config: Mapping[str, Any] | None) -> Checkpoint:
+    """The checkpoint whose config.json says how it is quantised, and no other file says otherwise."""
+    result = replace(result, files={name: content for name, content in result.files.items() if name not in SECOND_CONFIGS})
     if config is None:
-        return result
+        return result.with_config(quantization_config=None, compression_config=None)
     if not result.config:  # a bare file: the packed tensors cannot be read without knowing how they were packed
-        result = replace(result, files={"config.json": b"{}"})
-    return result.with_config(quantization_config=config)
+        result = replace(result, files={**result.files, "config.json": b"{}"})
+    result = result.with_config(quantization_config=config, compression_config=None)
+    return replace(result, files={**result.files, layout.copy: json.dumps(config, indent=2).encode() + b"\n"}) if layout.copy else result
 
 
 def is_packed(checkpoint: Checkpoint) -> bool:
     """Whether `dequantize` has something to do."""
-    return any(name.endswith(PACKED) for name in checkpoint.specs)
+    return any(holds_codes(checkpoint, name) for name in checkpoint.specs)
 
 
 def dequantize(checkpoint: Checkpoint) -> Checkpoint:
-    """The dense checkpoint that a packed one (compressed-tensors `pack-quantized`, ours or another's) stands for, in the dtype of its scales.
+    """The dense checkpoint that a packed one, ours or another's, stands for, in the dtype of its scales (bfloat16 for FP4).
 
     Errors: CheckpointError where nothing is packed, or in a way that cannot be read.
     """
     if not is_packed(checkpoint):
-        raise CheckpointError(f"{checkpoint.label} holds no packed weights (…{PACKED}); there is nothing to dequantize")
-    scheme_of = read_config(checkpoint.config)
+        raise CheckpointError(f"{checkpoint.label} holds no packed weights (….weight_packed, ….qweight); there is nothing to dequantize")
     steps: list[Step] = []
     done: set[str] = set()
-    for name in checkpoint.specs:
-        if not name.endswith(PACKED):
-            continue
-        module = name.removesuffix(PACKED)
-        scheme = scheme_of(module)
-        parts = [part for part in ("weight_packed", "weight_scale", "weight_zero_point") if f"{module}.{part}" in checkpoint.specs]
-        if scheme is None or "weight_scale" not in parts or f"{module}.weight_shape" not in checkpoint.specs:
-            raise CheckpointError(f"{checkpoint.label}: {module} is packed, but its scheme in config.json, its scale or its shape is missing")
-        shape = tuple(int(length) for length in checkpoint.read(f"{module}.weight_shape"))
-        reads = tuple((checkpoint, f"{module}.{part}") for part in parts)
-        spec = TensorSpec(f"{module}.weight", checkpoint.specs[f"{module}.weight_scale"].dtype, shape)
-        steps.append(Step(reads, (spec,), _Unpack(tuple(parts), scheme, shape[1]), FORMATS["pack-quantized"].row_unit(scheme)))
-        done |= {f"{module}.{part}" for part in (*parts, "weight_shape")}
+    for module in modules_of(checkpoint):
+        parts = tuple(part for part in module.specs if part != "weight_shape")
+        reads = tuple((checkpoint, f"{module.name}.{part}") for part in parts)
+        scale = next(spec for part, spec in module.specs.items() if part in ("weight_scale", "scales"))
+        spec = TensorSpec(f"{module.name}.weight", module.reader.dtype or scale.dtype, module.shape)
+        steps.append(Step(reads, (spec,), _Unpack(checkpoint.label, module, parts), module.reader.row_unit(module.stored.scheme)))
+        done.update(module.tensors)
     steps += [copy_step(checkpoint, name) for name in checkpoint.specs if name not in done]
-    result = Checkpoint(f"{checkpoint.label}, dequantized", Plan(steps), checkpoint.files, checkpoint.notes)
-    return result.with_config(quantization_config=None)
+    return with_quantization(Checkpoint(f"{checkpoint.label}, dequantized", Plan(steps), checkpoint.files, checkpoint.notes), FORMATS["dense"], None)
+
+
+def _global_scale(tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
+    return (measured,)
 
 
 class _Unpack:
     """Decode rows of one weight."""
 
-    def __init__(self, parts: tuple[str, ...], scheme: Scheme, width: int) -> None:
-        self.parts, self.scheme, self.width = parts, scheme, width
+    def __init__(self, label: str, module: Module, parts: tuple[str, ...]) -> None:
+        self.label, self.module, self.parts = label, module, parts
 
     def __call__(self, tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
-        named = dict(zip(self.parts, tensors, strict=True))
-        return [values_of(decode(named, self.scheme, (len(tensors[0]), self.width)))]
+        try:
+            return [self.module.values(dict(zip(self.parts, tensors, strict=True)))]
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.label}: {self.module.name}: {error}") from None
 
 
-def _constant(spec: TensorSpec, value: Tensor) -> Step:
+def constant(spec: TensorSpec, value: Tensor) -> Step:
+    """A step that writes this."""
     return Step((), (spec,), lambda tensors, first_row, measured: (value,))
 
 
 def _choose(
-    checkpoint: Checkpoint, roles: ModelMap, scheme: Scheme | Mapping[str, Scheme], exclude: Sequence[str], kept: Collection[str]
-) -> tuple[dict[str, Scheme], list[str]]:
+    checkpoint: Checkpoint, roles: ModelMap, scheme: AnyScheme | Mapping[str, AnyScheme], exclude: Sequence[str], kept: Collection[str]
+) -> tuple[dict[str, AnyScheme], list[str]]:
     """The schemes of the weights to quantise, and a note for linear layers that stay as they are."""
     check_patterns("--exclude", exclude, checkpoint.specs)
     wanted = [name for name in roles.linears if name in kept and not matches(name, exclude)]
-    if not isinstance(scheme, Scheme):
+    if isinstance(scheme, Mapping):
         modules = [roles.tensors[name].module for name in roles.linears]
         if unknown := next((module for module in scheme if module not in modules), None):
             raise OptionError(f"{checkpoint.label} has no linear layer '{unknown}' to quantize.{nearest(unknown, modules)}")
@@ -168,28 +203,55 @@ def _choose(
     if not chosen:
         reason = "; ".join(["no matrix named *.weight that is one", *notes])
         raise CheckpointError(f"{checkpoint.label} has no linear layer to quantize: {reason}")
-    return {name: scheme if isinstance(scheme, Scheme) else scheme[roles.tensors[name].module] for name in chosen}, notes
+    return {name: scheme[roles.tensors[name].module] if isinstance(scheme, Mapping) else scheme for name in chosen}, notes
 
 
-def _check_fit(checkpoint: Checkpoint, chosen: Mapping[str, Scheme]) -> None:
+def _check_held(layout: Format, method: str, chosen: Mapping[str, AnyScheme]) -> None:
+    for scheme in dict.fromkeys(chosen.values()):
+        if reason := layout.refuses(scheme):
+            raise OptionError(f"format {layout.name}: {reason}")
+        if isinstance(scheme, FloatScheme) and method != "rtn":
+            raise OptionError(f"{scheme} is rounded to the nearest number; method {method} is for integers")
+
+
+def _ranges(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, Measured]:
+    """The global scale of each of these weights: one for those that servers fuse, of the largest magnitude in all of them."""
+    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for name in names:
+        parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+        groups.setdefault((parent, next((siblings for siblings in FUSED if leaf in siblings), (leaf,))), []).append(name)
+
+    def measure(scan: Scan) -> Tensor:
+        return global_scale(max(scan.map(lambda tensors: float(tensors[0].abs().max()))))
+
+    found: dict[str, Measured] = {}
+    for group in groups.values():
+        measured = Measured(measure, f"{NVFP4}: measuring", whole_model=True)
+        measured.steps = [copy_step(checkpoint, name) for name in group]
+        found |= dict.fromkeys(group, measured)
+    return found
+
+
+def _check_fit(checkpoint: Checkpoint, chosen: Mapping[str, AnyScheme]) -> None:
     misfits = {name: reason for name, scheme in chosen.items() if (reason := scheme.fits(checkpoint.specs[name].shape))}
     if not misfits:
         return
     name = min(misfits)
-    uniform = len(set(chosen.values())) == 1
+    schemes = set(chosen.values())
+    only = schemes.pop() if len(schemes) == 1 else None
 
     def fits_all(size: int) -> bool:
-        return uniform and all(replace(scheme, group_size=size).fits(checkpoint.specs[name].shape) is None for name, scheme in chosen.items())
+        return isinstance(only, Scheme) and all(replace(only, group_size=size).fits(checkpoint.specs[name].shape) is None for name in chosen)
 
     size = next((size for size in (128, 64, 32, 16, 0) if fits_all(size)), None)
     advice = "" if size is None else f"--group-size {size} fits all layers" if size else "--group-size 0 (one scale a row) fits all"
-    advice = advice or ("" if uniform else "give it another scheme")
+    advice = advice or ("" if only else "give it another scheme")
     advice += f"{', or ' if advice else ''}leave layers out with --exclude"
     others = f" (and {len(misfits) - 1} more)" if len(misfits) > 1 else ""
     raise CheckpointError(f"{checkpoint.label}: {name} {misfits[name].partition(';')[0]}{others}; {advice}")
 
 
-def _check_fused(roles: ModelMap, chosen: Mapping[str, Scheme], kept: Collection[str]) -> None:
+def _check_fused(roles: ModelMap, chosen: Mapping[str, AnyScheme], kept: Collection[str]) -> None:
     for group in roles.fused:
         inside = [name for name in group if name in chosen]
         outside = next((name for name in group if name in kept and name not in chosen), None)
@@ -199,7 +261,7 @@ def _check_fused(roles: ModelMap, chosen: Mapping[str, Scheme], kept: Collection
             raise OptionError(f"servers fuse {inside[0]} and {other}: give both one scheme, not {chosen[inside[0]]} and {chosen[other]}")
 
 
-def _dense_modules(checkpoint: Checkpoint, roles: ModelMap, chosen: Collection[str], kept: Collection[str]) -> list[str]:
+def dense_modules(checkpoint: Checkpoint, roles: ModelMap, chosen: Collection[str], kept: Collection[str]) -> list[str]:
     """Modules that are, or may be, linear layers and are not quantised; tied heads, which have no tensor of their own, among them."""
     tied = [name for group in roles.tied for name in group if name not in checkpoint.specs]
     rest = {name: meaning for name, meaning in roles.tensors.items() if name in kept and name not in chosen}

@@ -284,6 +284,9 @@ def test_packed_weights_count_as_what_they_unpack_to() -> None:
     gptq = {"a.qweight": torch.ones(4, 16, dtype=torch.int32), "a.scales": torch.ones(1, 16).half(), "a.g_idx": torch.ones(32).int()}
     gptq["a.qzeros"] = torch.ones(1, 2, dtype=torch.int32)
     assert size(declared(gptq, {"bits": 4})).parameters == 32 * 16
+    gptq["a.g_idx"] = torch.ones(16).int()
+    assert size(declared(gptq, {"bits": 4})).parameters == 16 * 16  # where widths are mixed, the groups of the inputs say how many these are
+    del gptq["a.g_idx"]
     assert size(declared(gptq, {"bits": 8})).parameters == 16 * 16
     assert size(declared({"a.weight_packed": torch.ones(4, 8, dtype=torch.uint8)}, {})).parameters == 4 * 16
     eight = {"a.weight": torch.ones(4, 8, dtype=torch.int8), "a.weight_scale": torch.ones(4, 1), "a.input_scale": torch.ones(1)}

@@ -12,23 +12,28 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Each part may import what stands on lower lines, and its neighbours on the line; not so merge, quant and prune: they do not know each other.
 LAYERS = [
-    ["cli", "mergekit_plus.__main__", "mergekit_plus.show", "mergekit_plus.listing", "mergekit_plus.report", "mergekit_plus.compare"],
+    [
+        "cli", "mergekit_plus.__main__", "mergekit_plus.show", "mergekit_plus.listing", "mergekit_plus.report", "mergekit_plus.compare",
+        "mergekit_plus.bits_plot",
+    ],
     [
         "mergekit_plus.recipe", "mergekit_plus.provenance", "mergekit_plus.steps", "mergekit_plus.mergekit", "mergekit_plus.checks", "mergekit_plus.card",
-        "mergekit_plus.search",
+        "mergekit_plus.search", "mergekit_plus.verify",
     ],
     ["mergekit_plus.merge", "mergekit_plus.moe", "quant", "prune"],
     [
         "mergekit_plus.training", "mergekit_plus.calibration", "mergekit_plus.evaluate", "mergekit_plus.diff", "mergekit_plus.inspection",
-        "mergekit_plus.adapters", "mergekit_plus.vocabulary", "mergekit_plus.verify",
+        "mergekit_plus.adapters", "mergekit_plus.vocabulary",
     ],
-    ["mergekit_plus.model", "mergekit_plus.layers", "mergekit_plus.statistics", "mergekit_plus.moments"],
+    ["mergekit_plus.model", "mergekit_plus.layers", "mergekit_plus.statistics", "mergekit_plus.moments", "mergekit_plus.noise"],
     ["mergekit_plus.checkpoint"],
     ["mergekit_plus.registry", "mergekit_plus.options", "mergekit_plus.progress", "mergekit_plus.digests", "mergekit_plus.safe_yaml"],
     ["mergekit_plus.errors"],
 ]
 METHODS = LAYERS[2]
-DOORS = {("mergekit_plus.checkpoint.folder", "mergekit_plus.adapters.apply")}  # `Checkpoint.open` opens what operations make too: model+adapter
+DOORS = {  # `Checkpoint.open` opens what operations make too: model+adapter, packed adapters
+    ("mergekit_plus.checkpoint.folder", "mergekit_plus.adapters.apply"), ("mergekit_plus.checkpoint.folder", "quant.adapters.container"),
+}  # fmt: skip
 
 
 def modules() -> dict[str, Path]:

@@ -39,7 +39,7 @@ def test_the_wheel_holds_cli_inside_the_package_and_none_at_the_top(wheel: Path)
     names = zipfile.ZipFile(wheel).namelist()
     assert "mergekit_plus/cli.py" in names
     assert "cli.py" not in names
-    assert {name.split("/")[0] for name in names if not name.startswith("mergekit_plus-")} == {"mergekit_plus", "quant"}
+    assert {name.split("/")[0] for name in names if not name.startswith("mergekit_plus-")} == {"mergekit_plus", "quant", "prune"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
@@ -54,14 +54,15 @@ def test_compress_runs_beside_a_distribution_that_owns_cli_py(wheel: Path, tmp_p
     assert "pcb (merge method, needs --base)" in merge.stdout, merge.stderr
 
 
-def test_a_foreign_quant_package_is_named_instead_of_used(wheel: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["quant", "prune"])
+def test_a_foreign_package_of_a_name_of_ours_is_named_instead_of_used(wheel: Path, tmp_path: Path, name: str) -> None:
     python = environment(tmp_path / "venv", wheel)
     elsewhere = tmp_path / "elsewhere"
-    (elsewhere / "quant").mkdir(parents=True)
-    (elsewhere / "quant" / "__init__.py").write_text("")
+    (elsewhere / name).mkdir(parents=True)
+    (elsewhere / name / "__init__.py").write_text("")
     run = subprocess.run([python, "-m", "mergekit_plus", "--help"], capture_output=True, text=True, cwd=elsewhere, check=False)
     assert run.returncode != 0
-    assert f"'quant' at {elsewhere / 'quant'} is not mergekit-plus's" in run.stderr
+    assert f"'{name}' at {elsewhere / name} is not mergekit-plus's" in run.stderr
     assert "Traceback" not in run.stderr
 
 

@@ -10,7 +10,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, reduce
+from itertools import groupby
 from math import prod
 from typing import Any
 
@@ -24,21 +25,24 @@ from ..checkpoint.references import split_reference
 from ..checkpoint.spec import natural_order
 from ..errors import CheckpointError, nearest
 from ..model import ModelMap, adapter_reason, describe, quantized_reason, tied_alias
-from .peft import Adapter, LowRank, open_adapter, refuse_misfits
+from .difference import add_difference, is_difference
+from .peft import Adapter, LowRank, read_adapter, refuse_misfits
 from .product import block_rows, blocks, working_dtype
 
 Change = Callable[[Checkpoint, TensorSpec, TensorSpec], Step]  # a checkpoint, a tensor of it, and what is to be written
 
 
 def open_adapted(ref: str, cache: bool = False) -> Checkpoint:
-    """Open `model+adapter+adapter`: the base with these adapters applied, in this order.
+    """Open `model+adapter+adapter`: the base with these adapters, or packed differences of fine-tunes, applied in this order.
 
     Errors: CheckpointError where one of them cannot be opened, or where they do not fit together.
     """
-    base, *adapters = split_reference(ref)
-    opened, changes = Checkpoint.open(base, cache), [open_adapter(adapter, cache) for adapter in adapters]
-    pins = [opened.pinned, *(adapter.checkpoint.pinned for adapter in changes)]
-    return replace(apply(opened, changes), pinned="+".join(pins) if all(pins) else "")
+    opened, *changes = (Checkpoint.open(part, cache) for part in split_reference(ref))
+    pins, result = [part.pinned for part in (opened, *changes)], opened
+    for different, run in groupby(changes, is_difference):  # adapters that follow each other are applied together
+        same = list(run)
+        result = reduce(add_difference, same, result) if different else apply(result, [read_adapter(part) for part in same])
+    return replace(result, pinned="+".join(pins) if all(pins) else "")
 
 
 def apply(base: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:

@@ -61,13 +61,13 @@ def extract(base: Checkpoint, tuned: Checkpoint, options: ExtractOptions, progre
     """
     if found := options.problems():
         raise OptionError("; ".join(found))
-    pairs = _pairs(base, tuned, options.exclude)
+    pairs = pairs_of(base, tuned, options.exclude)
     progress = progress or quiet()
     meanings = describe(base)
     roles = meanings.tensors
     changed = []
     with progress.phase("comparing", sum(base.specs[place].nbytes for place in pairs.values())), _workers() as pool:
-        changes = pool.map(lambda name: _squares([(base, pairs[name]), (tuned, name)])[0], pairs)
+        changes = pool.map(lambda name: squares_of([(base, pairs[name]), (tuned, name)])[0], pairs)
         for name, change in zip(pairs, changes, strict=True):
             if not isfinite(change):
                 raise CheckpointError(f"{name} holds values that are NaN or infinite in {base.label} or {tuned.label}; mend the model, or --exclude it")
@@ -94,13 +94,13 @@ def extract(base: Checkpoint, tuned: Checkpoint, options: ExtractOptions, progre
     there = parse_reference(base.pinned)
     name, revision = (there.repo, there.revision) if there and not there.path else (base.ref, None)
     return adapter_of(
-        f"adapter of {tuned.label}", products, steps, name, _task(base), revision=revision,
+        f"adapter of {tuned.label}", products, steps, name, task_of(base), revision=revision,
         fan_in_fan_out=any(meaning.transposed for meaning in linears.values()), modules_to_save=saved,
         biases=any(".base_layer." in to for to in stored), tied=any(name in stored.values() for name, *_ in meanings.tied),
     )  # fmt: skip
 
 
-def _pairs(base: Checkpoint, tuned: Checkpoint, exclude: Sequence[str]) -> dict[str, str]:
+def pairs_of(base: Checkpoint, tuned: Checkpoint, exclude: Sequence[str]) -> dict[str, str]:
     """Every float tensor of the fine-tune, and where the base has it.
 
     Errors: CheckpointError where the base lacks one or has another shape, and what only the base has.
@@ -127,7 +127,7 @@ def _pairs(base: Checkpoint, tuned: Checkpoint, exclude: Sequence[str]) -> dict[
     return pairs
 
 
-def _squares(reads: Sequence[tuple[Checkpoint, str]]) -> list[float]:
+def squares_of(reads: Sequence[tuple[Checkpoint, str]]) -> list[float]:
     """The squared norm of the difference between the first tensor and each of the others; float64 sums of float32 differences."""
     part, name = reads[0]
     step = Step(tuple(reads), (part.specs[name],), lambda tensors, first_row, measured: tensors[:1], row_multiple(part.specs[name]))
@@ -193,9 +193,7 @@ def _modules(roles: Mapping[str, Meaning]) -> dict[str, str]:
     shared: dict[str | None, int] = {}
     for meaning in roles.values():
         shared[meaning.parameter] = shared.get(meaning.parameter, 0) + 1
-    return {
-        name: (meaning.parameter if meaning.parameter and shared[meaning.parameter] == 1 else name).rpartition(".")[0] for name, meaning in roles.items()
-    }
+    return {name: (meaning.parameter if meaning.parameter and shared[meaning.parameter] == 1 else name).rpartition(".")[0] for name, meaning in roles.items()}
 
 
 def _saved(
@@ -221,7 +219,7 @@ def _saved(
     return list(wanted), stored
 
 
-def _task(base: Checkpoint) -> str | None:
+def task_of(base: Checkpoint) -> str | None:
     """peft's task_type, where the architecture says it."""
     names = base.config.get("architectures") or [""]
     return "CAUSAL_LM" if str(names[0]).endswith(("ForCausalLM", "LMHeadModel")) else None
@@ -252,10 +250,10 @@ def kept(base: Checkpoint, tuned: Checkpoint, adapter: Checkpoint, exclude: Sequ
     products = targets(base, read)
     adapted = apply(Checkpoint(base.label, Plan([_widened(base, name) for name in base.specs]), base.files), [read])
     found = []
-    pairs = _pairs(base, tuned, exclude)
+    pairs = pairs_of(base, tuned, exclude)
 
     def measure(name: str) -> list[float]:
-        return _squares([(tuned, name), (base, pairs[name]), (adapted, name if name in adapted.specs else pairs[name])])
+        return squares_of([(tuned, name), (base, pairs[name]), (adapted, name if name in adapted.specs else pairs[name])])
 
     with _workers() as pool:
         measured = list(pool.map(measure, pairs))

@@ -21,6 +21,9 @@ from .spec import TensorSpec, natural_order
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's
+PACKED_ADAPTER, ADAPTER_QUANT = "adapter_model.packed.safetensors", "adapter_quant.json"  # the same at a few bits, and what describes it
+PACKED_DELTA, DELTA_QUANT = "delta.packed.safetensors", "delta_quant.json"  # the difference of a fine-tune
+PACKED = {PACKED_ADAPTER: (ADAPTER_CONFIG, ADAPTER_QUANT), PACKED_DELTA: (DELTA_QUANT,)}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
 # The small files that make a folder of tensors a model: what transformers, peft and servers read beside the weights.
@@ -30,7 +33,8 @@ CARRIED = (
     "preprocessor_config.json", "processor_config.json", "image_processor_config.json", "video_preprocessor_config.json",
     "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
 )  # fmt: skip
-IN_CACHE = (SINGLE, INDEX, "model-*.safetensors", ADAPTER, *CARRIED, ADAPTER_CONFIG)  # what a snapshot must not lack where the Hub cannot say
+ADAPTERS = (ADAPTER, ADAPTER_CONFIG, *PACKED, ADAPTER_QUANT, DELTA_QUANT)  # every file of theirs
+IN_CACHE = (SINGLE, INDEX, "model-*.safetensors", *CARRIED, *ADAPTERS)  # what a snapshot must not lack where the Hub cannot say
 
 
 class Listing(Protocol):
@@ -100,6 +104,8 @@ def _open(ref: str | Path, path: Path, cache: bool) -> Checkpoint:
     if path.is_file():
         if path.name.endswith(PICKLES):
             raise CheckpointError(f"{path} is a pickle checkpoint; {PICKLE_HELP}")
+        if path.name in PACKED:
+            return open_listing(LocalFolder(path.parent), str(ref))
         config = path.parent / ADAPTER_CONFIG
         return Checkpoint(str(ref), _source([File(path)]), {ADAPTER_CONFIG: config} if path.name == ADAPTER and config.is_file() else {})
     if isinstance(ref, str) and "+" in ref:
@@ -143,7 +149,7 @@ def _open_on_hub(there: Reference, label: str, cache: bool) -> Checkpoint:
 
 def _wanted(names: Collection[str]) -> list[str]:
     """The files of a model folder that opening and saving it may read."""
-    weights = [SINGLE] if SINGLE in names else [INDEX, "model-*.safetensors"] if INDEX in names else [ADAPTER, ADAPTER_CONFIG]
+    weights = [SINGLE] if SINGLE in names else [INDEX, "model-*.safetensors"] if INDEX in names else [*ADAPTERS]
     if INDEX in weights and not any(fnmatch(name, weights[1]) for name in names):  # shards with names of their own
         weights[1] = "*.safetensors"
     return [name for name in names if any(fnmatch(name, known) for known in (*weights, *CARRIED))]
@@ -159,7 +165,7 @@ def _open_snapshot(there: Reference, snapshot: Path, label: str, digests: Mappin
 
 
 def open_listing(folder: Listing, label: str) -> Checkpoint:
-    """Open a model folder, or a PEFT adapter's: a checkpoint of the adapter's own tensors."""
+    """Open a model folder, or a PEFT adapter's: a checkpoint of the adapter's own tensors, expanded where they are packed."""
     carried: tuple[str, ...] = CARRIED
     if SINGLE in folder.names:  # before the index, as transformers does
         source = _source([folder.open(SINGLE)])
@@ -168,10 +174,24 @@ def open_listing(folder: Listing, label: str) -> Checkpoint:
     elif ADAPTER in folder.names:
         source = _source([folder.open(ADAPTER)])
         carried = (*CARRIED, ADAPTER_CONFIG)
+    elif packed := next((name for name in PACKED if name in folder.names), None):
+        return _open_packed(folder, label, packed)
     else:
         raise CheckpointError(_nothing_to_open(folder))
-    small = sorted(name for name in folder.names if any(fnmatch(name, known) for known in carried))
-    return Checkpoint(label, source, {name: folder.small(name) for name in small})
+    return Checkpoint(label, source, _small(folder, carried))
+
+
+def _open_packed(folder: Listing, label: str, packed: str) -> Checkpoint:
+    """What the packed file in a folder stands for, computed as it is read."""
+    from quant.adapters.container import expanded
+
+    if missing := next((name for name in PACKED[packed] if name not in folder.names), None):
+        raise CheckpointError(f"{folder.place} has {packed} but no {missing}, which says what is in it")
+    return expanded(Checkpoint(label, _source([folder.open(packed)]), _small(folder, (*CARRIED, *PACKED[packed]))), PACKED[packed][-1])
+
+
+def _small(folder: Listing, carried: Sequence[str]) -> dict[str, SmallFile]:
+    return {name: folder.small(name) for name in sorted(folder.names) if any(fnmatch(name, known) for known in carried)}
 
 
 def _source(files: Sequence[Blob]) -> FileSource:

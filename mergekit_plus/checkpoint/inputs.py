@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import OutputError, ReadError
 from .blob import Blob, File
 from .checkpoint import Checkpoint
-from .folder import ADAPTER, INDEX, SINGLE
+from .folder import ADAPTER, INDEX, PACKED, SINGLE
 from .hub import HubFile
 from .layout import file_inputs, is_file
 
@@ -64,7 +64,7 @@ def check_target(out: Path, overwrite: bool, checkpoint: Checkpoint) -> None:
         return
     if not overwrite:
         raise OutputError(f"{out} exists already; name another output with -o, or replace it with --overwrite")
-    if out.is_dir() and not any((out / name).is_file() for name in (SINGLE, INDEX, ADAPTER)):
+    if out.is_dir() and not any((out / name).is_file() for name in (SINGLE, INDEX, ADAPTER, *PACKED)):
         raise OutputError(f"{out} is a folder without a model in it; --overwrite replaces models only")
     if out.is_dir() and (inner := next((path.name for path in out.iterdir() if path.is_dir()), None)):
         raise OutputError(f"{out} holds the folder {inner}, which --overwrite would delete; move it away, or name another output with -o")

@@ -16,7 +16,7 @@ from ..progress import Progress, quiet
 from .blob import Blob
 from .checkpoint import Checkpoint, FileSource, Rows
 from .deferred import Deferred
-from .folder import ADAPTER, ADAPTER_CONFIG
+from .folder import ADAPTER, ADAPTER_CONFIG, PACKED
 from .hub import HubFile
 from .plan import SLAB, Plan, Step, of_inner, proportional, steps_of
 from .prefetch import plan_spans, span_limit
@@ -226,7 +226,8 @@ def preparations(steps: Iterable[Step]) -> list[Measured | Deferred]:
 
 def _single(checkpoint: Checkpoint, out: Path) -> str:
     """The name of the one file that must hold everything, where there is one: a file that was asked for, or an adapter's."""
-    return out.name if is_file(out) else ADAPTER if ADAPTER_CONFIG in checkpoint.files else ""
+    known = {sidecar: name for name, (*_, sidecar) in PACKED.items()} | {ADAPTER_CONFIG: ADAPTER}
+    return out.name if is_file(out) else next((name for file, name in known.items() if file in checkpoint.files), "")
 
 
 def is_file(out: Path) -> bool:

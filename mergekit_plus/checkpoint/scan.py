@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import count
 from typing import Any
 
 from torch import Tensor
@@ -27,17 +28,23 @@ class Scan:
         self.held, self.parallel, self.recall = held, parallel, recall
         self.size = sum(step.writes[0].numel for step in steps)
 
-    def map(self, visit: Visit, sample: bool = False) -> list[Any]:
-        """`visit(tensors)` of every piece, in order; with `sample`, of about a sixteenth of the rows."""
+    def map(self, visit: Visit, sample: bool = False, only: Collection[int] | None = None) -> list[Any]:
+        """`visit(tensors)` of every piece, in order; with `sample`, of about a sixteenth of the rows; with `only`, of the pieces with these numbers."""
         slabs = [(step, rows) for step in self.steps for slab in step.slabs() for rows in (_sampled(step, slab) if sample else [slab])]
-        return [result for results in self.parallel(lambda slab: self._visit(visit, *slab), slabs) for result in results]
+        cuts = {(id(step), rows.start): pieces(step, rows) for step, rows in slabs}
+        if only is not None:
+            number, wanted = count(), set(only)
+            cuts = {place: [piece for piece in cut if next(number) in wanted] for place, cut in cuts.items()}
+            slabs = [(step, rows) for step, rows in slabs if cuts[id(step), rows.start]]
+        visits = self.parallel(lambda slab: self._visit(visit, *slab, cuts=cuts[id(slab[0]), slab[1].start]), slabs)
+        return [result for results in visits for result in results]
 
-    def _visit(self, visit: Visit, step: Step, rows: Rows) -> list[Any]:
+    def _visit(self, visit: Visit, step: Step, rows: Rows, *, cuts: Sequence[Rows]) -> list[Any]:
         if self.held is not None:
             tensors, origin = list(self.held), slice(0, step.rows)
         else:
             tensors, origin = gather(step, rows if step.cut else None), rows
-        return [visit(read_parts(step, tensors, piece, origin)) for piece in pieces(step, rows)]
+        return [visit(read_parts(step, tensors, piece, origin)) for piece in cuts]
 
 
 def _sampled(step: Step, slab: Rows) -> list[Rows]:

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from ..noise import Noise
 from .combine import refuse_zero_sum, shares, sign_consensus, weighted_sum
 from .method import Density, Int8Mask, Lambda, Normalize, PerModel, Rescale, Weight, merge_method, task_vectors
-from .noise import Noise
 
 
 @merge_method("dare_linear", check=refuse_zero_sum, linear=("weight", "lambda"))

@@ -10,10 +10,10 @@ from pydantic import Field
 from torch import Tensor
 
 from ..errors import OptionError
+from ..noise import Noise
 from ..statistics import sums
 from .combine import refuse_zero_sum, shares, sign_consensus, weighted_sum
 from .method import Density, Int8Mask, Lambda, Normalize, PerModel, Scan, Weight, merge_method, task_vectors
-from .noise import Noise
 
 Epsilon = Annotated[float, Field(ge=0, lt=0.5, description="how far the chance to stay goes below and above `density`, from a row's smallest to its largest")]
 RescaleHow = Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,9 @@ from ..checkpoint.spec import check_patterns, matches, natural_order
 from ..errors import CheckpointError, OptionError, nearest
 from ..layers import Position, positions
 from ..model import adapter_reason, quantized_reason, tied_alias, vocabulary_size
+from ..noise import Noise
 from ..vocabulary.alignment import misalignment
 from . import METHODS, MergeMethod, varying
-from .noise import Noise
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ class _ModelScan:
     def size(self) -> int:
         return self.scan.size
 
-    def map(self, function: Callable[[Tensor | None, Sequence[Tensor]], Any], sample: bool = False) -> Sequence[Any]:
+    def map(self, function: Callable[[Tensor | None, Sequence[Tensor]], Any], sample: bool = False, only: Collection[int] | None = None) -> Sequence[Any]:
         look = self.carry or not any(self.passes)  # the values of a later pass are those of the first
 
         def visit(tensors: Sequence[Tensor]) -> Any:
@@ -284,8 +284,8 @@ class _ModelScan:
                 tensors = [tensor.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for tensor in tensors]
             return function(*self.split(tensors))
 
-        results = self.scan.map(visit, sample)
-        self.passes.append(not sample)
+        results = self.scan.map(visit, sample, only)
+        self.passes.append(not sample and only is None)
         return results
 
     def recall(self, compute: Callable[[], Any]) -> Any:

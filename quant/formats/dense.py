@@ -8,18 +8,19 @@ from torch import Tensor
 
 from mergekit_plus.checkpoint.spec import TensorSpec
 
-from ..quantized import Quantized, Scheme, dequantize
-from .format import FORMATS, Format
+from ..floats import QuantizedFloats, float_values
+from ..quantized import Scheme, dequantize
+from .format import FORMATS, AnyScheme, Codes, Format
 
 
-def specs(weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
+def specs(weight: TensorSpec, scheme: AnyScheme) -> tuple[TensorSpec, ...]:
     """`P.weight` as it was."""
     return (weight,)
 
 
-def encode(quantized: Quantized) -> dict[str, Tensor]:
-    """The values, in the dtype of the scales, which is the weight's."""
-    return {"weight": dequantize(quantized)}
+def encode(quantized: Codes) -> dict[str, Tensor]:
+    """The values, in the weight's dtype."""
+    return {"weight": float_values(quantized) if isinstance(quantized, QuantizedFloats) else dequantize(quantized)}
 
 
 def fixed(weight: TensorSpec) -> dict[str, Tensor]:
@@ -27,12 +28,12 @@ def fixed(weight: TensorSpec) -> dict[str, Tensor]:
     return {}
 
 
-def row_unit(scheme: Scheme) -> int:
-    """Rows are independent."""
-    return 1
+def row_unit(scheme: AnyScheme) -> int:
+    """Rows are independent, but for those that share scales in blocks."""
+    return 1 if isinstance(scheme, Scheme) else scheme.outputs
 
 
-def config(layers: Mapping[str, Scheme], ignore: Sequence[str]) -> None:
+def config(layers: Mapping[str, AnyScheme], ignore: Sequence[str]) -> None:
     """Nothing: the checkpoint is an ordinary one."""
     return None
 

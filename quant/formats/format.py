@@ -1,8 +1,8 @@
-"""How an on-disk format is written: what it stores for a weight, and what config.json says about it.
+"""How an on-disk format is written and read: what it stores for a weight, and what config.json says about it.
 
-A format turns a `Quantized` into named tensors; it decides nothing about values. All that a plan needs before a tensor is read
-(names, dtypes, shapes, the config) follows from a spec and a scheme. Reading back is not here, for it is not the same for all:
-a dense weight is read as it is, and `pack_quantized.read_config` and `.decode` read the packed ones.
+A format turns a `Quantized` into named tensors and back; it decides nothing about values. All that a plan needs before a tensor is read
+(names, dtypes, shapes, the config) follows from a spec and a scheme. What is read may have been written by others, so that more can be
+read than is written: `READERS` has the layouts, reading.py finds out which one a config.json means.
 """
 
 from __future__ import annotations
@@ -11,12 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mergekit_plus.checkpoint.spec import TensorSpec
 from mergekit_plus.registry import Registry
 
+from ..floats import FloatScheme, QuantizedFloats
 from ..quantized import Quantized, Scheme
+
+AnyScheme = Scheme | FloatScheme
+Codes = Quantized | QuantizedFloats
 
 
 @dataclass(frozen=True)
@@ -24,18 +29,46 @@ class Format:
     """One on-disk format, as pure functions of one weight `P.weight`.
 
     specs: the tensors that take the weight's place. encode: those of them, by the last part of their names ("weight_packed"), that
-    hold the weight's rows; a run of rows gives the same run of the tensors' rows if it begins at a multiple of `row_unit`.
-    fixed: the others, which follow from the spec. config: the `quantization_config` of config.json, from the scheme of every quantised module and the
-    names of the linear modules that stay as they are; None where there is none to write.
+    hold the weight's rows; a run of rows gives the same run of the tensors' rows if it begins at a multiple of `row_unit`, 0 where only the whole can be
+    encoded. fixed: the others, which follow from the spec. config: the `quantization_config` of config.json, from the scheme of every quantised module and the
+    names of the linear modules that stay as they are; None where there is none to write. refuses: why it cannot hold a scheme, None where it can.
+    dtype: that of its scales, where it has one of its own: weights are brought to it before they are quantised, so that codes are chosen against the
+    scale as stored. copy: a file beside config.json that says the same.
     """
 
     name: str
-    specs: Callable[[TensorSpec, Scheme], tuple[TensorSpec, ...]]
-    encode: Callable[[Quantized], dict[str, Tensor]]
+    specs: Callable[[TensorSpec, Any], tuple[TensorSpec, ...]]
+    encode: Callable[[Any], dict[str, Tensor]]
     fixed: Callable[[TensorSpec], dict[str, Tensor]]
-    row_unit: Callable[[Scheme], int]
-    config: Callable[[Mapping[str, Scheme], Sequence[str]], dict[str, Any] | None]
+    row_unit: Callable[[Any], int]
+    config: Callable[[Mapping[str, Any], Sequence[str]], dict[str, Any] | None]
     summary: str
+    refuses: Callable[[AnyScheme], str | None] = lambda scheme: None
+    dtype: torch.dtype | None = None
+    copy: str | None = None
 
 
 FORMATS: Registry[Format] = Registry("format")
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How one layout is read; the parts of a module are known by the last part of their names.
+
+    parts: the tensors that make the weight; without one of `optional` it can be read all the same. others: tensors that go with it and are not needed.
+    shape: of the weight, from the specs of its parts and a function that reads one. decode: rows of the parts, the scheme, and the shape of those rows, to
+    codes; rows begin at a multiple of `row_unit`, 0 where only the whole can be read. values: the same, dequantised. dtype: that of `values` where the
+    scales do not say it.
+    """
+
+    parts: tuple[str, ...]
+    shape: Callable[[Mapping[str, TensorSpec], Callable[[str], Tensor], Any], tuple[int, int]]
+    decode: Callable[[Mapping[str, Tensor], Any, Sequence[int]], Any]
+    values: Callable[[Mapping[str, Tensor], Any, Sequence[int]], Tensor]
+    row_unit: Callable[[Any], int]
+    optional: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    dtype: str | None = None
+
+
+READERS: Registry[Reader] = Registry("layout")

@@ -18,22 +18,32 @@ from torch import Tensor
 from mergekit_plus.checkpoint.spec import TensorSpec
 from mergekit_plus.errors import CheckpointError, OptionError
 
-from ..quantized import Quantized, Scheme
+from ..floats import FloatScheme
+from ..quantized import Quantized, Scheme, dequantize
 from .bits import UNIT, pack, unpack, words
 from .config import NAME, config
-from .format import FORMATS, Format
+from .format import FORMATS, READERS, AnyScheme, Format, Reader
 
 
-def specs(weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
-    """The tensors that take the place of `P.weight`.
+def prefix_of(weight: TensorSpec, scheme: AnyScheme, layout: str) -> str:
+    """The name of a weight's module and a dot.
 
     Errors: OptionError for a tensor of another name, or of a shape that the scheme does not fit.
     """
     prefix = weight.name.removesuffix("weight")
     if prefix == weight.name or (prefix and not prefix.endswith(".")):
-        raise OptionError(f"{weight.name}: {NAME} stores the `weight` of a module only; leave this tensor out")
+        raise OptionError(f"{weight.name}: {layout} stores the `weight` of a module only; leave this tensor out")
     if reason := scheme.fits(weight.shape):
         raise OptionError(f"{weight.name} {reason}")
+    return prefix
+
+
+def specs(weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
+    """The tensors that take the place of `P.weight`.
+
+    Errors: OptionError as `prefix_of`.
+    """
+    prefix = prefix_of(weight, scheme, NAME)
     out, width = weight.shape
     groups = scheme.groups(width)
     tensors = [
@@ -87,4 +97,17 @@ def decode(tensors: Mapping[str, Tensor], scheme: Scheme, shape: Sequence[int]) 
     return Quantized(codes, tensors["weight_scale"], zero_point, scheme.bits)
 
 
-FORMATS.register(NAME, Format(NAME, specs, encode, fixed, row_unit, config, "compressed-tensors, for transformers and vLLM"))
+def only_integers(scheme: AnyScheme) -> str | None:
+    """Why a format of integers cannot hold a scheme."""
+    return f"it holds integers, not {scheme}" if isinstance(scheme, FloatScheme) else None
+
+
+FORMATS.register(NAME, Format(NAME, specs, encode, fixed, row_unit, config, "compressed-tensors, for transformers and vLLM", only_integers))
+READERS.register(
+    NAME,
+    Reader(
+        ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape"),
+        lambda specs, read, scheme: (int(read("weight_shape")[0]), int(read("weight_shape")[1])),
+        decode, lambda tensors, scheme, shape: dequantize(decode(tensors, scheme, shape)), row_unit, ("weight_zero_point",), ("weight_g_idx",),
+    ),
+)  # fmt: skip

@@ -86,6 +86,22 @@ def test_the_order_does_not_depend_on_the_order_of_the_steps_or_on_who_maps(tiny
         assert Scan(steps, parallel=pool.map).map(visit) == expected
 
 
+def test_single_pieces_are_visited_by_their_numbers_and_nothing_else_is_read(tiny: None) -> None:
+    read: list[object] = []
+
+    def spy(function: Callable[[Any], Any], units: Iterable[Any]) -> Iterator[Any]:
+        read.extend(units)
+        return map(function, read)
+
+    scan = Scan(steps_in(Checkpoint.from_tensors(TENSORS)), parallel=spy)
+    everything = scan.map(lambda tensors: tensors[0].tolist())
+    for number, expected in enumerate(everything):
+        read.clear()
+        assert scan.map(lambda tensors: tensors[0].tolist(), only=[number]) == [expected]
+        assert len(read) == 1
+    assert scan.map(len, only=[]) == []
+
+
 def test_tensors_that_are_held_are_visited_like_those_that_are_read(tiny: None) -> None:
     for name, tensor in TENSORS.items():
         step = plans.copy_step(Checkpoint.from_tensors(TENSORS), name)

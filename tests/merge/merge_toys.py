@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mergekit_plus.merge import METHODS
-from mergekit_plus.merge.noise import Noise
+from mergekit_plus.noise import Noise
 
 Model = Mapping[str, Tensor]
 
@@ -58,10 +58,10 @@ class MemoryScan:
     def recall(self, compute: Callable[[], Any]) -> Any:
         return compute()
 
-    def map(self, function: Callable[[Tensor | None, Sequence[Tensor]], Any], sample: bool = False) -> list[Any]:
-        pieces = self.pieces[:: 16 if sample else 1]
+    def map(self, function: Callable[[Tensor | None, Sequence[Tensor]], Any], sample: bool = False, only: Collection[int] | None = None) -> list[Any]:
+        pieces = self.pieces[:: 16 if sample else 1] if only is None else [piece for number, piece in enumerate(self.pieces) if number in only]
         self.samples += sample
-        self.passes += not sample
+        self.passes += not sample and only is None
         with ThreadPoolExecutor(self.workers) as pool:
             return list(pool.map(lambda piece: function(piece.base, piece.models), pieces))
 

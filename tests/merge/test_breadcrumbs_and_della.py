@@ -9,7 +9,7 @@ from torch import ones, tensor, zeros
 
 from mergekit_plus.errors import OptionError
 from mergekit_plus.merge.della import chances
-from mergekit_plus.merge.noise import Noise
+from mergekit_plus.noise import Noise
 
 TEN = torch.arange(1.0, 11.0)
 

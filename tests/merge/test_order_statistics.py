@@ -88,6 +88,13 @@ def test_the_usual_case_takes_one_sample_and_one_pass() -> None:
     assert (scan.samples, scan.passes) == (1, 1)
 
 
+@pytest.mark.parametrize("kind", ["normal", "heavy ties"])
+def test_and_so_does_a_cut_through_equal_ones(kind: str) -> None:
+    scan = one(torch.from_numpy(data(kind)), rows=100)
+    largest(scan, itself, [SIZE // 2], gather=100)
+    assert (scan.samples, scan.passes) == (1, 1)
+
+
 def test_little_memory_costs_passes_and_never_exactness() -> None:
     values = data("the sampled blocks mislead")
     scan = one(torch.from_numpy(values), rows=100)

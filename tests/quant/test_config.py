@@ -138,9 +138,9 @@ def test_a_name_goes_before_a_regex_and_a_regex_before_linear() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"quant_method": "gptq"}, "quantised with 'gptq'"),
-        ({"format": "float-quantized"}, "format 'float-quantized'"),
-        ({"activations": {"num_bits": 8}}, "activations are quantised as well"),
+        ({"quant_method": "bitsandbytes"}, "quantised with 'bitsandbytes'"),
+        ({"format": "marlin-24"}, "format 'marlin-24'"),
+        ({"format": "float-quantized"}, "weights of type 'int' with 4 bits and strategy 'group' in format 'float-quantized'"),
         ({"strategy": "tensor", "group_size": None}, "strategy 'tensor'"),
         ({"type": "float"}, "type 'float'"),
         ({"actorder": "group"}, "actorder 'group'"),
@@ -153,9 +153,7 @@ def test_what_cannot_be_read_is_refused_with_the_reason_and_the_way_out(change: 
     found = llm_compressor()
     group = found["config_groups"]["group_0"]
     for key, value in change.items():
-        if key == "activations":
-            group["input_activations"] = value
-        elif key == "preset":
+        if key == "preset":
             found["config_groups"] = {"W4A16": ["Linear"]}
         elif key == "format":
             group["format"] = found["format"] = value

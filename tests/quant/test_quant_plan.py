@@ -19,7 +19,8 @@ from mergekit_plus.errors import CheckpointError, OptionError
 from mergekit_plus.evaluate import size
 from quant import FORMATS, QUANTIZERS, Scheme, read_config
 from quant import dequantize as values_of
-from quant.plan import dequantize, is_packed, problems, quantize
+from quant.floats import FP8, FP8_BLOCK, MXFP4, NVFP4, global_scale
+from quant.plan import dequantize, is_packed, preset_problems, problems, quantize
 
 MODELS = Path(__file__).parents[1] / "models"
 SCHEMES = [Scheme(4, 32), Scheme(3, 32, False), Scheme(2, 0, False), Scheme(5, 64), Scheme(6, 32, False), Scheme(8, 0)]
@@ -203,6 +204,66 @@ def test_a_table_that_tears_a_fused_group_or_names_no_linear_layer_is_refused(ba
         quantize(base, mixed(base) | {"model.layers.0.mlp.down_proj": Scheme(4, 7)})
 
 
+FLOATS = [
+    ("int-quantized", Scheme(8, 0)), ("float-quantized", FP8), ("float-quantized", FP8_BLOCK), ("nvfp4-pack-quantized", NVFP4), ("mxfp4-pack-quantized", MXFP4),
+]  # fmt: skip
+GPTQS = [("gptq", Scheme(3, 32)), ("gptq_v2", Scheme(4, 64, False)), ("gptq", Scheme(8, 0))]
+
+
+@pytest.mark.parametrize(("layout", "scheme"), [*FLOATS, *GPTQS], ids=str)
+def test_every_format_is_written_read_back_counted_and_said_in_the_config(base: Checkpoint, tmp_path: Path, layout: str, scheme: Any) -> None:
+    result = quantize(base, scheme, format_name=layout)
+    save(result, tmp_path / "out")
+    opened = Checkpoint.open(tmp_path / "out")
+    assert read_config(opened.config)("model.layers.0.mlp.up_proj") == scheme
+    assert ((tmp_path / "out" / "quantize_config.json").exists()) == layout.startswith("gptq")
+    assert size(result).parameters == size(opened).parameters == size(base).parameters
+    back = dequantize(opened)
+    assert set(back.files) == set(base.files) | ({"manifest.json"} & set(opened.files))
+    assert back.config == base.config
+    if not layout.startswith("gptq"):  # whose scales are float16
+        assert same(back, quantize(base, scheme, format_name="dense"))
+    name = "model.layers.3.self_attn.o_proj.weight"
+    error = (back.read(name).float() - base.read(name).float()).norm() / base.read(name).float().norm()
+    assert float(error) < (0.2 if getattr(scheme, "bits", 0) < 8 else 0.04)
+
+
+@pytest.mark.parametrize(("layout", "scheme"), FLOATS, ids=str)
+def test_where_a_weight_is_cut_does_not_change_a_byte_of_small_floats(tmp_path: Path, layout: str, scheme: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = bare(300)
+    save(quantize(model, scheme, format_name=layout), tmp_path / "whole", SaveOptions(workers=1))
+    save(dequantize(Checkpoint.open(tmp_path / "whole")), tmp_path / "dense", SaveOptions(workers=1))
+    small_slabs(monkeypatch, 64 * 32, 64 * 130)
+    save(quantize(model, scheme, format_name=layout), tmp_path / "cut", SaveOptions(workers=4))
+    save(dequantize(quantize(model, scheme, format_name=layout)), tmp_path / "back", SaveOptions(workers=4))
+    for cut, whole in (("cut", "whole"), ("back", "dense")):
+        assert (tmp_path / cut / "model.safetensors").read_bytes() == (tmp_path / whole / "model.safetensors").read_bytes()
+
+
+def test_what_servers_fuse_has_one_global_scale_and_the_largest_magnitude_sets_it(base: Checkpoint) -> None:
+    result = quantize(base, NVFP4, format_name="nvfp4-pack-quantized")
+    for group in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"), ("self_attn.o_proj",), ("mlp.down_proj",)):
+        found = {float(result.read(f"model.layers.2.{name}.weight_global_scale")) for name in group}
+        largest = max(float(base.read(f"model.layers.2.{name}.weight").abs().max()) for name in group)
+        assert found == {float(global_scale(largest))}
+
+
+def test_experts_have_global_scales_of_their_own_that_gate_and_up_share() -> None:
+    names = [f"layers.0.mlp.experts.{expert}.{part}_proj.weight" for expert in (0, 1) for part in ("gate", "up", "down")]
+    model = Checkpoint.from_tensors({name: torch.full((4, 32), float(place)) for place, name in enumerate(names, 1)}, "m")
+    result = quantize(model, NVFP4, format_name="nvfp4-pack-quantized")
+    found = [float(result.read(f"{name.removesuffix('weight')}weight_global_scale")) for name in names]
+    assert found == [float(global_scale(largest)) for largest in (2, 2, 3, 5, 5, 6)]
+
+
+def test_a_method_for_integers_makes_no_small_floats(base: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(QUANTIZERS, "_entries", {**QUANTIZERS._entries, "other": QUANTIZERS["rtn"]})
+    with pytest.raises(OptionError, match="FP8 is rounded to the nearest number; method other is for integers"):
+        quantize(base, FP8, "other", format_name="float-quantized")
+    with pytest.raises(OptionError, match="format pack-quantized: it holds integers, not NVFP4"):
+        quantize(base, NVFP4)
+
+
 # ---- what is refused ----
 
 
@@ -223,7 +284,7 @@ def test_a_quantized_model_is_not_quantized_again() -> None:
     once = quantize(bare(), Scheme(4, 32))
     with pytest.raises(CheckpointError, match="is quantised already .*; unpack it first with `compress dequantize"):
         quantize(once, Scheme(4, 32))
-    with pytest.raises(CheckpointError, match=r"m holds no packed weights \(….weight_packed\); there is nothing to dequantize"):
+    with pytest.raises(CheckpointError, match=r"m holds no packed weights \(….weight_packed, ….qweight\); there is nothing to dequantize"):
         dequantize(bare())
 
 
@@ -250,6 +311,15 @@ def test_all_problems_of_the_options_are_found_at_once() -> None:
     assert problems(4, -1, True, "rtn", "dense", {"clp": 3}) == [
         "group_size=-1: a number of inputs, such as 32, 64 or 128; 0 for one scale a row", "rtn has no option 'clp'. Did you mean 'clip'?",
     ]  # fmt: skip
+
+
+def test_a_scheme_by_its_name_has_a_format_and_no_method_for_integers() -> None:
+    assert preset_problems("FP8", "rtn", None, {}) == preset_problems("W8A8", "rtn", None, {"clip": 0}) == preset_problems("NVFP4", "rtn", "dense", {}) == []
+    assert preset_problems("FP9", "rtn", None, {}) == ["unknown scheme 'FP9'. Did you mean 'FP8'?"]
+    assert preset_problems("MXFP4", "rtn", "gptq", {"clip": 0}) == [
+        "format gptq: it holds integers of 2, 3, 4 and 8 bits, not MXFP4",
+        "MXFP4 is rounded to the nearest number; method rtn and its option clip is for integers",
+    ]
 
 
 # ---- the values, whatever the way ----

@@ -1,4 +1,4 @@
-"""`merge.noise`: the same element has the same bits, wherever the pieces are cut."""
+"""`noise`: the same element has the same bits, wherever the pieces are cut."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_plus.merge.noise import Noise
+from mergekit_plus.noise import Noise
 
 WHOLE = Noise(7, "layer.weight").bits(0, 300)
 

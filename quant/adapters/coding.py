@@ -1,0 +1,165 @@
+"""A matrix as codes and scales: what a few bits hold of rows of numbers, and the straight-through form of it that training sees.
+
+    w ~ level[code] * scale (+ mean, for k-median)
+
+A row is one rank component of a LoRA factor (a row of A, a column of B), or an output row of a weight. What shares a scale is the whole matrix, a row, or
+128 elements of a row. "k-median" normalises by mean and standard deviation, as the 1-bit adapters of arXiv 2307.16867; "l2" by the root mean
+square, and then takes the scale of least squares for the codes: at one bit the mean of |w|.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mergekit_plus.errors import OptionError
+
+from . import codebooks
+from .codebooks import BITS, Codebook
+
+Scale = Literal["tensor", "component", "group"]
+GROUP = 128  # elements of a row that share a scale, where groups do
+
+
+@dataclass(frozen=True, slots=True)
+class Coding:
+    """How a matrix becomes codes. Errors: OptionError for a width, a codebook or a scale that is not known."""
+
+    bits: int = 1
+    codebook: Codebook = "l2"
+    scale: Scale = "component"
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS or type(self.bits) is not int:
+            raise OptionError(f"bits={self.bits!r}: an adapter's codes have {', '.join(map(str, BITS[:-1]))} or {BITS[-1]} bits")
+        for name, value, known in (("codebook", self.codebook, get_args(Codebook)), ("scale", self.scale, get_args(Scale))):
+            if value not in known:
+                raise OptionError(f"{name}={value!r}: one of {', '.join(known)}")
+
+    @property
+    def columns(self) -> int:
+        """Numbers that are stored for each scale: the scale, after the mean where there is one."""
+        return 2 if self.codebook == "k-median" else 1
+
+    def scales(self, rows: int, width: int) -> int:
+        """How many scales a matrix has."""
+        return 1 if self.scale == "tensor" else rows * (1 if self.scale == "component" else -(-width // GROUP))
+
+    def owners(self, rows: int, width: int) -> Tensor:
+        """The number of the scale of each element, int64 [rows, width]."""
+        row, column = torch.arange(rows)[:, None], torch.arange(width)[None, :]
+        if self.scale == "group":
+            return row * -(-width // GROUP) + column // GROUP
+        return (row if self.scale == "component" else row * 0) + column * 0
+
+    def __str__(self) -> str:
+        return f"{self.bits} bit{'s' * (self.bits > 1)}, {self.codebook}, a scale for each {self.scale}"
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """Codes uint8 [rows, width], and stats float32 [scales, columns]: (scale), or (mean, scale)."""
+
+    codes: Tensor
+    stats: Tensor
+    coding: Coding
+
+
+@cache
+def table(codebook: Codebook, bits: int) -> Tensor:
+    """The levels as they are stored, float32 [2^bits]."""
+    return torch.tensor(codebooks.levels(codebook, bits), dtype=torch.float64).float()
+
+
+@cache
+def _boundaries(codebook: Codebook, bits: int) -> Tensor:
+    return torch.tensor(codebooks.boundaries(codebooks.levels(codebook, bits)), dtype=torch.float64)
+
+
+def nearest(normal: Tensor, coding: Coding) -> Tensor:
+    """The codes of the nearest levels, uint8; on a boundary the lower one."""
+    return torch.bucketize(normal.detach().double().contiguous(), _boundaries(coding.codebook, coding.bits)).to(torch.uint8)
+
+
+def encode(matrix: Tensor, coding: Coding) -> Coded:
+    """The codes of a float matrix [rows, width], in float64; a scale whose elements are all equal (all zero) gets scale 0, so that they come back exactly."""
+    owners = coding.owners(*matrix.shape)
+    work = matrix.detach().double()
+    mean, spread = _moments(work, owners, coding)
+    codes = nearest(_normal(work, mean, spread, owners), coding)
+    if coding.codebook == "l2":
+        spread = fitted(work, codes, owners, coding)
+    return Coded(codes, _stats(mean, spread, coding), coding)
+
+
+def decode(coded: Coded, levels: Tensor | None = None) -> Tensor:
+    """The matrix, float32 [rows, width]: a level times its scale, and then the mean added, two operations each rounded to float32.
+
+    levels: those of a file, where it is not to be this version's codebook.
+    """
+    owners = coded.coding.owners(*coded.codes.shape)
+    values = (table(coded.coding.codebook, coded.coding.bits) if levels is None else levels)[coded.codes.long()]
+    values = values * coded.stats[:, -1][owners]
+    return values + coded.stats[:, 0][owners] if coded.coding.columns == 2 else values
+
+
+def straight_through(matrix: Tensor, coding: Coding) -> Tensor:
+    """What `decode(encode(matrix))` is, as a function that has a gradient: rounding to levels counts as the identity, mean and scale as what they are.
+
+    For k-median the gradient is `r (G - mean G) + mean G + <G, q - r n> / (N - 1) * n` over each scale's N elements, n being the normalised ones and q
+    their levels (r = 1: no epsilon is added to the scale).
+    """
+    owners = coding.owners(*matrix.shape)
+    mean, spread = _moments(matrix, owners, coding)
+    normal = _normal(matrix, mean, spread, owners)
+    codes = nearest(normal, coding)
+    levels = table(coding.codebook, coding.bits).to(matrix.dtype)[codes.long()]
+    through = levels + normal - normal.detach()
+    scale = spread if coding.codebook == "k-median" else fitted(matrix, codes, owners, coding)
+    return through * scale[owners] + mean[owners]
+
+
+def fitted(matrix: Tensor, codes: Tensor, owners: Tensor, coding: Coding) -> Tensor:
+    """The scales of least squares for these codes, [scales]: `<w, q> / <q, q>`."""
+    levels = table(coding.codebook, coding.bits).to(matrix.dtype)[codes.long()]
+    scales = coding.scales(*matrix.shape)
+    return _sums(matrix * levels, owners, scales) / _sums(levels * levels, owners, scales)
+
+
+def rescaled(coded: Coded, factors: Tensor) -> Coded:
+    """The same codes with every scale, and its mean, times a factor [scales]."""
+    return replace(coded, stats=(coded.stats.double() * factors[:, None]).float())
+
+
+def _moments(matrix: Tensor, owners: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (of n - 1) of what shares a scale; for l2 zero and the root mean square."""
+    scales = coding.scales(*matrix.shape)
+    counts = _sums(torch.ones_like(matrix), owners, scales).detach()
+    if coding.codebook == "l2":
+        return torch.zeros_like(counts), _root(_sums(matrix * matrix, owners, scales) / counts)
+    mean = _sums(matrix, owners, scales) / counts
+    centred = matrix - mean[owners]
+    return mean, _root(_sums(centred * centred, owners, scales) / (counts - 1).clamp(min=1))
+
+
+def _root(squares: Tensor) -> Tensor:
+    """The square root, whose gradient is 0 where it is."""
+    positive = squares > 0
+    return torch.where(positive, torch.where(positive, squares, torch.ones_like(squares)).sqrt(), torch.zeros_like(squares))
+
+
+def _normal(matrix: Tensor, mean: Tensor, spread: Tensor, owners: Tensor) -> Tensor:
+    return (matrix - mean[owners]) / torch.where(spread > 0, spread, torch.ones_like(spread))[owners]
+
+
+def _sums(values: Tensor, owners: Tensor, scales: int) -> Tensor:
+    """The sum of what shares a scale, [scales]."""
+    return torch.zeros(scales, dtype=values.dtype).index_add(0, owners.flatten(), values.flatten())
+
+
+def _stats(mean: Tensor, spread: Tensor, coding: Coding) -> Tensor:
+    return (torch.stack([mean, spread], 1) if coding.columns == 2 else spread[:, None]).float()

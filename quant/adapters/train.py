@@ -1,0 +1,230 @@
+"""Adapters trained for few bits: straight-through training of latents, from scratch on a text, or distilled from an adapter that there is.
+
+What is stored are the codes and scales of the latents; the latents themselves are never written (but for the trainer's own state, while it runs).
+Training starts from the codes that post-hoc quantization finds, or, from scratch, as the 1-bit adapters of arXiv 2307.16867 do: A as a linear
+layer begins, B from a normal of deviation 1e-3 cut at twice that, for a B of zeros has no scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_plus.adapters import apply
+from mergekit_plus.adapters.extract import task_of
+from mergekit_plus.adapters.layout import Product, adapter_of
+from mergekit_plus.adapters.peft import Adapter, LowRank
+from mergekit_plus.calibration.text import read_text
+from mergekit_plus.checkpoint import Checkpoint, Deferred, Work, copy_step
+from mergekit_plus.checkpoint.folder import ADAPTER_QUANT
+from mergekit_plus.checkpoint.spec import matches, natural_order
+from mergekit_plus.errors import CheckpointError, OptionError, nearest
+from mergekit_plus.evaluate import load_model, load_tokenizer
+from mergekit_plus.model import adapter_reason, describe, quantized_reason
+from mergekit_plus.training import Loss, TrainOptions, TrainRecord, distillation, loss_on, next_token, train
+
+from .codebooks import Codebook
+from .coding import Coding, Scale, encode
+from .container import Entry, packed_specs, packed_tensors, rows_of, sidecar
+from .factors import Gauge, encode_pair, turned, wanted
+from .latent import Latent, Teacher, attached
+from .modules import check_trained, factor_entries, factor_names
+
+HELD_OUT = 16  # windows at most, evenly out of the text, on which the best state is chosen
+PLAIN = 16  # bits of an adapter that is trained as it is
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is trained on: a text, in windows, and how. `steps * batch` windows are read, and the text again where it has fewer."""
+
+    text: tuple[Path, ...]
+    training: TrainOptions = field(default_factory=lambda: TrainOptions(lr=3e-2, batch=4, warmup=0.05, schedule="cosine", clip=None))
+    window: int = 256
+
+    def problems(self) -> list[str]:
+        """Everything wrong with it, a sentence each."""
+        found = self.training.problems() + [f"the text {path} is not there" for path in self.text if not path.exists()]
+        return found + (["name a text to train on"] if not self.text else []) + (["a window has at least 2 tokens"] if self.window < 2 else [])
+
+    def rows(self, tokenizer: Any) -> tuple[Tensor, Tensor]:
+        """Windows to train on, and others to choose the best state on, int64 [windows, window]."""
+        wanted = self.training.steps * self.training.batch
+        rows = read_text(self.text, tokenizer, wanted + HELD_OUT, self.window, self.training.seed)
+        if len(rows) < 2:
+            raise OptionError(f"the text has {len(rows)} window of {self.window} tokens; training needs two or more")
+        held = min(HELD_OUT, max(1, len(rows) // 8))
+        out = torch.zeros(len(rows), dtype=torch.bool)
+        out[torch.arange(held) * len(rows) // held] = True
+        return rows[~out], rows[out]
+
+
+def distilled(adapter: Adapter, base: Checkpoint, lesson: Lesson, entries: Sequence[Entry], gauge: Gauge, refit: bool) -> Checkpoint:
+    """The packed tensors of an adapter, trained so that the model predicts with them what it predicts with the adapter (KL, over a text).
+
+    Errors: CheckpointError where the adapter does not fit the base, or has modules that are no plain products beside linear layers.
+    """
+    apply(base, [adapter])  # refuses what does not fit
+    for module in adapter.lowrank.values():
+        if module.magnitude or module.bias or module.embedding or len(adapter.checkpoint.specs[module.a].shape) > 2:
+            raise CheckpointError(
+                f"{adapter.label}: {module.module} is more than a product B A beside a linear layer, which cannot be distilled; leave --text out"
+            )
+    student = apply(base, [replace(adapter, lowrank={})]) if adapter.whole else base
+    coding = entries[0].coding
+
+    def compute(work: Work) -> None:
+        def made() -> Mapping[str, Tensor]:
+            modules = list(adapter.lowrank.values())
+            check_trained(adapter.checkpoint, modules, [adapter.checkpoint.read(name) for name in factor_names(modules)])
+            latents = {name: _of_product(adapter.checkpoint, module, coding, gauge, refit) for name, module in adapter.lowrank.items()}
+            record = _trained(student, latents, lesson, work, teach=True)
+            refuse_failure(record)
+            return _packed(list(latents.values()), entries)
+
+        work.part("adapter", made)
+
+    return Checkpoint(adapter.label, Deferred(packed_specs(entries), [adapter.checkpoint, student], compute, memory=memory_of(student)))
+
+
+def _of_product(part: Checkpoint, module: LowRank, coding: Coding, gauge: Gauge, refit: bool) -> Latent:
+    plain = rows_of(part.read(module.a), 0).float(), rows_of(part.read(module.b), 1).float()
+    a, b = turned(plain[0], plain[1].T, gauge)
+    rows_b = b.T
+    if refit:
+        a, rows_b = wanted(a, rows_b, encode_pair(a, b, coding, "none"))
+    latent = Latent(a, rows_b, module.scale, coding, (_size(a), _size(rows_b)))
+    latent.plain = plain
+    return latent
+
+
+def _size(rows: Tensor) -> float:
+    return float(rows.square().mean().sqrt()) or 1.0
+
+
+def _packed(latents: Sequence[Latent], entries: Sequence[Entry]) -> dict[str, Tensor]:
+    coding = entries[0].coding
+    with torch.no_grad():
+        coded = [[encode(rows, coding)] for latent in latents for rows in latent.rows()]
+    tensors = packed_tensors(coded, [coding.bits], coding)
+    return {spec.name: tensor for spec, tensor in zip(packed_specs(entries), tensors, strict=True)}
+
+
+def _trained(base: Checkpoint, latents: Mapping[str, Latent], lesson: Lesson, work: Work, teach: bool) -> TrainRecord:
+    """Train latents on a model of this base."""
+    model = load_model(base, progress=work.progress)
+    rows, held = lesson.rows(load_tokenizer(base))
+    with attached(model, latents) as parameters:
+        loss: Loss = distillation(Teacher(model, latents)) if teach else next_token
+        return train(
+            model, parameters, loss, rows, lesson.training, evaluate=lambda: loss_on(model, held, loss, batch=4), folder=work.folder, progress=work.progress
+        )
+
+
+def refuse_failure(record: TrainRecord) -> None:
+    """CheckpointError for a training that came to NaN."""
+    if record.stopped:
+        raise CheckpointError(f"{record.stopped}; train with a smaller learning rate")
+
+
+def memory_of(base: Checkpoint) -> int:
+    """Bytes of a model in float32."""
+    return 4 * sum(spec.numel for spec in base.specs.values())
+
+
+# ---- from scratch ----
+
+
+@dataclass(frozen=True)
+class TrainAdapterOptions:
+    """What is trained: a rank for every linear layer that `target` matches (all of them by default), at these bits; 16 for a plain LoRA."""
+
+    bits: int = 1
+    rank: int = 8
+    codebook: Codebook = "l2"
+    scale: Scale = "component"
+    target: tuple[str, ...] = ()  # shell patterns of modules: "q_proj", "layers.3.*"
+    alpha: float = 2.0  # what the product is multiplied with: LoRA's alpha / r
+
+    def problems(self) -> list[str]:
+        """Everything wrong with them, a sentence each."""
+        found = [f"rank must be 1 or more, not {self.rank}"] if self.rank < 1 else []
+        found += [f"alpha must be positive, not {self.alpha:g}"] if not self.alpha > 0 else []
+        try:
+            _ = self.coding
+        except OptionError as error:
+            found.append(f"{error}; 16 trains a plain LoRA")
+        return found
+
+    @property
+    def coding(self) -> Coding | None:
+        """How the factors are coded, None where they are not. Errors: OptionError."""
+        return None if self.bits == PLAIN else Coding(self.bits, self.codebook, self.scale)
+
+
+def train_adapter(base: Checkpoint, lesson: Lesson, options: TrainAdapterOptions) -> Checkpoint:
+    """A LoRA adapter of the base, trained on the text: at few bits packed, at 16 bits an ordinary one in float16.
+
+    Errors: OptionError for impossible options; CheckpointError where the base has no linear layers that `target` matches.
+    """
+    if found := options.problems() + lesson.problems():
+        raise OptionError("; ".join(found))
+    if reason := quantized_reason(base) or adapter_reason(base):
+        raise CheckpointError(reason)
+    modules = _modules(base, options.target)
+    coding, turned_weights = options.coding, any(transposed for _, transposed in modules.values())
+    products = [Product(name, min(options.rank, *shape), shape) for name, (shape, _) in modules.items()]
+    specs = [spec for product in products for spec in product.specs("F16" if coding is None else "F32")]
+    entries = [] if coding is None else factor_entries(specs, coding)
+
+    def compute(work: Work) -> None:
+        def made() -> Mapping[str, Tensor]:
+            generator = torch.Generator().manual_seed(lesson.training.seed)
+            latents = {product.module: _fresh(product, coding, options.alpha, generator) for product in products}
+            refuse_failure(_trained(base, latents, lesson, work, teach=False))
+            if coding is not None:
+                return _packed(list(latents.values()), entries)
+            with torch.no_grad():
+                rows = [rows for latent in latents.values() for rows in latent.rows()]
+                return {spec.name: (row.T if i % 2 else row).half().contiguous() for i, (spec, row) in enumerate(zip(specs, rows, strict=True))}
+
+        work.part("adapter", made)
+
+    written = specs if coding is None else packed_specs(entries)
+    made = Checkpoint(f"adapter of {base.label}", Deferred(written, [base], compute, memory=memory_of(base)))
+    copies = [copy_step(made, spec.name) for spec in written]
+    adapter = adapter_of(made.label, products, copies, base.ref, task_of(base), fan_in_fan_out=turned_weights)
+    return adapter if coding is None else replace(adapter, files={**adapter.files, ADAPTER_QUANT: sidecar(entries)})
+
+
+def _modules(base: Checkpoint, target: Sequence[str]) -> dict[str, tuple[tuple[int, int], bool]]:
+    """The linear layers to train beside, as transformers names them: (out, in), and whether the weight is stored as its transpose."""
+    meanings = [meaning for meaning in describe(base).tensors.values() if meaning.role == "linear" and meaning.parameter and meaning.name in base.specs]
+    parameters = [meaning.parameter for meaning in meanings]
+    found: dict[str, tuple[tuple[int, int], bool]] = {}
+    for meaning in sorted(meanings, key=lambda meaning: natural_order(meaning.name)):
+        shape, module = base.specs[meaning.name].shape, str(meaning.parameter).rpartition(".")[0]
+        if len(shape) == 2 and parameters.count(meaning.parameter) == 1 and (not target or matches(module, target)):
+            found[module] = ((shape[1], shape[0]) if meaning.transposed else (shape[0], shape[1]), meaning.transposed)
+    for pattern in target:
+        if not any(matches(module, [pattern]) for module in found):
+            known = sorted({str(name).split(".")[-2] for name in parameters})
+            raise OptionError(f"--target '{pattern}' matches no linear layer of {base.label}.{nearest(pattern, known)}")
+    if not found:
+        raise CheckpointError(f"{base.label} has no linear layers in its blocks to train beside")
+    return found
+
+
+def _fresh(product: Product, coding: Coding | None, alpha: float, generator: torch.Generator) -> Latent:
+    out, width = product.shape
+    a = torch.empty(product.rank, width).uniform_(-1 / sqrt(width), 1 / sqrt(width), generator=generator)
+    rows_b = torch.zeros(product.rank, out)
+    if coding is not None:
+        nn.init.trunc_normal_(rows_b, std=1e-3, a=-2e-3, b=2e-3, generator=generator)
+    return Latent(a, alpha * rows_b, 1.0, coding, (1.0, alpha))

@@ -1,0 +1,120 @@
+"""What is stored in a checkpoint: how each module is, and what its tensors are, from config.json and the headers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mergekit_plus.checkpoint import Checkpoint, TensorSpec
+from mergekit_plus.errors import CheckpointError
+
+from . import awq, config, gptq
+from .config import Stored
+from .format import READERS, AnyScheme, Codes, Reader
+
+METHODS: dict[str, Callable[[Mapping[str, Any]], Callable[[str], Stored | None]]] = {
+    "compressed-tensors": config.read_groups, "gptq": gptq.read_config, "awq": awq.read_config,
+}  # fmt: skip
+PACKED = ("weight_packed", "qweight")  # the last part of the name of what holds codes, but for those that take the weight's name
+
+
+def declared(config_json: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The `quantization_config` of a config.json; empty where it has none."""
+    text = config_json.get("text_config")
+    parts = (config_json, text if isinstance(text, Mapping) else {})
+    found: Any = next((part[key] for part in parts for key in ("quantization_config", "compression_config") if part.get(key)), {})
+    return found if isinstance(found, Mapping) else {}
+
+
+def stored_as(config_json: Mapping[str, Any]) -> Callable[[str], Stored | None]:
+    """How a module is stored by its name, from a checkpoint's config.json; None for a module that is not quantised.
+
+    Errors: CheckpointError for what cannot be read, with what can.
+    """
+    found = declared(config_json)
+    if not found:
+        return lambda module: None
+    method = str(found.get("quant_method", "compressed-tensors"))
+    if method not in METHODS:
+        raise config.unreadable(f"quantised with '{method}'")
+    return METHODS[method](found)
+
+
+def read_config(config_json: Mapping[str, Any]) -> Callable[[str], AnyScheme | None]:
+    """The scheme of a module by its name, as `stored_as`."""
+    lookup = stored_as(config_json)
+
+    def scheme(module: str) -> AnyScheme | None:
+        stored = lookup(module)
+        return stored.scheme if stored else None
+
+    return scheme
+
+
+@dataclass(frozen=True)
+class Module:
+    """A quantised module: how it is stored, its tensors by the last part of their names, and those that go with it and are not needed."""
+
+    name: str
+    stored: Stored
+    reader: Reader
+    specs: Mapping[str, TensorSpec]
+    others: tuple[str, ...]
+    shape: tuple[int, int]
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of all its tensors."""
+        return tuple(f"{self.name}.{part}" for part in (*self.specs, *self.others))
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> Codes:
+        """The codes in these rows of its tensors. Errors: CheckpointError as the reader's."""
+        found: Codes = self.reader.decode(tensors, self.stored.scheme, self._rows(tensors))
+        return found
+
+    def values(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The same, dequantised."""
+        return self.reader.values(tensors, self.stored.scheme, self._rows(tensors))
+
+    def _rows(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+        whole = not self.reader.row_unit(self.stored.scheme)
+        return (self.shape[0] if whole else len(tensors[self.reader.parts[0]])), self.shape[1]
+
+
+def holds_codes(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor holds the codes of a module."""
+    module, _, part = name.rpartition(".")
+    if part in PACKED:
+        return True
+    return part == "weight" and f"{module}.weight_scale" in checkpoint.specs and not any(f"{module}.{other}" in checkpoint.specs for other in PACKED)
+
+
+def modules_of(checkpoint: Checkpoint) -> Iterator[Module]:
+    """The quantised modules of a checkpoint.
+
+    Errors: CheckpointError for a module whose tensors or scheme are missing, or not what they should be.
+    """
+    lookup = stored_as(checkpoint.config)
+    for name in checkpoint.specs:
+        if not holds_codes(checkpoint, name):
+            continue
+        module, _, codes = name.rpartition(".")
+        stored = lookup(module)
+        if stored is None:
+            raise CheckpointError(f"{checkpoint.label}: {module} is packed ({codes}), but config.json names no scheme for it")
+        reader = READERS[stored.layout]
+        specs = {part: checkpoint.specs[f"{module}.{part}"] for part in reader.parts if f"{module}.{part}" in checkpoint.specs}
+        if missing := next((part for part in reader.parts if part not in specs and not _may_lack(part, stored, reader)), None):
+            raise CheckpointError(f"{checkpoint.label}: {module} is stored as {stored.layout} by config.json, but its {missing} is missing")
+        if stored.scheme is not None and getattr(stored.scheme, "symmetric", True):
+            specs.pop("weight_zero_point", None)
+        others = tuple(part for part in (*reader.others, *reader.parts) if part not in specs and f"{module}.{part}" in checkpoint.specs)
+        shape = reader.shape(specs, lambda part, module=module: checkpoint.read(f"{module}.{part}"), stored.scheme)  # type: ignore[misc]
+        yield Module(module, stored, reader, specs, others, shape)
+
+
+def _may_lack(part: str, stored: Stored, reader: Reader) -> bool:
+    return part in reader.optional and (part != "weight_zero_point" or getattr(stored.scheme, "symmetric", True))
