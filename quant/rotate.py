@@ -33,12 +33,13 @@ READERS = {
 }
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 INSIDE = ("self_attn.q_norm", "self_attn.k_norm")  # of a block, off the stream
+BLOCK = 1 << 20  # elements of a weight turned at a time
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """R of a width, from a seed; `apply(x)` is x R, `apply(x.T).T` is R^T x. The bits of a row do not depend on the others."""
+    """R of a width, from a seed. The bits of a row of x R do not depend on the other rows."""
 
     signs: Tensor  # float32 [width]
     rest: Tensor  # float32 [m, m], orthogonal, m the odd part of the width
@@ -67,6 +68,14 @@ class Rotation:
                 x += parts[:, :, number : number + 1] * row
             x = x.flatten(1)
         return x / sqrt(half)
+
+    def apply_to_columns(self, x: Tensor) -> Tensor:
+        """R^T x, for [width, columns] or [width], in its dtype; a block of columns at a time."""
+        result = torch.empty_like(x)
+        columns = max(1, BLOCK // len(x))
+        for part, into in zip(*(torch.split(whole.view(len(x), -1), columns, 1) for whole in (x, result)), strict=True):
+            into.copy_(self.apply(part.T).T)
+        return result
 
 
 def rotate(checkpoint: Checkpoint, seed: int = 0) -> Checkpoint:
@@ -109,7 +118,7 @@ def _step(checkpoint: Checkpoint, stack: str, name: str, rotation: Rotation, tie
         if inner in READERS:
             return _reader(checkpoint, name, f"{stack}.{block}.{READERS[inner]}.weight", rotation)
         if inner in WRITERS:
-            return _made(checkpoint, name, lambda x: rotation.apply(x.T).T if x.dim() == 2 else rotation.apply(x[None])[0])
+            return _made(checkpoint, name, rotation.apply_to_columns)
         if inner in READERS.values() and leaf == "weight":
             return _made(checkpoint, name, torch.ones_like)
     raise CheckpointError(f"{checkpoint.label} cannot be rotated: what {name} does to the residual stream is not known")
@@ -117,7 +126,7 @@ def _step(checkpoint: Checkpoint, stack: str, name: str, rotation: Rotation, tie
 
 def _made(checkpoint: Checkpoint, name: str, function: Callable[[Tensor], Tensor], multiple: int = 0) -> Step:
     def run(tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
-        return [function(tensors[0]).to(tensors[0].dtype).contiguous()]
+        return [function(tensors[0]).to(tensors[0].dtype)]
 
     return Step(((checkpoint, name),), (checkpoint.specs[name],), run, multiple)
 

@@ -72,6 +72,15 @@ def test_the_rotation_is_orthogonal_and_mixes_every_input_with_every_other(width
     assert not torch.equal(matrix, Rotation.of(width, 6).apply(torch.eye(width))) or width == 1
 
 
+def test_columns_are_turned_a_block_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    rotation, x = Rotation.of(24, 5), torch.randn(24, 33)
+    whole = rotation.apply_to_columns(x)
+    torch.testing.assert_close(whole, rotation.apply(torch.eye(24)).T @ x)
+    monkeypatch.setattr("quant.rotate.BLOCK", 100)
+    assert torch.equal(rotation.apply_to_columns(x), whole)
+    assert torch.equal(rotation.apply_to_columns(x[:, 3]), whole[:, 3])
+
+
 def test_a_hadamard_matrix_spreads_one_outlier_evenly() -> None:
     assert Rotation.of(16, 0).apply(torch.eye(16)[3:4] * 8).abs().tolist() == [[2.0] * 16]
 
