@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +42,7 @@ class Job:
         torch.manual_seed(0)
 
     @contextmanager
-    def timed(self):
+    def timed(self) -> Iterator[None]:
         """The wall and the processor time of quantizing alone: neither imports, nor loading, nor saving."""
         wall, processor = time.perf_counter(), time.process_time()
         yield
