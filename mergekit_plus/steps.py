@@ -225,6 +225,7 @@ class QuantizeStep(BaseModel):
     norm_passes: int = Field(0, ge=0)  # over the text, in which the norms of each block are tuned
     biases: bool = False  # correct those of quantised layers
     moments: str | None = None  # in place of a text, an input: what `compress calibrate` wrote
+    rotate: bool = False  # write the residual stream in another basis first
     of: str | None = None  # an input; by default what the step before made, or the only input
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
@@ -246,6 +247,8 @@ class QuantizeStep(BaseModel):
             yield "quantize: give a calibration text, or moments that were measured on one, not both"
         if (self.norm_passes or self.biases) and self.calibration is None:
             yield "quantize: norms and biases are tuned while a text flows through the model: give norm_passes and biases with calibration"
+        if self.rotate and self.moments is not None:
+            yield "quantize: moments were measured on the model as it was; a rotated one needs a calibration text"
         named = [name for name in (self.of, self.moments) if name is not None]
         yield from (f"quantize: {problem}" for problem in not_inputs(named, inputs))
 
@@ -255,8 +258,10 @@ class QuantizeStep(BaseModel):
         from quant.formats import AnyScheme
         from quant.plan import PRESETS, quantize
         from quant.quantized import Scheme
+        from quant.rotate import rotate
 
         source = inputs[self.of] if self.of else only_input({name: model for name, model in inputs.items() if name != self.moments}, previous, "quantize")
+        source = rotate(source) if self.rotate else source
         scheme: AnyScheme | Mapping[str, AnyScheme]
         scheme, layout = PRESETS[self.scheme] if self.scheme else (Scheme(self.bits or 4, self.group_size, self.symmetric), "pack-quantized")
         if self.allocation is not None:
