@@ -22,7 +22,7 @@ from mergekit_plus.checkpoint import Checkpoint, Deferred, Plan, Step, TensorSpe
 from mergekit_plus.checkpoint.folder import DELTA_QUANT
 from mergekit_plus.checkpoint.spec import matches
 from mergekit_plus.errors import CheckpointError, OptionError
-from mergekit_plus.evaluate import load_model, load_tokenizer
+from mergekit_plus.evaluate import load_model
 from mergekit_plus.model import describe
 from mergekit_plus.training import loss_on, train
 
@@ -168,7 +168,7 @@ class _Distil:
             scaled = _Scaled(levels * coded.stats, entry.scales)
             parametrize.register_parametrization(model.get_submodule(owner), leaf, scaled)
             trained[entry.name], starts[entry.name] = scaled.factor, coded.stats
-        rows, held = self.lesson.rows(load_tokenizer(self.tuned))
+        rows, held = self.lesson.parts()
 
         def loss(student: Any, batch: Tensor) -> Tensor:
             with torch.no_grad():
