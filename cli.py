@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
@@ -233,7 +234,8 @@ def quantize_adapter(
     bits: Annotated[int, typer.Option("--bits", help="1, 2, 3, 4 or 8 bits for each number in the factors")] = 4,
     codebook: Annotated[str, typer.Option("--codebook", help="l2 (Lloyd-Max) or k-median (the 1-bit adapters of arXiv 2307.16867)")] = "l2",
     scale: Annotated[str, typer.Option("--scale", help="what shares a scale: tensor, component (row of A, column of B) or group (of 128)")] = "component",
-    gauge: Annotated[str, typer.Option("--gauge", help="how B A is shared out before it is coded: balanced, svd, or none (as it is)")] = "balanced",
+    average_bits: Annotated[float | None, typer.Option("--average-bits", help="a width for each component, so many bits on the average")] = None,
+    gauge: Annotated[str | None, typer.Option("--gauge", help="how B A is shared out before it is coded: balanced, svd, or none (as it is)")] = None,
     refit: Annotated[bool, typer.Option("--refit/--no-refit", help="fit codes and scales to the product B A")] = True,
     base: Annotated[str | None, typer.Option("--base", "-b", help="the model that it was trained on, to distil with --text")] = None,
     text: LessonText = [],  # noqa: B006
@@ -246,13 +248,14 @@ def quantize_adapter(
     """Bring a LoRA adapter to a few bits, packed: `compress adapter quantize ./code-lora --bits 1 --base org/base --text code.txt`."""
     from mergekit_plus.recipe import check
 
-    step = {"bits": bits, "codebook": codebook, "scale": scale, "gauge": gauge, "refit": refit, **_lesson(text, window, steps, batch, lr, seed)}
+    coding = {"bits": bits, "average_bits": average_bits, "codebook": codebook, "scale": scale, "gauge": gauge, "refit": refit}
+    step = {**coding, **_lesson(text, window, steps, batch, lr, seed)}
     inputs = {"adapter": adapter}
     if base is not None:
         inputs["base"] = base
         step |= {"base": "base", "of": "adapter"}
     recipe = check({"inputs": inputs, "steps": [{"quantize_adapter": step}]}, Path(), "compress adapter quantize")
-    _carry_out(recipe, how, _beside(adapter, f"{bits}bit", "folder"))
+    _carry_out(recipe, how, _beside(adapter, f"{average_bits or bits:g}bit", "folder"))
 
 
 @adapter.command()
@@ -346,11 +349,15 @@ def quantize(
     *,
     how: Writing,
     model: Model = ".",
-    bits: Annotated[int, typer.Option("--bits", help="2, 3, 4, 5, 6 or 8 bits a weight")] = 4,
-    group_size: Annotated[int, typer.Option("--group-size", help="weights that share a scale; 0 for a whole output row")] = 128,
+    bits: Annotated[int | None, typer.Option("--bits", help="2 to 8 bits a weight (default: 4)")] = None,
+    group_size: Annotated[int | None, typer.Option("--group-size", help="weights that share a scale; 0 for a whole output row (default: 128)")] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="with zero points")] = False,
+    scheme: Annotated[str | None, typer.Option("--scheme", help="W8A8, FP8, FP8_BLOCK, NVFP4 or MXFP4, in place of bits and groups")] = None,
+    allocation: Annotated[Path | None, typer.Option("--allocation", metavar="FILE", help="bits.yaml of `compress allocate`: a scheme for each layer")] = None,
     method: Annotated[str, typer.Option("--method", "-m", help="see `compress methods`")] = "rtn",
-    format_: Annotated[str, typer.Option("--format", help="pack-quantized (compressed-tensors), or dense: the dequantized weights")] = "pack-quantized",
+    format_: Annotated[
+        str | None, typer.Option("--format", help="pack-quantized (compressed-tensors, by default), gptq, gptq_v2, or dense: the dequantized weights")
+    ] = None,
     set_: Set = [],  # noqa: B006
     exclude: Exclude = [],  # noqa: B006
     include: Include = [],  # noqa: B006
@@ -367,16 +374,101 @@ def quantize(
     digests = None if how.resume else _hash_early(model)
     from mergekit_plus.recipe import check
 
+    bits = 4 if bits is None and scheme is None and allocation is None else bits
+    weights = {
+        "bits": bits, "group_size": group_size, "symmetric": False if asymmetric else None, "scheme": scheme, "allocation": allocation and str(allocation),
+    }  # fmt: skip
     step = {
-        "bits": bits, "group_size": group_size, "symmetric": not asymmetric, "method": method, "format": format_, "exclude": exclude, "include": include,
-        "order": order, **_calibration(calibration, windows, window, seed), **_settings(set_),
+        **{key: value for key, value in weights.items() if value is not None}, "method": method, "format": format_, "exclude": exclude, "include": include,
+        **_calibration(calibration, windows, window, seed, order=order), **_settings(set_),
     }  # fmt: skip
     inputs = {"model": model}
     if moments is not None:
         inputs["moments"], step["moments"], step["of"] = moments, "moments", "model"
     recipe = check({"inputs": inputs, "steps": [{"quantize": step}]}, Path(), "compress quantize")
-    default = _beside(model, f"{bits}bit-dense", "file") if format_ == "dense" else _beside(model, f"{bits}bit", "folder")
+    what = scheme.lower() if scheme else "mixed" if allocation is not None else f"{bits}bit"
+    default = _beside(model, f"{what}-dense", "file") if format_ == "dense" else _beside(model, what, "folder")
     _carry_out(recipe, how, default, digests)
+
+
+@app.command()
+@writes("allow_nonfinite")
+def calibrate(
+    *,
+    how: Writing,
+    model: Model = ".",
+    text: Annotated[list[str], typer.Option("--text", "-t", metavar="FILE", help="text to flow through the model: .txt, .jsonl, a folder; may be repeated")],
+    windows: CalibrationWindows = 128,
+    window: CalibrationWindow = 256,
+    seed: CalibrationSeed = 0,
+) -> None:
+    """Measure the inputs of a model's linear layers on a text, for any number of `compress quantize --moments`."""
+    from mergekit_plus.recipe import check
+
+    step = _calibration(text, windows, window, seed)
+    recipe = check({"inputs": {"model": model}, "steps": [{"calibrate": step}]}, Path(), "compress calibrate")
+    _carry_out(recipe, how, _beside(model, "moments", "file").with_suffix(".safetensors"))
+
+
+@app.command()
+def allocate(
+    model: Model = ".",
+    bits_per_weight: Annotated[float | None, typer.Option("--bits-per-weight", help="budget: stored bits of a quantized weight, scales and all")] = None,
+    size: Annotated[str | None, typer.Option("--size", help="budget: bytes of the weight files, as in 8.1MB, with all that is not quantized")] = None,
+    max_loss: Annotated[float | None, typer.Option("--max-loss", help="fewest bits within this KL, nats a token")] = None,
+    choices: Annotated[str, typer.Option("--choices", help="bits to choose from; 4g32: with a group size of its own, 4a: asymmetric")] = "2,3,4,6,8",
+    group_size: Annotated[int, typer.Option("--group-size", help="weights that share a scale; 0 for a whole output row")] = 128,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="with zero points")] = False,
+    calibration: Calibrate = [],  # noqa: B006
+    windows: CalibrationWindows = 24,
+    window: CalibrationWindow = 256,
+    seed: CalibrationSeed = 0,
+    sensitivity: Annotated[Literal["kl", "fisher", "gram"], typer.Option("--sensitivity", help="how a layer's loss is measured")] = "kl",
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="the choice of all other layers while one is measured, or dense (default: the middle choice)")
+    ] = None,
+    method: Annotated[str, typer.Option("--method", "-m", help="see `compress methods`")] = "rtn",
+    format_: Annotated[str, typer.Option("--format", help="what will be stored: pack-quantized, ...")] = "pack-quantized",
+    set_: Set = [],  # noqa: B006
+    exclude: Exclude = [],  # noqa: B006
+    candidates: Annotated[int, typer.Option("--candidates", min=1, help="allocations that are measured on held-out windows")] = 8,
+    sensitivities: Annotated[Path | None, typer.Option("--sensitivities", help="file of losses: read where it exists, else written")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="picture of the bits of each layer: .svg, .png or .pdf (needs matplotlib)")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="file to write")] = Path("bits.yaml"),
+    overwrite: Overwrite = False,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Give each layer the bits that it needs, within a budget, provably: `compress allocate --bits-per-weight 3.5 --calibration text.txt`."""
+    from mergekit_plus.calibration.options import CalibrationOptions
+    from mergekit_plus.checkpoint.shards import parse_size
+    from mergekit_plus.compare import check_picture
+    from mergekit_plus.errors import OptionError
+    from mergekit_plus.progress import on
+    from mergekit_plus.show import allocation_lines
+    from quant.allocation import AllocateOptions, allocate_bits, facts, parse_choice, parse_choices
+    from quant.mixed import Budget
+
+    if not calibration:
+        raise OptionError("allocate measures on a text: give one with --calibration FILE")
+    if plot is not None:
+        check_picture(plot)
+    text = CalibrationOptions(texts=calibration, windows=windows, window=window, seed=seed)
+    for problem in text.problems(Path()):
+        raise OptionError(problem)
+    dense = reference is None or reference == "dense"
+    options = AllocateOptions(
+        Budget(bits_per_weight, parse_size(size) if size else None, max_loss), parse_choices(choices, group_size, not asymmetric), text, sensitivity,
+        reference if dense else parse_choice(str(reference), group_size, not asymmetric), method, _settings(set_), format_, tuple(exclude), candidates,
+        sensitivities, overwrite, device,
+    )  # fmt: skip
+    written = allocate_bits(_open(model), options, out, on())
+    if plot is not None:
+        from mergekit_plus.bits_plot import draw_bits
+
+        draw_bits(written.table.groups, written.table.choices, written.result.chosen.selection, plot)
+    found = facts(written)
+    _print(found, allocation_lines(found), as_json)
 
 
 @app.command()
@@ -386,11 +478,26 @@ def dequantize(
     how: Writing,
     model: Model = ".",
 ) -> None:
-    """Turn a packed (compressed-tensors) model back into a dense one."""
+    """Turn a packed model (compressed-tensors, GPTQ, AWQ) back into a dense one."""
     from mergekit_plus.recipe import check
 
     recipe = check({"inputs": {"model": model}, "steps": [{"dequantize": {}}]}, Path(), "compress dequantize")
     _carry_out(recipe, how, _beside(model, "dense", "file"))
+
+
+@app.command()
+@writes("device", "allow_nonfinite")
+def convert(
+    *,
+    how: Writing,
+    model: Model = ".",
+    to: Annotated[str, typer.Option("--to", help="pack-quantized, gptq, gptq_v2 or int-quantized")],
+) -> None:
+    """Store a packed model in another format, code for code: `compress convert MODEL --to gptq`."""
+    from mergekit_plus.recipe import check
+
+    recipe = check({"inputs": {"model": model}, "steps": [{"convert": {"to": to}}]}, Path(), "compress convert")
+    _carry_out(recipe, how, _beside(model, to, "folder"))
 
 
 @app.command()
@@ -411,6 +518,12 @@ def prune(
     calibration: Calibrate = [],  # noqa: B006
     windows: CalibrationWindows = 128,
     window: CalibrationWindow = 256,
+    reconstruct: Annotated[
+        str | None, typer.Option("--reconstruct", metavar="block|sublayer|linear", help="train a little of each until it computes again what it did")
+    ] = None,
+    retrain: Annotated[
+        str | None, typer.Option("--retrain", metavar="VARIANT,...", help="then retrain these on the calibration text, as `compress retrain` does")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="of the method that draws at random; moves the windows of the calibration text")] = 0,
     set_: Set = [],  # noqa: B006
     exclude: Exclude = [],  # noqa: B006
@@ -418,14 +531,22 @@ def prune(
 ) -> None:
     """Set the least important weights to zero, or take out neurons and heads: `compress prune MODEL --sparsity 0.5`."""
     digests = None if how.resume else _hash_early(model)
+    from mergekit_plus.errors import OptionError
     from mergekit_plus.recipe import check
+    from prune import PRUNERS
 
+    used = structured or reconstruct or (method in list(PRUNERS) and PRUNERS[method].calibrated)  # the text may be for --retrain alone
     step = {
         "sparsity": sparsity, "pattern": pattern, "method": method, "scope": scope, "seed": seed, "exclude": exclude, "include": include,
-        "structured": _shares(structured), "mask": "mask" if mask else None, "of": "model",
-        **_calibration(calibration, windows, window, seed), **_settings(set_),
+        "structured": _shares(structured), "mask": "mask" if mask else None, "of": "model", "reconstruct": reconstruct,
+        **_calibration(calibration if used or not retrain else [], windows, window, seed), **_settings(set_),
     }  # fmt: skip
-    recipe = check({"inputs": {"model": model, **({"mask": mask} if mask else {})}, "steps": [{"prune": step}]}, Path(), "compress prune")
+    steps: list[dict[str, Any]] = [{"prune": step}]
+    if retrain is not None:
+        if not calibration:
+            raise OptionError("--retrain trains on a text: give it with --calibration")
+        steps.append({"retrain": {"train": retrain, "text": calibration, "seed": seed}})
+    recipe = check({"inputs": {"model": model, **({"mask": mask} if mask else {})}, "steps": steps}, Path(), "compress prune")
     default = _beside(model, "smaller" if structured else "pruned", "folder" if structured else "file")
     _carry_out(recipe, how, default, digests)
     if masks is not None and not how.dry_run:
@@ -464,6 +585,12 @@ def retrain(
         **({"lr": lr} if lr is not None else {}), **({"rank": rank} if rank is not None else {}), **_settings(set_),
     }  # fmt: skip
     recipe = check({"inputs": {"model": model, **({"teacher": teacher} if teacher else {})}, "steps": [{"retrain": step}]}, Path(), "compress retrain")
+    if (local := os.environ.get("LOCAL_RANK")) and how.device == "cuda":  # torchrun: a card for each process
+        how = replace(how, device=f"cuda:{local}")
+    if int(os.environ.get("RANK", 0)):
+        from mergekit_plus.recipe import help_with
+
+        return None if how.dry_run else help_with(recipe, _execution(how, None, digests))
     _carry_out(recipe, how, _beside(model, "retrained", "folder"), digests)
 
 
@@ -686,9 +813,9 @@ def _shares(given: str | None) -> dict[str, Any] | None:
     return None if given is None else _settings(given.split(","))
 
 
-def _calibration(texts: list[str], windows: int, window: int, seed: int) -> dict[str, Any]:
+def _calibration(texts: list[str], windows: int, window: int, seed: int, **more: Any) -> dict[str, Any]:
     """The `calibration` key of a step; nothing where no text is given."""
-    return {"calibration": {"texts": texts, "windows": windows, "window": window, "seed": seed}} if texts else {}
+    return {"calibration": {"texts": texts, "windows": windows, "window": window, "seed": seed, **more}} if texts else {}
 
 
 def _distinct(refs: list[str]) -> dict[str, str]:

@@ -11,13 +11,20 @@ import yaml
 CARD = "README.md"
 
 
-def card(refs: Sequence[str], models: Sequence[str], steps: Sequence[Mapping[str, object]], recipe: str, table: Sequence[Mapping[str, Any]]) -> bytes:
+def card(
+    refs: Sequence[str],
+    models: Sequence[str],
+    steps: Sequence[Mapping[str, object]],
+    recipe: str,
+    table: Sequence[Mapping[str, Any]],
+    sparsity: Mapping[str, Any] | None = None,
+) -> bytes:
     """The card of a model made from `refs`, of which these `models` are on the Hub, by these steps; it is the same wherever the model is written to.
 
-    recipe: the text of it. table: what was measured, a row for each model, this one last.
+    recipe: the text of it. table: what was measured, a row for each model, this one last. sparsity: the zeros of what was pruned.
     """
     operations = [operation for step in steps for operation in step]
-    tags = ["mergekit-plus", *(["merge"] if "merge" in operations else []), *(["quantized"] if "quantize" in operations else [])]
+    tags = ["mergekit-plus", *(tag for operation, tag in (("merge", "merge"), ("prune", "pruned"), ("quantize", "quantized")) if operation in operations)]
     front: dict[str, Any] = {"library_name": "transformers", "tags": tags}
     if models:
         relation = "quantized" if "quantize" in operations else "merge" if "merge" in operations else None
@@ -34,6 +41,9 @@ def card(refs: Sequence[str], models: Sequence[str], steps: Sequence[Mapping[str
         heads = list(dict.fromkeys(head for row in table for head in row))
         cells = [heads, ["---", *["---:"] * (len(heads) - 1)], *([_cell(row.get(head)) for head in heads] for row in table)]
         lines += ["", "## Measured", "", *("| " + " | ".join(row) + " |" for row in cells)]
+    if sparsity:
+        counts = f"{sparsity['share']:.2%} of {sparsity['weights']} weights in {len(sparsity['tensors'])} linear layers are zero"
+        lines += ["", "## Sparsity", "", f"{counts} (asked: {sparsity['asked']}); `sparsity.json` has those of each layer."]
     return ("\n".join(lines) + "\n").encode()
 
 

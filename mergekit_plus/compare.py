@@ -32,7 +32,7 @@ def compare(
     if found := [*checks.problems(Path()), *_problems(checks, base, experts)]:
         raise OptionError("; ".join(found))
     if plot is not None:
-        _check_picture(plot)
+        check_picture(plot)
     how = Execution(SaveOptions(progress=progress))
     made = {name: _open(ref, how) for name, ref in refs.items()}
     reference = {ref: measure(Checkpoint.open(ref), checks, Path(), progress) for ref in dict.fromkeys([*([base] if base else []), *experts.values()])}
@@ -71,7 +71,7 @@ def _normalised(row: Row, base: Row, expert: Row, text: str) -> float:
     return (start - loss) / (start - goal)
 
 
-def _check_picture(path: Path) -> None:
+def check_picture(path: Path) -> None:
     """Refuse a picture that cannot be drawn."""
     if path.suffix.lower() not in PICTURES:
         raise OptionError(f"--plot {path}: the name must end in one of {', '.join(PICTURES)}")
@@ -83,7 +83,7 @@ def _check_picture(path: Path) -> None:
 
 def draw(rows: Sequence[Row], texts: Sequence[str], path: Path) -> None:
     """A picture of the rows: a line for each text, a point for each model in its own colour; perplexities, or normalised losses where there are some."""
-    _check_picture(path)
+    check_picture(path)
     import matplotlib
 
     matplotlib.use("Agg")

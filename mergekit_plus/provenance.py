@@ -18,23 +18,50 @@ from .checkpoint.hub import parse_reference
 from .checkpoint.layout import DEFAULT_SHARD_SIZE
 from .checkpoint.references import split_reference
 from .checkpoint.upload import parse_target
-from .errors import CheckpointError
-from .steps import calibrations
+from .errors import CheckpointError, CompressError
+from .steps import PruneStep, calibrations
 
 if TYPE_CHECKING:
     from .recipe import Recipe
 
 RECIPE = "recipe.yaml"
+SPARSITY = "sparsity.json"
 
 
 def small_files(
-    recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manifest, out: Path, shard_size: int, table: Sequence[Mapping[str, Any]]
+    recipe: Recipe,
+    inputs: Mapping[str, Checkpoint],
+    manifest: Manifest,
+    out: Path,
+    shard_size: int,
+    table: Sequence[Mapping[str, Any]],
+    sparsity: Mapping[str, Any] | None = None,
 ) -> dict[str, bytes]:
-    """The recipe and the card of an output; `table` is what was measured."""
+    """The recipe and the card of an output; `table` is what was measured, `sparsity` the report of its zeros."""
     text = _resolved(recipe, inputs, manifest, out, shard_size)
     refs = [inputs[name].pinned or source.ref for name, source in recipe.inputs.items()]
     models = [there.repo for model in inputs.values() for part in model.pinned.split("+") if (there := parse_reference(part))]
-    return {RECIPE: text, CARD: card(refs, models, _plain_steps(recipe, out), text.decode(), table)}
+    files = {RECIPE: text, CARD: card(refs, models, _plain_steps(recipe, out), text.decode(), table, sparsity)}
+    return files if sparsity is None else {**files, SPARSITY: json.dumps(sparsity, indent=2).encode() + b"\n"}
+
+
+def sparsity_report(recipe: Recipe, out: Path) -> dict[str, Any] | None:
+    """What was asked of the last pruning step of a recipe, and the zeros that its output holds; None where nothing was pruned, or the output cannot be
+    read as weights."""
+    asked = next((options for step in reversed(recipe.steps) for options in step.values() if isinstance(options, PruneStep)), None)
+    if asked is None or asked.structured is not None:
+        return None
+    from prune.plan import PruneOptions
+    from prune.report import sparsity_facts, zeros_of
+    from quant.plan import dequantize, is_packed
+
+    try:
+        written = Checkpoint.open(out)
+        zeros = zeros_of(dequantize(written) if is_packed(written) else written, PruneOptions(tuple(asked.exclude)))
+    except CompressError:
+        return None
+    return sparsity_facts(asked.asked, zeros)
+
 
 
 def check_digests(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manifest) -> None:
@@ -84,12 +111,12 @@ def _resolved(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manife
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes a table of nothing but numbers on one line: the trace of a search has many."""
+    """Writes a table of nothing but numbers on one line, for the trace of a search has many; and the scheme of a group of layers, for there are as many."""
 
     def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
         flat = [number for value in mapping.values() for number in (value if isinstance(value, list) else [value])]
         inline = bool(flat) and all(number is None or isinstance(number, int | float) for number in flat)
-        return super().represent_mapping(tag, mapping, inline or flow_style)
+        return super().represent_mapping(tag, mapping, inline or "modules" in mapping or flow_style)
 
 
 def _plain_steps(recipe: Recipe, out: Path) -> list[dict[str, dict[str, Any]]]:

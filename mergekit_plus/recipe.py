@@ -23,11 +23,11 @@ from typing import Any
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
-from .checkpoint import Checkpoint, Manifest, SaveOptions, save, steps_of
+from .checkpoint import Checkpoint, Deferred, Manifest, SaveOptions, save, steps_of
 from .checkpoint.folder import ADAPTER_CONFIG, DELTA_QUANT
 from .checkpoint.hub import HubFile
 from .checkpoint.inputs import check_target, input_files
-from .checkpoint.layout import MANIFEST, plan_save
+from .checkpoint.layout import MANIFEST, plan_save, preparations
 from .checkpoint.plan import is_copy
 from .checkpoint.references import split_reference
 from .checkpoint.shards import parse_size
@@ -36,9 +36,21 @@ from .checkpoint.upload import Target, Upload, parse_target
 from .checks import Checks, Row, measure_and_compare
 from .errors import CheckFailed, CompressError, OutputError, RecipeError, not_inputs
 from .model import adapter_reason
-from .provenance import check_digests, job, small_files
+from .provenance import check_digests, job, small_files, sparsity_report
 from .safe_yaml import read_all
-from .steps import Execution, MergeStep, StepOptions, Strict, calibrations, only_input, order_problems, parse_step, parse_steps, schema_problems
+from .steps import (
+    Execution,
+    MergeStep,
+    StepOptions,
+    Strict,
+    calibrations,
+    only_input,
+    order_problems,
+    parse_step,
+    parse_steps,
+    schema_problems,
+    with_allocations,
+)
 
 
 class Input(Strict):
@@ -110,6 +122,7 @@ class Outcome:
     failures: list[str]
     searched: list[dict[str, Any]] = field(default_factory=list)  # the record of each search of this run
     published: tuple[Target, str] | None = None
+    sparsity: dict[str, Any] | None = None  # the zeros of what was pruned
 
     def raise_failures(self) -> None:
         """CheckFailed where a limit was not kept."""
@@ -153,7 +166,11 @@ def check(parsed: Mapping[str, Any], folder: Path, name: str) -> Recipe:
 
     Errors: RecipeError with every problem found.
     """
-    steps, found = parse_steps(parsed["steps"]) if isinstance(parsed.get("steps"), list) else (parsed.get("steps", []), [])
+    steps, found = parsed.get("steps", []), list[str]()
+    if isinstance(steps, list):
+        written, unread = with_allocations(steps, folder)
+        steps, found = parse_steps(written)
+        found = unread + found
     try:
         recipe = Recipe.model_validate({**parsed, "steps": steps})
     except ValidationError as error:
@@ -219,6 +236,13 @@ def run(recipe: Recipe, how: Execution | None = None) -> Outcome:
         return _run(recipe, how, out, upload)
 
 
+def help_with(recipe: Recipe, how: Execution) -> None:
+    """Take part in the long computations of a recipe that another process of the same torchrun carries out; write nothing."""
+    for each in preparations(steps_of(build(recipe, how).result)):
+        if isinstance(each, Deferred):
+            each.run()
+
+
 def _run(recipe: Recipe, how: Execution, out: Path, upload: Upload | None) -> Outcome:
     built = build(recipe, how)
     _check_out(recipe, built.result, out)
@@ -245,7 +269,8 @@ def _run(recipe: Recipe, how: Execution, out: Path, upload: Upload | None) -> Ou
             finish.publish(upload, out, manifest)
         except OutputError as error:
             raise OutputError(f"{error}; {out} is complete, and `hf upload {upload.target.repo} {out}` sends it") from None
-    return Outcome(out if upload is None or how.push else upload.target, manifest, table, failures, searched, finish.published)
+    sparsity = finish.sparsity or sparsity_report(recipe, out)  # of one file, too
+    return Outcome(out if upload is None or how.push else upload.target, manifest, table, failures, searched, finish.published, sparsity)
 
 
 def _begin_upload(upload: Upload, recipe: Recipe, result: Checkpoint, how: Execution, out: Path) -> None:
@@ -267,6 +292,7 @@ class _Finish:
     measured: tuple[list[Row], list[str]] | None = None
     unmeasured: CompressError | None = None  # why it could not be measured; told at the end, for hours of work do not go because of it
     published: tuple[Target, str] | None = None
+    sparsity: dict[str, Any] | None = None  # of what was pruned
 
     def describe(self, manifest: Manifest, folder: Path) -> Mapping[str, bytes]:
         """Check the inputs, measure what lies in the folder, and tell of it in the recipe and the card."""
@@ -276,7 +302,8 @@ class _Finish:
         except CompressError as error:
             self.unmeasured = error
         table = self.measured[0] if self.measured else []
-        return small_files(self.recipe, self.built.inputs, manifest, self.out, self.options.max_shard_size, table)
+        self.sparsity = sparsity_report(self.recipe, folder)
+        return small_files(self.recipe, self.built.inputs, manifest, self.out, self.options.max_shard_size, table, self.sparsity)
 
     def publish(self, upload: Upload, folder: Path, manifest: Manifest) -> None:
         """Give the repository what lies in the folder, unless a check failed."""
@@ -314,7 +341,7 @@ def plan(recipe: Recipe, how: Execution | None = None) -> dict[str, Any]:
         check_target(out, how.save.overwrite, result)
     layout = plan_save(result, out, _save_options(recipe, how))
     cached = sum(blob.size for blobs in input_files(result).values() for blob in blobs if isinstance(blob, HubFile)) if how.cache else 0
-    copies = sum(len(step.writes) for step in steps_of(result) if is_copy(step))
+    copies = sum(len(step.writes) for step in steps_of(result) if is_copy(step) and not isinstance(step.reads[0][0].source, Deferred))
     return {
         "out": str(out if target is None or how.push else target), "files": len(layout.shards),
         "tensors": {"computed": len(result.specs) - copies, "copied": copies},

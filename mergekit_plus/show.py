@@ -143,13 +143,30 @@ def kept_lines(tensors: Sequence[Kept]) -> list[str]:
     return [*lines, f"relative error {overall(low):.3g} over {len(low)} modules, {overall(tensors):.3g} over all that changed{advice}"]
 
 
+def allocation_lines(facts: Mapping[str, Any]) -> list[str]:
+    """`compress allocate`: the candidates, what is proven, the schemes, and the file."""
+    kinds = dict.fromkeys(layer["scheme"] for layer in sorted(facts["layers"], key=lambda layer: layer["bits"]))
+    counts = {kind: sum(layer["scheme"] == kind for layer in facts["layers"]) for kind in kinds}
+    widest = max(len(layer["layers"]) for layer in facts["layers"])
+    proof = f"proven optimal by {facts['by']}" if facts["proven"] else f"within {facts['gap']:.3g} of the optimum"
+    return [
+        *(f"{layer['layers']:{widest}}  {layer['scheme']}" for layer in facts["layers"]), "",
+        *table(facts["candidates"]), "",
+        f"objective {facts['objective']:.6g} {facts['unit']}, bound {facts['bound']:.6g}, gap {facts['gap']:.2g}: {proof}; "
+        f"reduced costs fixed {facts['fixed']} of {len(facts['layers'])} groups",
+        "; ".join(f"{count} groups in {kind}" for kind, count in counts.items()),
+        f"wrote {facts['out']}: {facts['bits_per_weight']:.4f} stored bits a quantized weight, {size(facts['file_bytes'])} of weight files; "
+        f"`compress quantize MODEL --allocation {facts['out']}` makes them",
+    ]  # fmt: skip
+
+
 def outcome_facts(outcome: Outcome) -> dict[str, Any]:
     """A run as data."""
     return {
         "out": str(outcome.out), "commit": outcome.published and outcome.published[1],
         "bytes": sum(file["bytes"] for file in outcome.manifest.outputs.values()),
         "outputs": outcome.manifest.outputs, "inputs": outcome.manifest.inputs, "measured": outcome.table, "failures": outcome.failures,
-        "searched": outcome.searched,
+        "searched": outcome.searched, "sparsity": outcome.sparsity,
     }  # fmt: skip
 
 
@@ -157,6 +174,9 @@ def outcome_lines(outcome: Outcome) -> list[str]:
     """A run as text: its table, where it lies, and what failed."""
     lines = [line for record in outcome.searched for line in search_lines(record)]
     lines += [*table(outcome.table), ""] if outcome.table else []
+    if zeros := outcome.sparsity:
+        counts = f"{zeros['zeros']} of {zeros['weights']} weights in {len(zeros['tensors'])} linear layers are zero"
+        lines.append(f"{counts}: {zeros['share']:.2%}, asked: {zeros['asked']}")
     total = sum(file["bytes"] for name, file in outcome.manifest.outputs.items() if name.endswith(".safetensors"))
     if not outcome.published or outcome.published[0] != outcome.out:
         lines.append(f"wrote {outcome.out}: {size(total)}")

@@ -9,10 +9,13 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator
 
+from quant.bits_file import GroupScheme
+from quant.bits_file import read as read_allocation
+
 from .calibration.options import CalibrationOptions
 from .checkpoint import Checkpoint, SaveOptions
 from .checkpoint.dtypes import parse_float_dtype
-from .errors import OptionError, RecipeError, nearest, not_inputs
+from .errors import CompressError, OptionError, RecipeError, nearest, not_inputs
 from .merge import METHODS
 from .merge.plan import MergeOptions, merge, problems
 from .moe.config import MoeConfig
@@ -204,8 +207,9 @@ class QuantizeAdapterStep(LessonStep):
     bits: int = 4
     codebook: str = "l2"
     scale: str = "component"
-    gauge: str = "balanced"
+    gauge: str | None = None
     refit: bool = True
+    average_bits: float | None = None
     base: str | None = None
     of: str | None = None  # an input; by default what the step before made, or the only input
 
@@ -218,7 +222,7 @@ class QuantizeAdapterStep(LessonStep):
     def _options(self) -> Any:
         from quant.adapters.plan import QuantizeOptions
 
-        return QuantizeOptions(self.bits, self.codebook, self.scale, self.gauge, self.refit)  # type: ignore[arg-type]  # which its `problems` says
+        return QuantizeOptions(self.bits, self.codebook, self.scale, self.gauge, self.refit, self.average_bits)  # type: ignore[arg-type]  # which its `problems` says
 
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
         from quant.adapters.container import expanded, is_packed
@@ -292,48 +296,83 @@ class QuantizeStep(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    bits: int
+    bits: int | None = None  # of every layer; or else `scheme`, or `allocation`
     group_size: int = 128
     symmetric: bool = True
+    scheme: str | None = None  # W8A8, FP8, FP8_BLOCK, NVFP4 or MXFP4
+    allocation: list[GroupScheme] | None = None  # the scheme of each group of layers; a file of `compress allocate` is read when the recipe is
     method: str = "rtn"
-    format: str = "pack-quantized"
+    format: str | None = None  # the scheme's own; pack-quantized for bits
     exclude: list[str] = Field(default_factory=list)
     include: list[str] = Field(default_factory=list)
     calibration: CalibrationOptions | None = None  # a text, for methods that look at the inputs of layers
-    order: Literal["block", "layer"] = "block"  # measure a block's layers once, or those behind others again after these were quantised
     moments: str | None = None  # in place of a text, an input: what `compress calibrate` wrote
     of: str | None = None  # an input; by default what the step before made, or the only input
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
-        from quant.plan import problems
+        from quant.plan import preset_problems, problems
 
-        given = (self.calibration is not None) + (self.moments is not None)
-        for problem in problems(self.bits, self.group_size, self.symmetric, self.method, self.format, self.model_extra or {}, given > 0):
-            yield f"quantize: {problem}"
+        given, options = (self.calibration is not None) + (self.moments is not None), self.model_extra or {}
+        if sum(way is not None for way in (self.bits, self.scheme, self.allocation)) != 1:
+            yield "quantize: say how many bits, or one scheme by its name (W8A8, FP8, FP8_BLOCK, NVFP4, MXFP4), or give an allocation, and one of these"
+        elif self.bits is None and (self.group_size, self.symmetric) != (128, True):
+            own = "an allocation says the group size and the symmetry of each layer" if self.allocation else f"{self.scheme} has groups of its own"
+            yield f"quantize: {own}; leave group_size and symmetric out"
+        elif self.scheme is not None:
+            yield from (f"quantize: {problem}" for problem in preset_problems(self.scheme, self.method, self.format, options, given > 0))
+        else:
+            bits = 4 if self.bits is None else self.bits
+            found = problems(bits, self.group_size, self.symmetric, self.method, self.format or "pack-quantized", options, given > 0)
+            yield from (f"quantize: {problem}" for problem in found)
         if given > 1:
             yield "quantize: give a calibration text, or moments that were measured on one, not both"
         named = [name for name in (self.of, self.moments) if name is not None]
         yield from (f"quantize: {problem}" for problem in not_inputs(named, inputs))
 
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from quant.bits_file import schemes_of
         from quant.calibrated import Calibration
-        from quant.plan import quantize
+        from quant.formats import AnyScheme
+        from quant.plan import PRESETS, quantize
         from quant.quantized import Scheme
 
-        scheme = Scheme(self.bits, self.group_size, self.symmetric)
         source = inputs[self.of] if self.of else only_input({name: model for name, model in inputs.items() if name != self.moments}, previous, "quantize")
+        scheme: AnyScheme | Mapping[str, AnyScheme]
+        scheme, layout = PRESETS[self.scheme] if self.scheme else (Scheme(self.bits or 4, self.group_size, self.symmetric), "pack-quantized")
+        if self.allocation is not None:
+            scheme = schemes_of(self.allocation, source)
         calibration: Calibration | None = None
         notes: list[str] = []
         if self.moments is not None:
-            calibration = Calibration(moments=inputs[self.moments], order=self.order)
+            calibration = Calibration(moments=inputs[self.moments])
         elif self.calibration is not None:
             ids, notes = self.calibration.placed(how.folder).read(source)
-            calibration = Calibration(ids, order=self.order)
+            calibration = Calibration(ids, order=self.calibration.order)
         result = quantize(
-            source, scheme, self.method, self.model_extra or {}, self.format, exclude=tuple(self.exclude), include=tuple(self.include),
+            source, scheme, self.method, self.model_extra or {}, self.format or layout, exclude=tuple(self.exclude), include=tuple(self.include),
             device=how.device, allow_nonfinite=how.save.allow_nonfinite, calibration=calibration,
         )  # fmt: skip
         return replace(result, notes=(*result.notes, *notes))
+
+
+class CalibrateStep(Strict):
+    """`calibrate:` — the moments of the inputs of linear layers on a text."""
+
+    calibration: CalibrationOptions
+    of: str | None = None
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        if self.of is not None:
+            yield from (f"calibrate: {problem}" for problem in not_inputs([self.of], inputs))
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from .calibration.statistics import calibrate
+
+        source = inputs[self.of] if self.of else only_input(inputs, previous, "calibrate")
+        text = self.calibration.placed(how.folder)
+        ids, notes = text.read(source)
+        made = calibrate(source, ids, {"seed": text.seed, "sha256": text.digests()}, how.device)
+        return replace(made, notes=(*made.notes, *notes))
 
 
 class DequantizeStep(Strict):
@@ -351,6 +390,45 @@ class DequantizeStep(Strict):
         return dequantize(inputs[self.of] if self.of else only_input(inputs, previous, "dequantize"))
 
 
+class ConvertStep(Strict):
+    """`convert:` — packed weights in another format, their codes as they are."""
+
+    to: str
+    of: str | None = None
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        from quant import FORMATS
+
+        if self.to not in list(FORMATS):
+            yield f"convert: unknown format '{self.to}'.{nearest(self.to, FORMATS)}"
+        if self.of is not None:
+            yield from (f"convert: {problem}" for problem in not_inputs([self.of], inputs))
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from quant.convert import convert
+
+        return convert(inputs[self.of] if self.of else only_input(inputs, previous, "convert"), self.to)
+
+
+class RepairOptions(BaseModel):
+    """`reconstruct:` of a pruning step — the keys beside these are options of the training and of what trains, as of `retrain:`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    granularity: Literal["block", "sublayer", "linear"] = "block"
+    train: list[str] = Field(default_factory=lambda: ["biases", "norms", "mask_lora"])
+
+    @property
+    def split(self) -> tuple[Any, dict[str, Any], list[str]]:
+        """The options of the training, those of what trains, and what is wrong with them."""
+        from dataclasses import asdict
+
+        from prune.reconstruct import ReconstructOptions
+        from prune.retrain import split_options
+
+        return split_options({**asdict(ReconstructOptions().training), **(self.model_extra or {})}, self.train)
+
+
 class PruneStep(BaseModel):
     """`prune:` — the keys beside these are options of the pruner."""
 
@@ -363,16 +441,27 @@ class PruneStep(BaseModel):
     method: str = "magnitude"
     scope: str | None = None
     calibration: CalibrationOptions | None = None  # a text, for methods that look at the inputs of layers
+    reconstruct: RepairOptions | None = None  # or its granularity alone: block, sublayer, linear
     seed: int = 0
     exclude: list[str] = Field(default_factory=list)
     include: list[str] = Field(default_factory=list)
     of: str | None = None
+
+    @field_validator("reconstruct", mode="before")
+    @classmethod
+    def _granularity_alone(cls, value: object) -> object:
+        return {"granularity": value} if isinstance(value, str) else value
 
     @field_validator("pattern", mode="before")
     @classmethod
     def _without_quotes(cls, value: object) -> object:
         """YAML reads 2:4 as 2 * 60 + 4, minutes and seconds."""
         return f"{value // 60}:{value % 60}" if isinstance(value, int) and value > 60 else value
+
+    @property
+    def asked(self) -> str:
+        """What goes, in a word."""
+        return self.pattern or (f"{self.sparsity:g}" if self.sparsity is not None else f"as in {self.mask}")
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
         from prune.plan import problems
@@ -384,8 +473,13 @@ class PruneStep(BaseModel):
         elif self.structured is not None:
             yield from (f"prune: {problem}" for problem in structured_problems(self.structured))
         elif self.mask is None:
-            for problem in problems(self.sparsity, self.pattern, self.method, self.scope, self.model_extra or {}, self.calibration is not None):
+            text, repaired = self.calibration is not None, self.reconstruct is not None
+            for problem in problems(self.sparsity, self.pattern, self.method, self.scope, self.model_extra or {}, text, repaired):
                 yield f"prune: {problem}"
+        if self.reconstruct is not None:
+            if self.mask is not None or self.structured is not None:
+                yield "prune: reconstruct goes with a sparsity or a pattern"
+            yield from (f"prune, reconstruct: {problem}" for problem in self.reconstruct.split[-1])
         named = [name for name in (self.of, self.mask) if name is not None]
         yield from (f"prune: {problem}" for problem in not_inputs(named, inputs))
 
@@ -404,8 +498,17 @@ class PruneStep(BaseModel):
             result = shrink(source, self.structured) if ids is None else shrink_on(source, ids, self.structured, options)
         else:
             asked = Sparsity.of(self.sparsity, self.pattern), self.method, self.scope, self.model_extra or {}, options
-            result = prune(source, *asked) if ids is None else prune_on(source, ids, *asked)
+            result = prune(source, *asked) if ids is None else prune_on(source, ids, *asked, self._repair())
         return replace(result, notes=(*result.notes, *notes))
+
+    def _repair(self) -> Any:
+        from prune.calibrated import Repair
+        from prune.reconstruct import ReconstructOptions
+
+        if self.reconstruct is None:
+            return None
+        training, variant_options, _ = self.reconstruct.split
+        return Repair(tuple(self.reconstruct.train), ReconstructOptions(self.reconstruct.granularity, variant_options, training))
 
 
 class RetrainStep(BaseModel):
@@ -488,7 +591,9 @@ StepOptions = (
     | TrainAdapterStep
     | DeltaStep
     | QuantizeStep
+    | CalibrateStep
     | DequantizeStep
+    | ConvertStep
     | PruneStep
     | RetrainStep
 )
@@ -502,7 +607,9 @@ OPERATIONS: dict[str, type[StepOptions]] = {
     "train_adapter": TrainAdapterStep,
     "delta": DeltaStep,
     "quantize": QuantizeStep,
+    "calibrate": CalibrateStep,
     "dequantize": DequantizeStep,
+    "convert": ConvertStep,
     "prune": PruneStep,
     "retrain": RetrainStep,
 }
@@ -531,6 +638,21 @@ def parse_steps(steps: Sequence[object]) -> tuple[list[dict[str, StepOptions]], 
         except ValueError as error:
             found.append(f"step {number}: {error}")
     return parsed, found
+
+
+def with_allocations(steps: Sequence[object], folder: Path) -> tuple[list[object], list[str]]:
+    """Steps whose allocation is a file, relative to `folder`, with what the file holds in its place; and a sentence for each that cannot be read."""
+    done, found = list(steps), []
+    for number, step in enumerate(steps, 1):
+        options = step.get("quantize") if isinstance(step, dict) else None
+        if isinstance(options, dict) and isinstance(options.get("allocation"), str):
+            try:
+                groups = read_allocation(folder / Path(options["allocation"]).expanduser())
+            except CompressError as error:
+                found.append(f"step {number}, quantize: allocation: {error}")
+                groups = []
+            done[number - 1] = {"quantize": {**options, "allocation": [group.model_dump() for group in groups]}}
+    return done, found
 
 
 def calibrations(steps: Sequence[Mapping[str, StepOptions]]) -> list[tuple[str, CalibrationOptions]]:

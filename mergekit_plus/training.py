@@ -276,9 +276,10 @@ class _Run:
 
     def restore(self) -> None:
         """Go on from what the folder holds, if it holds anything."""
-        if self.folder is None or not (self.folder / STATE).exists():
+        there = self.folder is not None and (self.folder / STATE).exists()
+        state = from_first(lambda: torch.load(self.folder / STATE, map_location="cpu", weights_only=True) if there and self.folder else None)
+        if state is None:
             return
-        state = torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
         if state["job"] != self.job:
             raise OptionError(f"{self.folder} holds the state of another training, with other options, parameters or text; remove it to start anew")
         self.done, self.best = state["done"], state["best"]
@@ -295,6 +296,27 @@ class _Run:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(values[name])
+
+
+@contextmanager
+def several_processes(device: str) -> Iterator[None]:
+    """Inside, this process is one of those that torchrun started, if it did; they all must come here."""
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or _processes() > 1:
+        yield
+        return
+    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def from_first(compute: Callable[[], Any]) -> Any:
+    """What the first process computes, in every process."""
+    found = [None if _rank() else compute()]
+    if _processes() > 1:
+        distributed.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def _misfits(parameters: Mapping[str, nn.Parameter], ids: Tensor, options: TrainOptions) -> list[str]:
@@ -315,7 +337,8 @@ def _training(model: Any, parameters: Mapping[str, nn.Parameter], options: Train
     training = model.training
     if options.checkpointing:
         _checkpointing(model, "enable")({"use_reentrant": False})
-    with torch.random.fork_rng(), torch.enable_grad():
+    cards = {parameter.device.index for parameter in required if parameter.is_cuda}
+    with torch.random.fork_rng(devices=cards), torch.enable_grad():
         try:
             for parameter in required:
                 parameter.requires_grad_(id(parameter) in wanted)

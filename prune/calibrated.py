@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mergekit_plus.calibration import Block, walk
+from mergekit_plus.calibration import Block, HiddenStates, walk
 from mergekit_plus.checkpoint import Checkpoint, Deferred, Step, TensorSpec, Work, copy_step
 from mergekit_plus.checkpoint.dtypes import TORCH_DTYPES
 from mergekit_plus.checkpoint.finite import is_finite, nonfinite
-from mergekit_plus.errors import CheckpointError
+from mergekit_plus.errors import CheckpointError, OptionError
 from mergekit_plus.moments import Moments
 
 from .masks import Sparsity, lowest, lowest_of_rows
-from .plan import DEFAULTS, Chosen, PruneOptions, as_scores, check_fit, choose, pruned_checkpoint, scope_of
+from .perp import VARIANTS, check_variants, chosen_sites, sites_of
+from .plan import DEFAULTS, Chosen, PruneOptions, as_scores, check_fit, choose, prune, pruned_checkpoint, scope_of
 from .pruner import PRUNERS, Pruner, Scope
+from .reconstruct import ReconstructOptions, reconstruct
 from .structured import Site, by_gram, refit, sites, smaller_checkpoint
+
+Process = Callable[[Block, Work], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Repair:
+    """That a few parameters of each block train, once it is pruned, until it computes again what it did: these variants of retraining."""
+
+    variants: tuple[str, ...] = ("biases", "norms", "mask_lora")
+    options: ReconstructOptions = field(default_factory=ReconstructOptions)
 
 
 def prune_on(
@@ -30,31 +43,64 @@ def prune_on(
     scope: str | None = None,
     options: Mapping[str, object] | None = None,
     how: PruneOptions = DEFAULTS,
+    repair: Repair | None = None,
 ) -> Checkpoint:
     """As `plan.prune`, by any method, while a text flows through the model: int64 ids [windows, window]. Computed when it is first read.
 
-    The moments of a block's inputs are taken while it is whole, on what the pruned blocks before it yield; then all of its layers are pruned. Linear layers
-    outside of the blocks through which the text flows stay as they are.
+    The moments of a block's inputs are taken while it is whole, on what the pruned blocks before it yield; then all of its layers are pruned, and repaired.
+    Linear layers outside of the blocks through which the text flows stay as they are. A method that needs no text is here for the repair alone.
     """
     pruner = PRUNERS[method]
     arguments = pruner.options.check(options or {})
+    if not pruner.calibrated and repair is None:
+        raise OptionError(f"{method} needs no calibration text")
     chosen, notes = _seen(choose(checkpoint, how))
     check_fit(chosen, sparsity)
     within = scope_of(pruner, sparsity, scope)
+    by_itself = None if pruner.calibrated else prune(checkpoint, sparsity, method, scope, options, how)
+    changed = dict.fromkeys([*chosen.names, *(_changed(chosen, repair) if repair else ())])
+    dtypes = {name: TORCH_DTYPES[checkpoint.specs[name].dtype] for name in changed}
 
-    def process(block: Block) -> dict[str, Tensor]:
+    def process(block: Block, work: Work) -> dict[str, Tensor]:
         here = [name for name in chosen.names if name in block.names]
-        measured = block.moments([name for name in here if name in block.weights])
-        stored = {name: _stored(chosen, block, name, how) for name in here}
-        pruned = prune_block(stored, {name: measured.get(name) or _unseen(weight) for name, weight in stored.items()}, pruner, sparsity, within, arguments)
-        for name in measured:
-            block.weights[name].copy_(pruned[name])
-        return {name: weight.T.contiguous().cpu() if chosen.turned(name) else weight.cpu() for name, weight in pruned.items()}
+        targets = HiddenStates.write(work.folder / f"targets-{block.index}", block.outputs()) if repair else None
+        dense = deepcopy(block.module) if repair and repair.options.granularity != "block" else None
+        if by_itself is not None:
+            pruned = {name: by_itself.read(name) for name in here}
+            pruned = {name: weight.T if chosen.turned(name) else weight for name, weight in pruned.items()}
+        else:
+            measured = block.moments([name for name in here if name in block.weights])
+            stored = {name: _stored(chosen, block, name, how) for name in here}
+            moments = {name: measured.get(name) or _unseen(weight) for name, weight in stored.items()}
+            pruned = prune_block(stored, moments, pruner, sparsity, within, arguments)
+        for name in here:
+            if name in block.weights:
+                block.weights[name].copy_(pruned[name])
+        found = {name: weight.T.contiguous().cpu() if chosen.turned(name) else weight.contiguous().cpu() for name, weight in pruned.items()}
+        if repair and targets is not None:
+            for name, weight in reconstruct(block, targets, repair.variants, repair.options, dense=dense).tensors.items():
+                found[name] = weight.to(dtypes[name]).cpu()
+                weight.copy_(found[name])  # what the blocks behind it see is what is stored
+            targets.path.unlink()
+        left = [name for name in changed if name in block.names and name not in found]  # norms, where layers were repaired one by one
+        return found | {name: checkpoint.read(name) for name in left}
 
-    made = _walked(checkpoint, [checkpoint.specs[name] for name in chosen.names], ids, process, how.device)
-    steps: list[Step] = [copy_step(made, name) for name in chosen.names] + [copy_step(checkpoint, name) for name in chosen.copied]
+    made = _walked(checkpoint, [checkpoint.specs[name] for name in changed], ids, process, how.device)
+    steps: list[Step] = [copy_step(made, name) for name in changed] + [copy_step(checkpoint, name) for name in chosen.copied if name not in changed]
     result = pruned_checkpoint(chosen, steps)
-    return replace(result, label=f"{checkpoint.label} pruned to {sparsity} by {method}", notes=(*result.notes, *notes))
+    label = f"{checkpoint.label} pruned to {sparsity} by {method}{' and repaired' if repair else ''}"
+    return replace(result, label=label, notes=(*result.notes, *notes))
+
+
+def _changed(chosen: Chosen, repair: Repair) -> list[str]:
+    """The tensors of blocks that a repair changes. Errors: OptionError where it finds none."""
+    if problems := check_variants(repair.variants, repair.options.variant_options) + repair.options.training.problems():
+        raise OptionError("; ".join(problems))
+    inside = [site for site in sites_of(chosen.checkpoint) if _in_walk(chosen, site.name) and site.name in (*chosen.names, *chosen.copied)]
+    variants = [name for name in repair.variants if any(VARIANTS[name].trains(site) for site in inside)]
+    if not variants:
+        raise OptionError(f"{', '.join(repair.variants)}: the blocks of {chosen.checkpoint.label} have nothing of the kind to train")
+    return [site.name for site in chosen_sites(inside, variants)]
 
 
 def prune_block(
@@ -81,7 +127,7 @@ def shrink_on(checkpoint: Checkpoint, ids: Tensor, structured: Mapping[str, floa
     places = sites(checkpoint, structured)
     specs = {name: site.smaller(checkpoint.specs[name]) for site in places for name in site.names}
 
-    def process(block: Block) -> dict[str, Tensor]:
+    def process(block: Block, work: Work) -> dict[str, Tensor]:
         inside = [site for site in places if site.block == block.name]
         found: dict[str, Tensor] = {}
         measured = block.moments([site.reader for site in inside])
@@ -104,24 +150,29 @@ def _smaller_site(checkpoint: Checkpoint, block: Block, site: Site, moments: Mom
     return {**{name: site.take(name, checkpoint.read(name), kept) for name in site.makers}, site.reader: left.cpu()}
 
 
-def _walked(checkpoint: Checkpoint, specs: Sequence[TensorSpec], ids: Tensor, process: Callable[[Block], dict[str, Tensor]], device: str) -> Checkpoint:
+def _walked(checkpoint: Checkpoint, specs: Sequence[TensorSpec], ids: Tensor, process: Process, device: str) -> Checkpoint:
     """What `process` makes of the blocks, as tensors that are computed when one is first read."""
 
     def compute(work: Work) -> None:
-        walk(checkpoint, ids, process, work, device=device)
+        walk(checkpoint, ids, lambda block: process(block, work), work, device=device)
 
     return Checkpoint(checkpoint.label, Deferred(specs, [checkpoint], compute))
 
 
 def _seen(chosen: Chosen) -> tuple[Chosen, list[str]]:
     """Those of the weights that stand in the blocks through which a text flows, and a note of the others."""
-    places = chosen.roles.tensors
-    seen = tuple(name for name in chosen.names if places[name].stack == chosen.roles.stack and places[name].block is not None and places[name].parameter)
+    seen = tuple(name for name in chosen.names if _in_walk(chosen, name))
     if not seen:
         raise CheckpointError(f"{chosen.checkpoint.label} has nothing to prune on a text: none of its linear layers stands in blocks that transformers knows")
     others = [name for name in chosen.names if name not in set(seen)]
     notes = [f"{len(others)} linear layers stand outside of the blocks that the text flows through ('{others[0]}') and stay as they are"] if others else []
     return replace(chosen, names=seen, copied=(*chosen.copied, *others)), notes
+
+
+def _in_walk(chosen: Chosen, name: str) -> bool:
+    """Whether a tensor stands in the blocks through which a text can flow."""
+    place = chosen.roles.tensors[name]
+    return place.stack == chosen.roles.stack and place.block is not None and place.parameter is not None
 
 
 def _stored(chosen: Chosen, block: Block, name: str, how: PruneOptions) -> Tensor:

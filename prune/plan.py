@@ -77,9 +77,15 @@ class Chosen:
 
 
 def problems(
-    sparsity: float | None, pattern: str | None, method: str, scope: str | None, options: Mapping[str, object], calibrated: bool = False
+    sparsity: float | None,
+    pattern: str | None,
+    method: str,
+    scope: str | None,
+    options: Mapping[str, object],
+    text: bool = False,
+    repaired: bool = False,
 ) -> list[str]:
-    """Everything wrong with these options, a sentence each."""
+    """Everything wrong with these options, a sentence each; `text`: whether there is one; `repaired`: whether blocks are to be reconstructed on it."""
     found: list[str] = []
     try:
         Sparsity.of(sparsity, pattern)
@@ -92,8 +98,12 @@ def problems(
         found.append(f"a pattern says itself what is compared: {pattern} inputs of a row; leave out the scope '{scope}'")
     elif scope is not None and scope not in chosen.scopes:
         found.append(_foreign_scope(chosen, scope))
-    if chosen.calibrated != calibrated:
-        found.append(f"{method} {'looks at the inputs of layers: give it a text with --calibration' if chosen.calibrated else 'needs no calibration text'}")
+    if chosen.calibrated and not text:
+        found.append(f"{method} looks at the inputs of layers: give it a text with --calibration")
+    elif repaired and not text:
+        found.append("blocks are reconstructed on a text: give it with --calibration")
+    elif text and not chosen.calibrated and not repaired:
+        found.append(f"{method} needs no calibration text")
     return found + chosen.options.problems(options)
 
 

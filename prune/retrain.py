@@ -23,7 +23,7 @@ from mergekit_plus.checkpoint.dtypes import TORCH_DTYPES
 from mergekit_plus.errors import CheckpointError, OptionError, nearest
 from mergekit_plus.evaluate import load_model, load_tokenizer, windows
 from mergekit_plus.model import adapter_reason, describe, meta_model, quantized_reason
-from mergekit_plus.training import Loss, TrainOptions, TrainRecord, distillation, loss_on, next_token, train
+from mergekit_plus.training import Loss, TrainOptions, TrainRecord, distillation, from_first, loss_on, next_token, several_processes, train
 
 from .perp import VARIANTS, Adapted, Share, Site, adapt, check_variants, chosen_sites, report, sites_of
 
@@ -31,6 +31,7 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # that `tune_lr` tries
 TUNING = 4  # each of them for this part of the steps
 HELD_OUT = 32  # windows at most, evenly out of the text, on which a rate and the best state are chosen
 ALL = 1 << 40  # windows
+KEEP_EVERY = 60.0  # seconds, in which at most is lost to a kill
 
 _TRAINING: TypeAdapter[TrainOptions] = TypeAdapter(TrainOptions)
 
@@ -136,7 +137,10 @@ def _untied(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _compute(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpoint | None, sites: Sequence[Site], work: Work) -> None:
-    work.part("retrained", lambda: _retrained(checkpoint, options, teacher, sites, work))
+    with several_processes(options.device):
+        finished = from_first(lambda: work.has("retrained.safetensors"))
+        tensors = {} if finished else _retrained(checkpoint, options, teacher, sites, work)
+    work.part("retrained", lambda: tensors)
 
 
 def _retrained(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpoint | None, sites: Sequence[Site], work: Work) -> dict[str, Tensor]:
@@ -144,7 +148,7 @@ def _retrained(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpo
     work.progress.tell(_report(checkpoint, options))
     model = load_model(checkpoint, progress=work.progress)
     adapted = adapt(model, sites, options.train, options.variant_options, options.training.seed)
-    zeros = {site.name: _zeros(model, site) for site in adapted.sites}
+    zeros = {site.name: _zeros(model, site) for site in adapted.sites if site.role == "linear"}
     model.to(options.device)
     masks = {name: mask.to(options.device) for name, mask in adapted.masks.items()}
     rows, held = rows.to(options.device), held.to(options.device)
@@ -157,7 +161,7 @@ def _retrained(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpo
         keep = partial(_keep, work, folder)
         return train(
             model, adapted.parameters, loss, rows, training, masks=masks, evaluate=lambda: loss_on(model, held, loss), folder=place, kept=keep,
-            progress=work.progress,
+            keep_every=KEEP_EVERY, progress=work.progress,
         )  # fmt: skip
 
     training = replace(options.training, lr=_tuned(adapted, options.training, run)) if options.tune_lr else options.training
@@ -165,14 +169,14 @@ def _retrained(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpo
     if record.stopped and record.best == 0:
         raise OptionError(f"{record.stopped}, and nothing was gained before; give a smaller --lr")
     tensors = {name: tensor.to("cpu", TORCH_DTYPES[_dtype_of(checkpoint, sites, name)], copy=True) for name, tensor in adapted.merge().items()}
-    _tell(work, record, training, sum(_count_zeros(tensors[name]) - zeros[name] for name in tensors))
+    _tell(work, record, training, sum(_count_zeros(tensors[name]) - before for name, before in zeros.items()))
     return tensors
 
 
 def _rows(checkpoint: Checkpoint, options: RetrainOptions) -> tuple[Tensor, Tensor]:
     """The windows of the text to train on, and those held out, int64 [windows, window]."""
     model, tokenizer = meta_model(checkpoint), load_tokenizer(checkpoint)
-    window = windows(model, torch.zeros(1 << 20, dtype=torch.int64), options.window, 1).shape[1]
+    window = windows(model, torch.zeros(1 << 20, dtype=torch.int64), options.window, 1).shape[1]  # of any long text
     rows = read_text(options.text, tokenizer, ALL, window)
     windows(model, rows.flatten(), window, 1)  # refuses what the model cannot read
     if len(rows) < 2:
@@ -219,8 +223,10 @@ def _dtype_of(checkpoint: Checkpoint, sites: Sequence[Site], name: str) -> str:
 def _tell(work: Work, record: TrainRecord, training: TrainOptions, new_zeros: int) -> None:
     """Say what came of it."""
     told = f"held-out loss {record.evaluations[0][1]:.4f} before, {record.value:.4f} after {record.best} steps at a rate of {training.lr:g}"
-    if new_zeros:
+    if new_zeros > 0:
         told += f"; {new_zeros} more weights are zero, by cancellation or rounding"
+    elif new_zeros < 0:
+        told += f"; {-new_zeros} weights that were zero are not any more"
     work.progress.tell(told)
     if record.stopped:
         warnings.warn(f"{record.stopped}; the model is as it was after step {record.best}", stacklevel=2)

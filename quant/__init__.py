@@ -1,5 +1,6 @@
 """Quantisation: a quantiser makes codes, scales and zero points of a weight; a format stores them; `dequantize` undoes both."""
 
+from .adaquant import adaquant
 from .formats import FORMATS, READERS, Format, decode, read_config
 from .gptq import gptq
 from .quantized import Quantized, Scheme, dequantize
@@ -14,6 +15,7 @@ __all__ = [
     "Quantized",
     "Quantizer",
     "Scheme",
+    "adaquant",
     "decode",
     "dequantize",
     "gptq",

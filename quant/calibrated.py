@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mergekit_plus.calibration import Block, walk
 from mergekit_plus.calibration.statistics import MomentsFile
+from mergekit_plus.calibration.walk import memory
 from mergekit_plus.checkpoint import Checkpoint, Step, copy_step
 from mergekit_plus.checkpoint.deferred import Deferred, Work
 from mergekit_plus.checkpoint.dtypes import TORCH_DTYPES
@@ -67,7 +68,7 @@ def steps_for(checkpoint: Checkpoint, roles: ModelMap, layers: Sequence[Layer], 
         steps = [Step(((checkpoint, layer.name), *known.reads(layer.name)), layer.writes, _FromMoments(layer, device)) for layer in seen]
     else:
         seen = [layer for layer in layers if in_walk(roles, layer.name)]
-        made = block_by_block(checkpoint, seen, calibration, device)
+        made = block_by_block(checkpoint, seen, calibration, memory(checkpoint, roles), device)
         steps = [copy_step(made, name) for name in made.specs]
     rest = [layer for layer in layers if layer not in seen]
     steps += [Step(((checkpoint, layer.name),), layer.writes, Rows(layer, device), layer.method.layout.row_unit(layer.scheme)) for layer in rest]
@@ -80,8 +81,11 @@ def in_walk(roles: ModelMap, name: str) -> bool:
     return meaning.block is not None and meaning.stack == roles.stack and meaning.parameter is not None
 
 
-def block_by_block(checkpoint: Checkpoint, layers: Sequence[Layer], calibration: Calibration, device: str) -> Checkpoint:
-    """What the weights of the blocks become while the text flows through: all that is written for them, computed when it is first read."""
+def block_by_block(checkpoint: Checkpoint, layers: Sequence[Layer], calibration: Calibration, memory: int, device: str) -> Checkpoint:
+    """What the weights of the blocks become while the text flows through: all that is written for them, computed when it is first read.
+
+    memory: what the walk takes; a quantiser takes some copies of a weight and its Gram matrix more.
+    """
     wanted = {layer.name: layer for layer in layers}
     ids = calibration.ids
     assert ids is not None
@@ -108,7 +112,9 @@ def block_by_block(checkpoint: Checkpoint, layers: Sequence[Layer], calibration:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             warnings.warn(f"{checkpoint.label}: {names[0]}{more}: {note}", stacklevel=2)
 
-    return Checkpoint(f"{checkpoint.label}, calibrated", Deferred([write for layer in layers for write in layer.writes], [checkpoint], compute))
+    solving = max((20 * layer.spec.numel + 40 * layer.spec.shape[1] ** 2 for layer in layers), default=0)
+    deferred = Deferred([write for layer in layers for write in layer.writes], [checkpoint], compute, memory=memory + solving)
+    return Checkpoint(f"{checkpoint.label}, calibrated", deferred)
 
 
 def _measured(block: Block, names: Sequence[str], calibration: Calibration) -> Iterator[tuple[str, Moments | None]]:

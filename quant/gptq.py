@@ -11,6 +11,8 @@ form of LDLQ (Chee et al., QuIP, 2023, whose theorem 6 shows that both are the s
 
 Scales and zero points are fixed before the first column is rounded, each group at its place in the file ("static groups"). So columns may be taken in
 any order, the inputs of greatest power first, and the file needs to hold none.
+
+GPTQ stops there. Here scales and codes are then gone through again, by coordinate descent (`descent.py`).
 """
 
 from __future__ import annotations
@@ -24,34 +26,44 @@ from torch import Tensor
 
 from mergekit_plus.moments import Moments
 
-from .gram import factor, towards_dense
+from .descent import descend
+from .gram import damped, factor, towards_dense
 from .quantized import Quantized, Scheme
 from .quantizer import quantizer
 from .rtn import Clip, rtn
 
+UNSEEN = "no token reached it: rounded to nearest"
 LEAF = 32  # columns rounded one by one between matrix products
 
 Damp = Annotated[float, Field(ge=0, le=1, description="power added to each input, as a part of the mean power of all inputs")]
+Sweeps = Annotated[int, Field(ge=0, le=100, description="times that all scales and codes are gone through again afterwards; 0: GPTQ as it was published")]
 ActOrder = Annotated[bool, Field(description="round the inputs of greatest power first, rather than in the order of the file")]
 
 
 @quantizer("gptq", calibrated=True)
-def gptq(weight: Tensor, scheme: Scheme, moments: Moments, *, damp: Damp = 0.01, act_order: ActOrder = True, clip: Clip = 6) -> Quantized:
-    """Round the columns of a weight one after the other, each making up for the errors of those before it (GPTQ).
+def gptq(
+    weight: Tensor, scheme: Scheme, moments: Moments, *, damp: Damp = 0.01, act_order: ActOrder = True, sweeps: Sweeps = 4, clip: Clip = 6
+) -> Quantized:
+    """Round the columns of a weight one after the other, each making up for the errors of those before it (GPTQ), then descend from there.
 
     weight: [out, in], whole, bfloat16, float16, float32 or float64. The scales have its dtype, and codes are decided against the scales as stored. With
     `moments.cross`, the output aimed at is that of the model that nothing was done to. Where no token reached the layer the result is that of `rtn`, and
     where the Gram matrix cannot be factored its damping is raised tenfold until it can; the `note` of the result says so.
     """
     if not moments.tokens:
-        return replace(rtn(weight, scheme, clip=clip), note="no token reached it: rounded to nearest")
+        return replace(rtn(weight, scheme, clip=clip), note=UNSEEN)
     power = moments.gram.diagonal()
     order = power.argsort(descending=True, stable=True) if act_order else torch.arange(len(power), device=power.device)
     root, used = factor(moments.gram[order][:, order], damp)
     target = towards_dense(weight, moments, used)
     start = rtn(target.to(weight.dtype), scheme, clip=clip)
-    note = f"damping raised from {damp:g} to {used:g} to factor the Gram matrix" if used != damp else ""
-    return replace(start, codes=_round(target, weight == 0, start, root, order, scheme), note=note)
+    found = replace(start, codes=_round(target, weight == 0, start, root, order, scheme), note=raised(damp, used))
+    return descend(target, weight == 0, found, damped(moments.gram, used), scheme, sweeps)
+
+
+def raised(damp: float, used: float) -> str:
+    """What a user should know of the damping; nothing where it is as asked for."""
+    return f"damping raised from {damp:g} to {used:g} to factor the Gram matrix" if used != damp else ""
 
 
 def _round(target: Tensor, zero: Tensor, start: Quantized, root: Tensor, order: Tensor, scheme: Scheme) -> Tensor:

@@ -16,6 +16,7 @@ from mergekit_plus.moments import Moments
 
 from .floats import FloatScheme, round_floats
 from .formats import AnyScheme, Codes, Format
+from .quantized import Quantized
 from .quantizer import QUANTIZERS, Quantizer
 
 UNSEEN = "no text flows through it: rounded to nearest"
@@ -42,20 +43,12 @@ class Layer:
     writes: tuple[TensorSpec, ...]
     method: Method
 
-    def quantize(self, weight: Tensor, moments: Moments | None = None, above: Tensor | None = None) -> Codes:
-        """A weight [out, in] in its stored dtype. By a calibrated method that is told no moments it is rounded to nearest, and the note says so.
-        above: the global scale of a scheme that has one.
+    def quantize(self, weight: Tensor, moments: Moments | None = None) -> Quantized:
+        """A weight [out, in] in its stored dtype, as integers. By a calibrated method that is told no moments it is rounded to nearest, and the note says so.
 
-        Errors: CheckpointError for a weight that is not finite, in its dtype or in that of the format's scales, unless that is allowed.
+        Errors: CheckpointError as `readable`.
         """
-        method, layout = self.method, self.method.layout
-        if not method.allow_nonfinite and not is_finite(weight):
-            raise nonfinite(method.label, self.name, weight)
-        weight = weight.to(layout.dtype or weight.dtype)
-        if not method.allow_nonfinite and not is_finite(weight):
-            raise CheckpointError(f"{method.label}: {self.name} holds values that {weight.dtype} cannot, in which {layout.name} stores scales")
-        if isinstance(self.scheme, FloatScheme):
-            return round_floats(weight, self.scheme, above)
+        method, weight = self.method, self.readable(weight)
         if not method.quantizer.calibrated:
             return method.quantizer.function(weight, self.scheme, **method.arguments)
         if moments is not None:
@@ -63,6 +56,23 @@ class Layer:
         rtn = QUANTIZERS["rtn"]
         own = {name: value for name, value in method.arguments.items() if name in rtn.options.table}
         return replace(rtn.function(weight, self.scheme, **own), note=UNSEEN)
+
+    def rounded(self, weight: Tensor, above: Tensor | None) -> Codes:
+        """The same for rows of a weight without a text, or as small floats, with the scale that stands above theirs."""
+        return round_floats(self.readable(weight), self.scheme, above) if isinstance(self.scheme, FloatScheme) else self.quantize(weight)
+
+    def readable(self, weight: Tensor) -> Tensor:
+        """The weight in the dtype in which the format stores scales, so that codes are chosen against the scale as stored.
+
+        Errors: CheckpointError for a weight that is not finite, or is not in that dtype, unless that is allowed.
+        """
+        method = self.method
+        if not method.allow_nonfinite and not is_finite(weight):
+            raise nonfinite(method.label, self.name, weight)
+        weight = weight.to(method.layout.dtype or weight.dtype)
+        if not method.allow_nonfinite and not is_finite(weight):
+            raise CheckpointError(f"{method.label}: {self.name} holds values that {weight.dtype} cannot, in which {method.layout.name} stores scales")
+        return weight
 
     def encode(self, quantized: Codes) -> dict[str, Tensor]:
         """What is written, by its name."""
@@ -79,4 +89,4 @@ class Rows:
     def __call__(self, tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
         (weight,) = tensors
         with torch.no_grad():
-            return list(self.layer.encode(self.layer.quantize(weight.to(self.device), above=measured)).values())
+            return list(self.layer.encode(self.layer.rounded(weight.to(self.device), measured)).values())

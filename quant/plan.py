@@ -17,12 +17,16 @@ from mergekit_plus.model import FUSED, ModelMap, adapter_reason, describe, quant
 
 from . import FORMATS, QUANTIZERS, Scheme
 from .calibrated import Calibration, calibration_problem, steps_for
-from .floats import NVFP4, FloatScheme, global_scale
+from .floats import FP8, FP8_BLOCK, MXFP4, NVFP4, FloatScheme, global_scale
 from .formats import AnyScheme, Format, Module, holds_codes, modules_of
 from .formats.fp4 import GLOBAL
 from .layer import Layer, Method, Rows
 from .validate import refuse
 
+PRESETS: dict[str, tuple[AnyScheme, str]] = {  # what is asked for by one name: the scheme, and the format that stores it
+    "W8A8": (Scheme(8, 0), "int-quantized"), "FP8": (FP8, "float-quantized"), "FP8_BLOCK": (FP8_BLOCK, "float-quantized"),
+    "NVFP4": (NVFP4, "nvfp4-pack-quantized"), "MXFP4": (MXFP4, "mxfp4-pack-quantized"),
+}  # fmt: skip
 SECOND_CONFIGS = ("quantize_config.json", "quant_config.json")  # which say again what config.json says
 
 
@@ -30,16 +34,30 @@ def problems(
     bits: int, group_size: int, symmetric: bool, method: str, format_name: str, options: Mapping[str, object], calibrated: bool = False
 ) -> list[str]:
     """Everything wrong with these options, a sentence each; `calibrated`: a calibration is given."""
+    try:
+        scheme = Scheme(bits, group_size, symmetric)
+    except OptionError as error:
+        return [str(error), *_problems(None, method, format_name, options, calibrated)]
+    return _problems(scheme, method, format_name, options, calibrated)
+
+
+def preset_problems(name: str, method: str, format_name: str | None, options: Mapping[str, object], calibrated: bool = False) -> list[str]:
+    """Everything wrong with a scheme asked for by its name, and with the options beside it; the format is the scheme's own where none is named."""
+    if name not in PRESETS:
+        return [f"unknown scheme '{name}'.{nearest(name, PRESETS)}", *_problems(None, method, format_name or "dense", options, calibrated)]
+    scheme, own = PRESETS[name]
+    return _problems(scheme, method, format_name or own, options, calibrated)
+
+
+def _problems(scheme: AnyScheme | None, method: str, format_name: str, options: Mapping[str, object], calibrated: bool) -> list[str]:
     found: list[str] = []
     for registry, name in ((QUANTIZERS, method), (FORMATS, format_name)):
         if name not in list(registry):
             found.append(f"unknown {registry.kind} '{name}'.{nearest(name, registry)}")
-    try:
-        scheme = Scheme(bits, group_size, symmetric)
-        if format_name in list(FORMATS) and (reason := FORMATS[format_name].refuses(scheme)):
-            found.append(f"format {format_name}: {reason}")
-    except OptionError as error:
-        found.insert(0, str(error))
+    if scheme is not None and format_name in list(FORMATS) and (reason := FORMATS[format_name].refuses(scheme)):
+        found.append(f"format {format_name}: {reason}")
+    if isinstance(scheme, FloatScheme) and (method != "rtn" or options):
+        found.append(f"{scheme} is rounded to the nearest number; method {method}{f' and its option {next(iter(options))}' if options else ''} is for integers")
     if method not in list(QUANTIZERS):
         return found
     if wrong := calibration_problem(QUANTIZERS[method], calibrated):
@@ -101,9 +119,8 @@ def quantize(
         calibrated, unseen = steps_for(checkpoint, roles, layers, calibration, device)
         steps, notes = steps + calibrated, notes + unseen
     else:
-        steps += [
-            Step(((checkpoint, layer.name),), layer.writes, Rows(layer, device), layout.row_unit(layer.scheme), ranges.get(layer.name)) for layer in layers
-        ]
+        for layer in layers:
+            steps.append(Step(((checkpoint, layer.name),), layer.writes, Rows(layer, device), layout.row_unit(layer.scheme), ranges.get(layer.name)))
     schemes = list(dict.fromkeys(chosen.values()))
     what = str(schemes[0]) if len(schemes) == 1 else f"{len(schemes)} schemes"
     result = Checkpoint(f"{checkpoint.label} in {what}", Plan(steps), checkpoint.files, (*checkpoint.notes, *notes))
@@ -194,7 +211,7 @@ def _check_held(layout: Format, method: str, chosen: Mapping[str, AnyScheme]) ->
         if reason := layout.refuses(scheme):
             raise OptionError(f"format {layout.name}: {reason}")
         if isinstance(scheme, FloatScheme) and method != "rtn":
-            raise OptionError(f"{method} makes integer codes; {scheme} is rounded to the nearest number (rtn)")
+            raise OptionError(f"{scheme} is rounded to the nearest number; method {method} is for integers")
 
 
 def _ranges(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, Measured]:

@@ -85,11 +85,11 @@ def _quantize_block(
     zero = None if scheme.symmetric else (scheme.low - smallest / spacing).round_().clamp_(scheme.low, scheme.high)
     if clip:
         factor, gain = _search(spacing, zero, scheme, clip, room)
-        stored = _storable(spacing * factor * gain, scheme, weight.dtype)
+        stored = storable(spacing * factor * gain, scheme, weight.dtype)
         spacing = stored / gain
         x.copy_(weight.view_as(x))  # the search has scaled it
     else:
-        spacing = stored = _storable(spacing, scheme, weight.dtype)
+        spacing = stored = storable(spacing, scheme, weight.dtype)
     torch.div(x, spacing, out=code).round_()
     if zero is not None and zero_point is not None:
         code += zero
@@ -140,7 +140,7 @@ def _agreement(
     return common, common / torch.linalg.vector_norm(code, dim=-1, keepdim=True)
 
 
-def _storable(scale: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
+def storable(scale: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
     """The scale as `dtype` holds it, in float32: never zero, and small enough for every code to have a finite value."""
     limits = torch.finfo(dtype if dtype.itemsize < 4 else torch.float32)
     least = 2.0**-24 if dtype == torch.float16 else limits.tiny  # float16 scales may be subnormal: multiples of 2^-24

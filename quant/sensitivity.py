@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,16 @@ class Sensitivities:
     def predicted(self, selection: Sequence[int]) -> float:
         """The loss of an allocation, if losses add up."""
         return math.fsum([self.base, *(row[choice] for row, choice in zip(self.losses, selection, strict=True))])
+
+    def only(self, choices: Sequence[Scheme]) -> Sensitivities:
+        """The same for some of the choices, in their order."""
+        if tuple(choices) == self.choices:
+            return self
+        places = [self.choices.index(choice) for choice in choices]
+        losses, errors = (tuple(tuple(row[place] for place in places) for row in rows) for rows in (self.losses, self.errors))
+        kept = self.reference is not None and all(choice in places for choice in self.reference)
+        reference = tuple(places.index(choice) for choice in self.reference or ()) if kept else None
+        return replace(self, choices=tuple(choices), losses=losses, errors=errors, reference=reference)
 
     def write(self, path: Path) -> None:
         """As JSON, for other budgets."""
@@ -106,14 +116,14 @@ def measure(
                     continue
                 with replay.changed({name: weights[name] for name in names}):
                     change = replay.divergence_after(names) - base
-                losses[group][number], errors[group][number] = float(change.mean()), _standard_error(change)
+                losses[group][number], errors[group][number] = float(change.mean()), standard_error(change)
                 progress.advance(1)
     tables = [tuple(map(tuple, table)) for table in (losses, errors)]
     return Sensitivities(tuple(groups), tuple(choices), tables[0], tables[1], float(base.mean()), None if reference is None else tuple(reference))
 
 
-def _standard_error(change: Tensor) -> float:
-    """Of a mean over windows, from its two halves."""
+def standard_error(change: Tensor) -> float:
+    """Of the mean of a value for each window, from its two halves."""
     return float((change[::2].mean() - change[1::2].mean()).abs() / 2) if len(change) > 1 else 0.0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from mergekit_plus.checkpoint import Checkpoint
 
@@ -34,8 +35,8 @@ ARCHITECTURES: dict[str, dict[str, int]] = {
 }
 
 
-def tiny_model(name: str, under: Path) -> Checkpoint:
-    """A checkpoint of this class, saved in a folder of its own on the first call."""
+def tiny_model(name: str, under: Path, config: dict[str, Any] | None = None) -> Checkpoint:
+    """A checkpoint of this class, saved in a folder of its own on the first call; `config` for one that is not in `ARCHITECTURES`."""
     folder = under / name
     if not folder.exists():
         import torch
@@ -43,5 +44,5 @@ def tiny_model(name: str, under: Path) -> Checkpoint:
 
         model_class = getattr(transformers, name)
         torch.manual_seed(0)
-        model_class(model_class.config_class(**ARCHITECTURES[name])).save_pretrained(folder)
+        model_class(model_class.config_class(**(config or ARCHITECTURES[name]))).save_pretrained(folder)
     return Checkpoint.open(folder)

@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 from torch import Tensor
@@ -30,6 +30,7 @@ class CalibrationOptions(BaseModel):
     windows: int = Field(WINDOWS, gt=0, description="of the text, spread evenly over it")
     window: int = Field(WINDOW, gt=1, description="tokens")
     seed: int = Field(0, description="moves the windows")
+    order: Literal["block", "layer"] = Field("block", description="measure a block's layers once, or again what stands behind layers that were changed")
     sha256: dict[str, str] = Field(default_factory=dict, description="what the files must be")
     _folder: Path = PrivateAttr(Path())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, copy_step
 from ..errors import CheckpointError
 from ..evaluate import Reader, Unread
 from ..model import ModelMap, adapter_reason, describe, layer_of, meta_model, quantized_reason, silent_transformers
@@ -109,6 +109,7 @@ class Skeleton:
         inside = {name for name, _ in self.model.named_parameters()}
         packed = [name for name in linears if tensors[name].parameter in inside and tuple(self._parameter(name).shape) != self.checkpoint.specs[name].shape]
         places = self._places(packed) if packed else {}
+        _empty(self.blocks[number])
         self.load(names)
         missing = [name for name, value in self.blocks[number].state_dict().items() if value.is_meta]
         if missing:
@@ -148,17 +149,15 @@ class Skeleton:
         """Take a block's weights from memory."""
         _empty(self.blocks[number])
 
-    def record(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[Call]]]:
-        """For each batch of ids the hidden states before the first block, and what each block is called with.
+    def record(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[Call]]]:
+        """For each batch of ids, int64 [windows, window], the hidden states before the first block, and what each block is called with.
 
         The model's own forward runs, with all that stands before its blocks; the blocks themselves hand on what they get.
         Errors: CheckpointError for a model that does more between its blocks, or does not call each of them once.
         """
-        before = self._before()
-        self.load(before)
         known: dict[Any, Any] = {}  # what is the same for many blocks and batches is kept once
         wrapped: bool | None = None
-        try:
+        with self._front(torch.cat([batch.flatten() for batch in batches])):
             for ids in batches:
                 for wrap in (False, True) if wrapped is None else (wrapped,):
                     calls, states, straight = self._record(ids, wrap)
@@ -171,9 +170,38 @@ class Skeleton:
                         f"{self.checkpoint.label}: {kind} does more between its blocks than hand hidden states on; it cannot be calibrated block by block"
                     )
                 yield states, [Call(_interned(call.args, known), _interned(call.kwargs, known), call.named) for call in calls]
+
+    @contextmanager
+    def _front(self, ids: Tensor) -> Iterator[None]:
+        """What stands before the blocks has its weights inside; of the table of input embeddings only the rows of these ids."""
+        before = self._before()
+        table = self.model.get_input_embeddings()
+        name = next((name for name in before if self._parameter(name) is getattr(table, "weight", None)), None)
+        if name is None or not isinstance(table, nn.Embedding):
+            self.load(before)
+        else:
+            self.load(other for other in before if other != name)
+            weight, padding = table.weight, table.padding_idx
+            used = torch.unique(ids)
+            table.weight, table.padding_idx = nn.Parameter(self._rows(name, used), requires_grad=False), None  # which must be one of its rows
+            hook = table.register_forward_pre_hook(lambda _, args: (torch.searchsorted(used, args[0]), *args[1:]))
+        try:
+            yield
         finally:
-            for name in before:
-                _empty(self.model.get_submodule(str(self.map.tensors[name].parameter).rpartition(".")[0]))
+            for other in before:
+                _empty(self.model.get_submodule(str(self.map.tensors[other].parameter).rpartition(".")[0]))
+            if name is not None and isinstance(table, nn.Embedding):
+                hook.remove()
+                table.weight, table.padding_idx = weight, padding
+
+    def _rows(self, name: str, used: Tensor) -> Tensor:
+        """Rows of a tensor in float32, from pieces of it."""
+        found = []
+        for rows in copy_step(self.checkpoint, name).slabs():
+            inside = used[(used >= rows.start) & (used < rows.stop)]
+            if len(inside):
+                found.append(self.checkpoint.read(name, rows)[inside - rows.start].float())
+        return torch.cat(found)
 
     def _before(self) -> list[str]:
         """The tensors that may stand before the blocks: embeddings, and what the model made before it made the blocks."""

@@ -19,7 +19,7 @@ from ..checkpoint.deferred import Deferred, Work
 from ..errors import CheckpointError
 from ..model import describe
 from .block import Block
-from .walk import walk
+from .walk import memory, walk
 
 FACTS = "calibration"
 
@@ -67,7 +67,7 @@ def calibrate(checkpoint: Checkpoint, ids: Tensor, text: Mapping[str, Any], devi
             found |= {f"{module}.gram": own.gram.cpu(), f"{module}.mean": own.mean.cpu(), f"{module}.tokens": torch.tensor([own.tokens])}
         return found
 
-    made = Checkpoint(f"moments of {checkpoint.label}", Deferred(specs, [checkpoint], compute))
+    made = Checkpoint(f"moments of {checkpoint.label}", Deferred(specs, [checkpoint], compute, memory=memory(checkpoint, roles)))
     fact = Step((), (TensorSpec(FACTS, "U8", (len(raw),)),), lambda tensors, first_row, measured: (raw,))
     return Checkpoint(made.label, Plan([fact, *(copy_step(made, name) for name in made.specs)]))
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from ..checkpoint import Checkpoint
 from ..checkpoint.deferred import Work
 from ..errors import CheckpointError, OptionError
-from ..model import vocabulary_size
+from ..model import ModelMap, vocabulary_size
 from .block import Block, with_dense
 from .skeleton import Call, Skeleton
-from .states import HiddenStates, batch_size
+from .states import TOKENS, HiddenStates, batch_size
 
 
 def walk(
@@ -71,6 +71,22 @@ def walk(
                 (work.folder / (f"{kind}-{number}" if number else "first")).unlink(missing_ok=True)
             work.progress.advance(1)
     return found
+
+
+def memory(checkpoint: Checkpoint, roles: ModelMap) -> int:
+    """Bytes that a walk takes at most: the largest block in float32 and what its experts are packed from, the Gram matrices of its inputs, and
+    what flows through it of a batch."""
+    most = 0
+    for names in roles.blocks.values():
+        specs = {name: checkpoint.specs[name] for name in names}
+        linears = [name for name in names if roles.tensors[name].role == "linear"]
+        shared = {name for group in roles.fused if ".experts." not in group[0] for name in group[1:]}
+        widths = [specs[name].shape[0 if roles.tensors[name].transposed else 1] for name in linears if name not in shared]
+        experts = [name for name in linears if ".experts." in name]
+        weights = sum(spec.numel for spec in specs.values()) + sum(specs[name].numel for name in experts)
+        flowing = TOKENS * sum(sum(specs[name].shape) for name in linears if name not in experts)
+        most = max(most, 4 * (weights + sum(width * width for width in widths) + flowing))
+    return most
 
 
 def check_ids(checkpoint: Checkpoint, skeleton: Skeleton, ids: Tensor) -> None:

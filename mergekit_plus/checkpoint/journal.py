@@ -39,7 +39,7 @@ class Done:
         unit, name = next((unit, name) for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "bytes")) if self.total >= unit or unit == 1)
         written = sum(position for position, _ in self.shards.values())
         if not written:
-            before = f"{len(self.work)} parts of the computation" if self.work else "the measurements"
+            before = f"{sum(name.endswith('.safetensors') for name in self.work)} parts of the computation" if self.work else "the measurements"
             return f"{before}, and 0 of {self.total / unit:.1f} {name}"
         return f"{written / unit:.1f} of {self.total / unit:.1f} {name}"
 

@@ -131,11 +131,12 @@ def _sweep(mine: Tensor, other: Tensor, coded: Coded, against: Tensor) -> Coded:
             continue
         wanted = (target[k] - between[k] @ values) / between[k, k] + values[k]  # the row that would fit exactly best
         own = slice(k * of_row, (k + 1) * of_row) if of_row else slice(0, 1)
-        choices = [_with_scales(wanted, stats[own], coding)]
-        if of_row and (coding.bits > 1 or coding.columns > 1):  # a sign does not depend on the scale
-            choices.append(_anew(wanted, coding))
+        row = coding.row(k)
+        choices = [_with_scales(wanted, stats[own], row)]
+        if of_row and (row.bits != 1 or row.columns > 1):  # a sign does not depend on the scale
+            choices.append(_anew(wanted, row))
         for new_codes, new_stats in choices:
-            new = decode(Coded(new_codes, new_stats, coding)).double()[0]
+            new = decode(Coded(new_codes, new_stats, row)).double()[0]
             if (new - wanted).square().sum() < (values[k] - wanted).square().sum():
                 codes[k], stats[own], values[k] = new_codes[0], new_stats, new
     return Coded(codes, stats, coding)

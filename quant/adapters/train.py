@@ -69,13 +69,14 @@ def distilled(adapter: Adapter, base: Checkpoint, lesson: Lesson, entries: Seque
                 f"{adapter.label}: {module.module} is more than a product B A beside a linear layer, which cannot be distilled; leave --text out"
             )
     student = apply(base, [replace(adapter, lowrank={})]) if adapter.whole else base
-    coding = entries[0].coding
 
     def compute(work: Work) -> None:
         def made() -> Mapping[str, Tensor]:
             modules = list(adapter.lowrank.values())
             check_trained(adapter.checkpoint, modules, [adapter.checkpoint.read(name) for name in factor_names(modules)])
-            latents = {name: _of_product(adapter.checkpoint, module, coding, gauge, refit) for name, module in adapter.lowrank.items()}
+            latents = {
+                module.module: _of_product(adapter.checkpoint, module, entry.coding, gauge, refit) for module, entry in zip(modules, entries[::2], strict=True)
+            }
             record = _trained(student, latents, lesson, work, teach=True)
             refuse_failure(record)
             return _packed(list(latents.values()), entries)
@@ -101,11 +102,10 @@ def _size(rows: Tensor) -> float:
 
 
 def _packed(latents: Sequence[Latent], entries: Sequence[Entry]) -> dict[str, Tensor]:
-    coding = entries[0].coding
     with torch.no_grad():
-        coded = [[encode(rows, coding)] for latent in latents for rows in latent.rows()]
-    tensors = packed_tensors(coded, [coding.bits], coding)
-    return {spec.name: tensor for spec, tensor in zip(packed_specs(entries), tensors, strict=True)}
+        factors = [rows for latent in latents for rows in latent.rows()]
+        coded = [encode(rows, entry.coding) for rows, entry in zip(factors, entries, strict=True)]
+    return {spec.name: tensor for spec, tensor in zip(packed_specs(entries), packed_tensors(coded), strict=True)}
 
 
 def _trained(base: Checkpoint, latents: Mapping[str, Latent], lesson: Lesson, work: Work, teach: bool) -> TrainRecord:
@@ -173,7 +173,7 @@ def train_adapter(base: Checkpoint, lesson: Lesson, options: TrainAdapterOptions
     coding, turned_weights = options.coding, any(transposed for _, transposed in modules.values())
     products = [Product(name, min(options.rank, *shape), shape) for name, (shape, _) in modules.items()]
     specs = [spec for product in products for spec in product.specs("F16" if coding is None else "F32")]
-    entries = [] if coding is None else factor_entries(specs, coding)
+    entries = [] if coding is None else factor_entries(specs, [coding] * len(products))
 
     def compute(work: Work) -> None:
         def made() -> Mapping[str, Tensor]:

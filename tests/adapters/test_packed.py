@@ -88,7 +88,7 @@ def test_the_file_is_as_long_as_the_formula(tmp_path: Path) -> None:
     for bits, codebook, scale in product(BITS, get_args(Codebook), get_args(Scale)):
         columns, scales = (2 if codebook == "k-median" else 1), (1 if scale == "tensor" else 3)
         formula = sum(count * ((width * bits + 7) // 8) + 4 * columns * scales + 8 for count, width in rows) + 4 * 2**bits
-        assert payload_bytes(factor_entries(specs, Coding(bits, codebook, scale))) == formula
+        assert payload_bytes(factor_entries(specs, [Coding(bits, codebook, scale)] * 4)) == formula
         folder = packed(tmp_path / "lora", f"{bits}-{codebook}-{scale}", bits=bits, codebook=codebook, scale=scale, refit=False)
         raw = (folder / "adapter_model.packed.safetensors").read_bytes()
         assert len(raw) == 8 + int.from_bytes(raw[:8], "little") + formula
@@ -123,16 +123,39 @@ def test_a_dtype_is_kept_and_bytes_are_the_same_every_time(dtype: torch.dtype, t
 
 def test_rows_may_have_widths_of_their_own() -> None:
     generator = torch.Generator().manual_seed(0)
-    codings = [Coding(bits) for bits in (8, 3, 3, 1)]
-    entry = Entry("lora_B.weight", "F32", (11, 4), 1, (8, 3, 3, 1), Coding())
-    runs = [
-        Coded(torch.randint(0, 1 << coding.bits, (rows, 11), generator=generator).to(torch.uint8), torch.rand((rows, 1), generator=generator), coding)
-        for coding, rows in ((codings[0], 1), (codings[1], 2), (codings[3], 1))
-    ]
+    bits = (8, 3, 3, 1)
+    coding = Coding(bits)
+    entry = Entry("lora_B.weight", "F32", (11, 4), 1, coding)
+    codes = torch.stack([torch.randint(0, 1 << width, (11,), generator=generator) for width in bits]).to(torch.uint8)
+    coded = Coded(codes, torch.rand((4, 1), generator=generator), coding)
     assert entry.code_bytes == 11 + 2 * 5 + 2
-    tensors = dict(zip([spec.name for spec in packed_specs([entry])], packed_tensors([runs], [1, 3, 8], Coding()), strict=True))
+    tensors = dict(zip([spec.name for spec in packed_specs([entry])], packed_tensors([coded]), strict=True))
     whole = expanded(Checkpoint("packed", Checkpoint.from_tensors(tensors).source, {"adapter_quant.json": sidecar([entry])}))
-    assert torch.equal(whole.read("lora_B.weight"), torch.cat([decode(run) for run in runs]).T)
+    alone = [decode(Coded(codes[k : k + 1], coded.stats[k : k + 1], Coding(width))) for k, width in enumerate(bits)]
+    assert torch.equal(whole.read("lora_B.weight"), torch.cat(alone).T)
+
+
+def test_mixed_widths_lose_less_than_one_for_all_at_the_same_bytes(tmp_path: Path) -> None:
+    adapted(model_of(), tmp_path / "lora", **LINEAR)
+    file = tmp_path / "lora/adapter_model.safetensors"
+    sizes = torch.tensor([8.0, 1, 0.1, 0.01])
+    tensors = {name: tensor * sizes if "lora_B" in name else tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    adapter = open_adapter(tmp_path / "lora")
+    folders = {"even": packed(tmp_path / "lora", "even", bits=2), "mixed": packed(tmp_path / "lora", "mixed", average_bits=2)}
+    lost = dict.fromkeys(folders, 0.0)
+    for name, folder in folders.items():
+        opened = Checkpoint.open(folder)
+        for module in adapter.lowrank.values():
+            whole = adapter.checkpoint.read(module.b) @ adapter.checkpoint.read(module.a)
+            lost[name] += float((opened.read(module.b) @ opened.read(module.a) - whole).square().sum())
+    assert lost["mixed"] < 0.5 * lost["even"]
+    bytes_of = {name: load_file(folder / "adapter_model.packed.safetensors")["codes"].numel() for name, folder in folders.items()}
+    assert bytes_of["mixed"] <= bytes_of["even"]
+    widths = json.loads((folders["mixed"] / "adapter_quant.json").read_text())["tensors"]
+    assert all(facts["bits"] == sorted(facts["bits"], reverse=True) for facts in widths.values())
+    with pytest.raises(OptionError, match="average_bits=9: from 1 to 8; components have widths of their own in the gauge of an SVD"):
+        quantize_adapter(adapter, QuantizeOptions(average_bits=9, gauge="none"))
 
 
 def test_a_result_that_is_not_saved_expands_too(tmp_path: Path) -> None:
@@ -233,9 +256,9 @@ def test_an_adapter_for_another_base_names_what_does_not_fit(tmp_path: Path) -> 
 
 
 def test_parts_of_a_step_are_written_in_the_order_that_was_planned() -> None:
-    entry = Entry("w", "F32", (2, 5), 0, (1, 1), Coding())
+    entry = Entry("w", "F32", (2, 5), 0, Coding())
     coded = Coded(torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 0, 1]], dtype=torch.uint8), torch.ones(2, 1), Coding())
-    step = packed_step([entry], [], lambda tensors: [[coded]])
+    step = packed_step([entry], [], lambda tensors: [coded])
     codes, stats, checksums, levels = step.run([], 0, None)
     assert (codes.tolist(), stats.tolist(), levels.tolist()) == ([0b101, 0b10000], [[1.0], [1.0]], table("l2", 1).tolist())
     assert checksums.shape == (1, 8)

@@ -147,14 +147,14 @@ def test_everything_wrong_with_the_options_is_said() -> None:
         "sparsity 1.5: a share of zeros from 0 to below 1, as in 0.5",
         "unknown pruner 'magnitud'. Did you mean 'magnitude'?",
     ]
-    assert problems(0.5, None, "wanda", "global", {"damp": 1}, calibrated=True) == [
+    assert problems(0.5, None, "wanda", "global", {"damp": 1}, text=True) == [
         "wanda compares weights within 'row' or 'tensor' or 'block', not within 'global'",
         "wanda has no option 'damp'.",
     ]
     assert problems(None, "2:4", "magnitude", "row", {}) == ["a pattern says itself what is compared: 2:4 inputs of a row; leave out the scope 'row'"]
     assert problems(0.5, None, "magnitude", "rows", {}) == ["unknown scope 'rows'. Did you mean 'row'?"]
     assert problems(0.5, None, "sparsegpt", None, {"damp": 0.1}) == ["sparsegpt looks at the inputs of layers: give it a text with --calibration"]
-    assert problems(0.5, None, "magnitude", None, {}, calibrated=True) == ["magnitude needs no calibration text"]
+    assert problems(0.5, None, "magnitude", None, {}, text=True) == ["magnitude needs no calibration text"]
 
 
 def test_a_pattern_that_does_not_divide_names_the_layer() -> None:

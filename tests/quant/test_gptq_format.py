@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mergekit_plus.checkpoint import Checkpoint
@@ -18,6 +20,7 @@ from quant.formats import stored_as
 from quant.plan import dequantize, quantize
 
 WIDTHS = (2, 3, 4, 8)
+GOLDEN = Path(__file__).with_name("golden_gptqmodel.safetensors")  # packed by GPTQModel 7.7: benchmarks/parity_gptqmodel.py --write-golden
 SCHEMES = [Scheme(bits, group, symmetric) for bits in WIDTHS for group in (0, 32, 64) for symmetric in (True, False)]
 
 
@@ -214,3 +217,21 @@ def test_a_weight_beyond_float16_is_refused_by_name() -> None:
     model = Checkpoint.from_tensors({"layers.0.up_proj.weight": torch.full((32, 32), 1e6, dtype=torch.bfloat16)}, "m")
     with pytest.raises(CheckpointError, match=r"m: layers.0.up_proj.weight holds values that torch.float16 cannot, in which gptq stores scales"):
         quantize(model, Scheme(4, 32), format_name="gptq").read("layers.0.up_proj.qweight")
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_gptqmodel_packs_the_same_words_and_its_files_are_read(bits: int, symmetric: bool) -> None:
+    scheme, start = Scheme(bits, 32, symmetric), f"{bits}.{'symmetric' if symmetric else 'asymmetric'}."
+    golden = {name.removeprefix(start): tensor for name, tensor in load_file(GOLDEN).items() if name.startswith(start)}
+    codes, zeros = ((golden[name].int() + scheme.low).to(torch.int8) for name in ("codes", "zeros"))
+    quantized = Quantized(codes, golden["scales"].T.contiguous(), None if symmetric else zeros, bits)
+    files = {version: {**golden, "qzeros": golden[f"qzeros_{version}"]} for version in ("v1", "v2")}
+    ours = FORMATS["gptq_v2"].encode(quantized)
+    assert all(torch.equal(tensor, files["v2"][name]) for name, tensor in ours.items())
+    if symmetric:
+        assert all(torch.equal(tensor, files["v1"][name]) for name, tensor in FORMATS["gptq"].encode(quantized).items())
+    for layout, version in (("gptq", "v1"), ("gptq_v2", "v2")):
+        found = READERS[layout].decode(files[version], scheme, (32, 64))
+        assert torch.equal(found.codes, codes)
+        assert symmetric or torch.equal(found.zero_point, zeros)

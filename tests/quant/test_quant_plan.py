@@ -20,7 +20,7 @@ from mergekit_plus.evaluate import size
 from quant import FORMATS, QUANTIZERS, Scheme, read_config
 from quant import dequantize as values_of
 from quant.floats import FP8, FP8_BLOCK, MXFP4, NVFP4, global_scale
-from quant.plan import dequantize, is_packed, problems, quantize
+from quant.plan import dequantize, is_packed, preset_problems, problems, quantize
 
 MODELS = Path(__file__).parents[1] / "models"
 SCHEMES = [Scheme(4, 32), Scheme(3, 32, False), Scheme(2, 0, False), Scheme(5, 64), Scheme(6, 32, False), Scheme(8, 0)]
@@ -258,7 +258,7 @@ def test_experts_have_global_scales_of_their_own_that_gate_and_up_share() -> Non
 
 def test_a_method_for_integers_makes_no_small_floats(base: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(QUANTIZERS, "_entries", {**QUANTIZERS._entries, "other": QUANTIZERS["rtn"]})
-    with pytest.raises(OptionError, match=r"other makes integer codes; FP8 is rounded to the nearest number \(rtn\)"):
+    with pytest.raises(OptionError, match="FP8 is rounded to the nearest number; method other is for integers"):
         quantize(base, FP8, "other", format_name="float-quantized")
     with pytest.raises(OptionError, match="format pack-quantized: it holds integers, not NVFP4"):
         quantize(base, NVFP4)
@@ -311,6 +311,15 @@ def test_all_problems_of_the_options_are_found_at_once() -> None:
     assert problems(4, -1, True, "rtn", "dense", {"clp": 3}) == [
         "group_size=-1: a number of inputs, such as 32, 64 or 128; 0 for one scale a row", "rtn has no option 'clp'. Did you mean 'clip'?",
     ]  # fmt: skip
+
+
+def test_a_scheme_by_its_name_has_a_format_and_no_method_for_integers() -> None:
+    assert preset_problems("FP8", "rtn", None, {}) == preset_problems("W8A8", "rtn", None, {"clip": 0}) == preset_problems("NVFP4", "rtn", "dense", {}) == []
+    assert preset_problems("FP9", "rtn", None, {}) == ["unknown scheme 'FP9'. Did you mean 'FP8'?"]
+    assert preset_problems("MXFP4", "rtn", "gptq", {"clip": 0}) == [
+        "format gptq: it holds integers of 2, 3, 4 and 8 bits, not MXFP4",
+        "MXFP4 is rounded to the nearest number; method rtn and its option clip is for integers",
+    ]
 
 
 # ---- the values, whatever the way ----
