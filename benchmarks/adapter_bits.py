@@ -3,9 +3,9 @@
     python benchmarks/adapter_bits.py --models MODELS --texts TEXTS --cache results.jsonl
 
 MODELS holds `base`, fine-tunes of it, and LoRA adapters `lora-<domain>`; TEXTS a `<domain>.train.txt` and a `<domain>.test.txt` of each. Losses are in
-nats on 24 windows of 256 tokens, spread evenly over the test text; "of the gain" is the share of what the adapter (or the fine-tune) takes off
+nats on 16 windows of 256 tokens, spread evenly over the test text; "of the gain" is the share of what the adapter (or the fine-tune) takes off
 the base's loss. Bytes are those of every file that has to be kept: tensors, adapter_config.json, and the sidecar. What is trained is trained on
-the training text, for STEPS steps of 4 windows of 256 tokens (40 for the scales of differences), at one learning rate for each kind. Each result goes
+the training text, for STEPS steps of 4 windows of 128 tokens (40 for the scales of differences), at one learning rate for each kind. Each result goes
 into the cache at once, and what is there is not computed again.
 """
 
@@ -16,6 +16,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ from quant.adapters.delta import DeltaOptions, delta
 from quant.adapters.plan import QuantizeOptions, quantize_adapter
 from quant.adapters.train import Lesson, TrainAdapterOptions, train_adapter
 
-WINDOW, WINDOWS, BATCH = 256, 24, 4
-DISTILL_LR = 0.1
+WINDOW, WINDOWS, BATCH, TRAIN_WINDOW = 256, 16, 4, 128
+DISTILL_LR = 0.03
 KEPT = (ADAPTER_CONFIG, ADAPTER_QUANT, DELTA_QUANT)
 
 
@@ -49,8 +50,8 @@ class Bench:
     def lesson(self, domain: str, lr: float, steps: int | None = None) -> Lesson:
         """Windows of the training text of a domain, and how to train on them."""
         steps = steps or self.steps
-        rows = read_text([self.texts / f"{domain}.train.txt"], self.tokenizer, steps * BATCH + 16, WINDOW)
-        return Lesson(rows, TrainOptions(steps, lr, BATCH, schedule="cosine", warmup=0.05, clip=None, evaluations=3))
+        rows = read_text([self.texts / f"{domain}.train.txt"], self.tokenizer, steps * BATCH + 16, TRAIN_WINDOW)
+        return Lesson(rows, TrainOptions(steps, lr, BATCH, schedule="cosine", warmup=0.05, clip=None, evaluations=2))
 
     def measured(self, domain: str, name: str, make: Callable[[Path], str], file_bytes: Callable[[Path], int] | None = None) -> dict[str, Any]:
         """A row: the loss of the model whose reference `make` returns, and the bytes of what it wrote into the folder that it is given."""
@@ -90,16 +91,16 @@ class Bench:
         }
         for bits in (8, 4, 3, 2, 1):
             for way, options in ways.items():
-                if bits > 3 and way not in ("plain", "gauge `balanced`, refit"):
+                if bits > 2 and way not in ("plain", "gauge `balanced`, refit"):
                     continue
-                own = QuantizeOptions(bits, options.codebook, options.scale, options.gauge, options.refit)
+                own = replace(options, bits=bits)
                 line(f"{bits} bits, {way}", self.measured(domain, f"{bits} {way}", lambda out, own=own: self.quantized(base, adapter, own, None, out)))
-        if not trained:
-            return
-        for bits in (2, 1):
-            own = QuantizeOptions(bits)
+        for average in (2, 1.5, 1.25, 1, 0.5):
+            own = QuantizeOptions(average_bits=average)
+            line(f"{average:g} bits on the average", self.measured(domain, f"mixed {average:g}", lambda out, own=own: self.quantized(base, adapter, own, None, out)))
+        for name, own in {"1 bit": QuantizeOptions(1), "1.25 bits on the average": QuantizeOptions(average_bits=1.25)}.items() if trained else ():
             made = lambda out, own=own: self.quantized(base, adapter, own, self.lesson(domain, DISTILL_LR), out)  # noqa: E731
-            line(f"{bits} bits, distilled", self.measured(domain, f"{bits} distilled", made))
+            line(f"{name}, distilled", self.measured(domain, f"{name} distilled", made))
 
     def scratch(self, domain: str) -> None:
         """Adapters that are trained from scratch on the same lesson: rank against precision at equal bytes."""

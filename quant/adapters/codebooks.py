@@ -17,6 +17,7 @@ from scipy.special import ndtr, ndtri
 
 Codebook = Literal["l2", "k-median"]
 BITS = (1, 2, 3, 4, 8)
+WIDTHS = (0, *BITS)  # of a row among others: with 0 bits it is left out
 _PLAIN = 300  # iterations before Newton's, from where it converges at every width
 
 Array = NDArray[np.float64]
@@ -24,7 +25,9 @@ Array = NDArray[np.float64]
 
 @cache
 def levels(codebook: Codebook, bits: int) -> tuple[float, ...]:
-    """The 2^bits levels in ascending order, exactly antisymmetric."""
+    """The 2^bits levels in ascending order, exactly antisymmetric; at 0 bits the one level 0."""
+    if not bits:
+        return (0.0,)
     v = -ndtri(_upper_quantiles(1 << (bits - 1)))
     for _ in range(_PLAIN):
         v = _rule(v, codebook)[0]

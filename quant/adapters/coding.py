@@ -19,7 +19,7 @@ from torch import Tensor
 from mergekit_plus.errors import OptionError
 
 from . import codebooks
-from .codebooks import BITS, Codebook
+from .codebooks import BITS, WIDTHS, Codebook
 
 Scale = Literal["tensor", "component", "group"]
 GROUP = 128  # elements of a row that share a scale, where groups do
@@ -34,7 +34,9 @@ class Coding:
     scale: Scale = "component"
 
     def __post_init__(self) -> None:
-        if wrong := [bits for bits in (self.bits if isinstance(self.bits, tuple) else [self.bits]) if bits not in BITS or type(bits) is not int]:
+        mixed = isinstance(self.bits, tuple)
+        widths = self.bits if isinstance(self.bits, tuple) else (self.bits,)
+        if wrong := [bits for bits in widths if bits not in (WIDTHS if mixed else BITS) or type(bits) is not int]:
             raise OptionError(f"bits={wrong[0]!r}: an adapter's codes have {', '.join(map(str, BITS[:-1]))} or {BITS[-1]} bits")
         for name, value, known in (("codebook", self.codebook, get_args(Codebook)), ("scale", self.scale, get_args(Scale))):
             if value not in known:
@@ -62,7 +64,7 @@ class Coding:
 
     def row(self, number: int) -> Coding:
         """The coding of one row."""
-        return replace(self, bits=self.bits[number]) if isinstance(self.bits, tuple) else self
+        return replace(self, bits=self.bits[number] or (0,)) if isinstance(self.bits, tuple) else self
 
     def __str__(self) -> str:
         bits = "mixed bits" if isinstance(self.bits, tuple) else f"{self.bits} bit{'s' * (self.bits > 1)}"
@@ -147,7 +149,8 @@ def fitted(matrix: Tensor, codes: Tensor, owners: Tensor, coding: Coding) -> Ten
     """The scales of least squares for these codes, [scales]: `<w, q> / <q, q>`."""
     levels = levels_of(codes, coding).to(matrix.dtype)
     scales = coding.scales(*matrix.shape)
-    return _sums(matrix * levels, owners, scales) / _sums(levels * levels, owners, scales)
+    size = _sums(levels * levels, owners, scales)
+    return _sums(matrix * levels, owners, scales) / torch.where(size > 0, size, torch.ones_like(size))
 
 
 def rescaled(coded: Coded, factors: Tensor) -> Coded:

@@ -34,7 +34,7 @@ from mergekit_plus.checkpoint.folder import ADAPTER_QUANT, DELTA_QUANT
 from mergekit_plus.checkpoint.plan import Read
 from mergekit_plus.errors import CheckpointError, OptionError
 
-from .codebooks import BITS
+from .codebooks import BITS, WIDTHS
 from .coding import Coded, Coding, decode, table
 from .packing import pack, row_bytes, unpack
 
@@ -229,14 +229,14 @@ def _entry(name: str, facts: Mapping[str, Any], coding: Coding) -> Entry:
     if facts["dtype"] not in ("F16", "BF16", "F32", "F64"):
         raise ValueError(f"{name} has the dtype {facts['dtype']}")
     rows = shape[axis]
-    widths = tuple(map(_width, bits)) if isinstance(bits, list) else _width(bits)
+    widths = tuple(map(_width, bits)) if isinstance(bits, list) else _width(bits) or (0,) * rows
     if isinstance(widths, tuple) and len(widths) != rows:
         raise ValueError(f"{name} has {len(widths)} widths for {rows} rows")
     return Entry(name, facts["dtype"], cast(tuple[int, ...], shape), axis, replace(coding, bits=widths))
 
 
 def _width(bits: object) -> int:
-    if type(bits) is not int or bits not in BITS:
+    if type(bits) is not int or bits not in WIDTHS:
         raise ValueError(f"bits {bits!r}")
     return bits
 
@@ -305,7 +305,7 @@ class _Expand:
         rows = torch.empty((entry.rows, entry.width), dtype=TORCH_DTYPES[entry.dtype])
         row, at = 0, 0
         for count, bits in _blocks(entry):
-            size, coding = count * row_bytes(entry.width, bits), replace(entry.coding, bits=bits)
+            size, coding = count * row_bytes(entry.width, bits), replace(entry.coding, bits=bits or (0,) * count)
             each = 0 if coding.scale == "tensor" else coding.scales(1, entry.width)  # scales of a row
             own = stats[row * each : (row + count) * each] if each else stats
             unpacked = unpack(codes[at : at + size].view(count, -1), bits, entry.width)

@@ -127,11 +127,11 @@ def _sweep(mine: Tensor, other: Tensor, coded: Coded, against: Tensor) -> Coded:
     between, target = against @ against.T, against @ other.T @ mine  # [rank, rank], [rank, width]
     of_row = stats.shape[0] // len(values) if coding.scale != "tensor" else 0
     for k in range(len(values)):
-        if between[k, k] <= 0:
+        row = coding.row(k)
+        if between[k, k] <= 0 or row.bits == (0,):
             continue
         wanted = (target[k] - between[k] @ values) / between[k, k] + values[k]  # the row that would fit exactly best
         own = slice(k * of_row, (k + 1) * of_row) if of_row else slice(0, 1)
-        row = coding.row(k)
         choices = [_with_scales(wanted, stats[own], row)]
         if of_row and (row.bits != 1 or row.columns > 1):  # a sign does not depend on the scale
             choices.append(_anew(wanted, row))

@@ -16,7 +16,7 @@ from mergekit_plus.checkpoint.folder import ADAPTER_QUANT
 from mergekit_plus.errors import CheckpointError, OptionError
 
 from ..allocate import solve
-from .codebooks import BITS, Codebook, product_loss
+from .codebooks import BITS, WIDTHS, Codebook, product_loss
 from .coding import Coded, Coding, Scale
 from .container import packed_step, rows_of, sidecar
 from .factors import Gauge, Pair, encode_pair, turned
@@ -55,8 +55,8 @@ class QuantizeOptions:
             found.append(str(error))
         if self.chosen_gauge not in get_args(Gauge):
             found.append(f"gauge={self.gauge!r}: one of {', '.join(get_args(Gauge))}")
-        if self.average_bits is not None and not BITS[0] <= self.average_bits <= BITS[-1]:
-            found.append(f"average_bits={self.average_bits:g}: from {BITS[0]} to {BITS[-1]}")
+        if self.average_bits is not None and not 0 < self.average_bits <= BITS[-1]:
+            found.append(f"average_bits={self.average_bits:g}: above 0 and up to {BITS[-1]}")
         if self.average_bits is not None and (self.chosen_gauge != "svd" or self.scale == "tensor"):
             found.append("components have widths of their own in the gauge of an SVD, with scales of their own; leave out gauge, and a scale for each tensor")
         return found
@@ -100,7 +100,7 @@ def _encode(a: Tensor, b: Tensor, coding: Coding, options: QuantizeOptions) -> P
 
 def _mixed(part: Checkpoint, modules: Sequence[LowRank], options: QuantizeOptions, average: float) -> list[Coding]:
     """A width for each component of every module, so that least is lost of all updates together at so many bits on the average: a component of
-    singular value s loses `s^2` times what its width does, by the theory of codebooks, and integer programming chooses."""
+    singular value s loses `s^2` times what its width does, by the theory of codebooks, all of it at 0 bits; integer programming chooses."""
     factors = [part.read(name) for name in factor_names(modules)]
     check_trained(part, modules, factors)
     losses, costs, total = [], [], 0
@@ -109,8 +109,7 @@ def _mixed(part: Checkpoint, modules: Sequence[LowRank], options: QuantizeOption
         widths = rows_a.shape[1], rows_b.shape[0]
         total += module.rank * sum(widths)
         for size in (rows_a.square().sum(1) * rows_b.square().sum(0)).tolist():
-            losses.append([module.scale**2 * size * product_loss(options.codebook, bits) for bits in BITS])
-            costs.append([sum(row_bytes(width, bits) for width in widths) for bits in BITS])
-    cheapest = sum(cost[0] for cost in costs)  # more than a bit each, where rows do not fill their bytes
-    chosen = iter(BITS[choice] for choice in solve(losses, costs, max(cheapest, int(average * total / 8))).choices)
+            losses.append([module.scale**2 * size * product_loss(options.codebook, bits) for bits in WIDTHS])
+            costs.append([sum(row_bytes(width, bits) for width in widths) for bits in WIDTHS])
+    chosen = iter(WIDTHS[choice] for choice in solve(losses, costs, int(average * total / 8)).choices)
     return [replace(options.coding, bits=tuple(next(chosen) for _ in range(module.rank))) for module in modules]

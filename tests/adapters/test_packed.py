@@ -123,15 +123,15 @@ def test_a_dtype_is_kept_and_bytes_are_the_same_every_time(dtype: torch.dtype, t
 
 def test_rows_may_have_widths_of_their_own() -> None:
     generator = torch.Generator().manual_seed(0)
-    bits = (8, 3, 3, 1)
+    bits = (8, 3, 3, 1, 0)
     coding = Coding(bits)
-    entry = Entry("lora_B.weight", "F32", (11, 4), 1, coding)
+    entry = Entry("lora_B.weight", "F32", (11, 5), 1, coding)
     codes = torch.stack([torch.randint(0, 1 << width, (11,), generator=generator) for width in bits]).to(torch.uint8)
-    coded = Coded(codes, torch.rand((4, 1), generator=generator), coding)
+    coded = Coded(codes, torch.rand((5, 1), generator=generator), coding)
     assert entry.code_bytes == 11 + 2 * 5 + 2
     tensors = dict(zip([spec.name for spec in packed_specs([entry])], packed_tensors([coded]), strict=True))
     whole = expanded(Checkpoint("packed", Checkpoint.from_tensors(tensors).source, {"adapter_quant.json": sidecar([entry])}))
-    alone = [decode(Coded(codes[k : k + 1], coded.stats[k : k + 1], Coding(width))) for k, width in enumerate(bits)]
+    alone = [decode(Coded(codes[k : k + 1], coded.stats[k : k + 1], Coding((width,)))) for k, width in enumerate(bits)]
     assert torch.equal(whole.read("lora_B.weight"), torch.cat(alone).T)
 
 
@@ -154,7 +154,7 @@ def test_mixed_widths_lose_less_than_one_for_all_at_the_same_bytes(tmp_path: Pat
     assert bytes_of["mixed"] <= bytes_of["even"]
     widths = json.loads((folders["mixed"] / "adapter_quant.json").read_text())["tensors"]
     assert all(facts["bits"] == sorted(facts["bits"], reverse=True) for facts in widths.values())
-    with pytest.raises(OptionError, match="average_bits=9: from 1 to 8; components have widths of their own in the gauge of an SVD"):
+    with pytest.raises(OptionError, match="average_bits=9: above 0 and up to 8; components have widths of their own in the gauge of an SVD"):
         quantize_adapter(adapter, QuantizeOptions(average_bits=9, gauge="none"))
 
 
