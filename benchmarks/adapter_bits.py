@@ -97,7 +97,8 @@ class Bench:
                 line(f"{bits} bits, {way}", self.measured(domain, f"{bits} {way}", lambda out, own=own: self.quantized(base, adapter, own, None, out)))
         for average in (2, 1.5, 1.25, 1, 0.5):
             own = QuantizeOptions(average_bits=average)
-            line(f"{average:g} bits on the average", self.measured(domain, f"mixed {average:g}", lambda out, own=own: self.quantized(base, adapter, own, None, out)))
+            made = lambda out, own=own: self.quantized(base, adapter, own, None, out)  # noqa: E731
+            line(f"{average:g} bits on the average", self.measured(domain, f"mixed {average:g}", made))
         for name, own in {"1 bit": QuantizeOptions(1), "1.25 bits on the average": QuantizeOptions(average_bits=1.25)}.items() if trained else ():
             made = lambda out, own=own: self.quantized(base, adapter, own, self.lesson(domain, DISTILL_LR), out)  # noqa: E731
             line(f"{name}, distilled", self.measured(domain, f"{name} distilled", made))
