@@ -252,7 +252,7 @@ def expanded(packed: Checkpoint, name: str = ADAPTER_QUANT) -> Checkpoint:
     for entry, reads in zip(entries, _apart(packed, entries) if name == DELTA_QUANT else _together(packed, entries), strict=True):
         coded |= {tensor for part, tensor in reads if part is packed}
         levels = [(packed, f"levels.{bits}") for bits in widths_of([entry])]
-        steps.append(Step((*reads, *levels), (entry.spec,), _Expand(entry, packed.label)))
+        steps.append(Step((*reads, *levels), (entry.spec,), Expand(entry, packed.label)))
     coded |= {CODES, STATS, CHECKSUMS} if name == ADAPTER_QUANT else set()
     steps += [copy_step(packed, tensor) for tensor in packed.specs if tensor not in coded]
     files = {file: content for file, content in packed.files.items() if file != ADAPTER_QUANT}
@@ -291,7 +291,7 @@ def _part(packed: Checkpoint, name: str, to: str, rows: slice) -> Checkpoint:
     return Checkpoint(packed.label, Plan([Step(((packed, name),), (spec,), lambda tensors, first_row, measured: (tensors[0][rows],))]))
 
 
-class _Expand:
+class Expand:
     """A tensor from its codes, stats, checksum and codebooks."""
 
     def __init__(self, entry: Entry, label: str) -> None:
@@ -301,18 +301,22 @@ class _Expand:
         entry, (codes, stats, checksum, *levels) = self.entry, tensors
         if not torch.equal(_checksum(codes, stats), checksum.flatten()):
             raise CheckpointError(f"{self.label}: the codes of {entry.name} are not those that were written (checksum); get the file again")
-        tables, codes = dict(zip(widths_of([entry]), levels, strict=True)), codes.flatten()
-        rows = torch.empty((entry.rows, entry.width), dtype=TORCH_DTYPES[entry.dtype])
-        row, at = 0, 0
-        for count, bits in _blocks(entry):
-            size, coding = count * row_bytes(entry.width, bits), replace(entry.coding, bits=bits or (0,) * count)
-            each = 0 if coding.scale == "tensor" else coding.scales(1, entry.width)  # scales of a row
-            own = stats[row * each : (row + count) * each] if each else stats
-            unpacked = unpack(codes[at : at + size].view(count, -1), bits, entry.width)
-            rows[row : row + count] = decode(Coded(unpacked, own, coding), tables[bits])
-            row, at = row + count, at + size
-        moved = (entry.shape[entry.axis], *entry.shape[: entry.axis], *entry.shape[entry.axis + 1 :])
-        return (rows.view(moved).movedim(0, entry.axis).contiguous(),)
+        return (expand(entry, codes, stats, dict(zip(widths_of([entry]), levels, strict=True))),)
+
+
+def expand(entry: Entry, codes: Tensor, stats: Tensor, tables: Mapping[int, Tensor]) -> Tensor:
+    """The tensor that codes and stats stand for; tables: the levels of each width."""
+    rows = torch.empty((entry.rows, entry.width), dtype=TORCH_DTYPES[entry.dtype])
+    codes, row, at = codes.flatten(), 0, 0
+    for count, bits in _blocks(entry):
+        size, coding = count * row_bytes(entry.width, bits), replace(entry.coding, bits=bits or (0,) * count)
+        each = 0 if coding.scale == "tensor" else coding.scales(1, entry.width)  # scales of a row
+        own = stats[row * each : (row + count) * each] if each else stats
+        unpacked = unpack(codes[at : at + size].view(count, -1), bits, entry.width)
+        rows[row : row + count] = decode(Coded(unpacked, own, coding), tables[bits])
+        row, at = row + count, at + size
+    moved = (entry.shape[entry.axis], *entry.shape[: entry.axis], *entry.shape[entry.axis + 1 :])
+    return rows.view(moved).movedim(0, entry.axis).contiguous()
 
 
 def _blocks(entry: Entry) -> Iterator[tuple[int, int]]:
