@@ -22,7 +22,7 @@ from mergekit_plus.adapters.lowrank import rank_of_product
 
 from .coding import GROUP, Coded, Coding, decode, encode, fitted, nearest, rescaled
 
-SWEEPS = 12  # over all components of both factors; a gain below a thousandth ends them
+SWEEPS = 8  # over all components of both factors; a gain below a hundredth ends them
 
 Pair = tuple[Coded, Coded]
 Gauge = Literal["balanced", "svd", "none"]
@@ -74,7 +74,7 @@ def refitted(a: Tensor, rows_b: Tensor, pair: Pair) -> Pair:
         gain = least - error
         if gain > 0:
             best, least = (coded_a, coded_b), error
-        if gain < 1e-3 * least:
+        if gain < 1e-2 * least:
             break
     return best
 
