@@ -68,7 +68,7 @@ class Bench:
                 file.write(json.dumps(self.rows[key]) + "\n")
         return self.rows[key]
 
-    def adapters(self, domain: str, trained: bool) -> None:
+    def adapters(self, domain: str, tables: str) -> None:
         """The table of one adapter."""
         base, lora = self.models / "base", self.models / f"lora-{domain}"
         adapter = open_adapter(lora)
@@ -89,17 +89,17 @@ class Bench:
             "gauge `balanced`": QuantizeOptions(refit=False),
             "gauge `balanced`, refit": QuantizeOptions(),
         }
-        for bits in (8, 4, 3, 2, 1):
+        for bits in (8, 4, 3, 2, 1) if "adapters" in tables else ():
             for way, options in ways.items():
                 if bits > 2 and way != "plain":
                     continue
                 own = replace(options, bits=bits)
                 line(f"{bits} bits, {way}", self.measured(domain, f"{bits} {way}", lambda out, own=own: self.quantized(base, adapter, own, None, out)))
-        for average in (2, 1.5, 1.25, 1, 0.5):
+        for average in (2, 1.5, 1.25, 1, 0.5) if "adapters" in tables else ():
             own = QuantizeOptions(average_bits=average)
             made = lambda out, own=own: self.quantized(base, adapter, own, None, out)  # noqa: E731
             line(f"{average:g} bits on the average", self.measured(domain, f"mixed {average:g}", made))
-        for name, own in {"1 bit": QuantizeOptions(1), "1.25 bits on the average": QuantizeOptions(average_bits=1.25)}.items() if trained else ():
+        for name, own in {"1 bit": QuantizeOptions(1), "1.25 bits on the average": QuantizeOptions(average_bits=1.25)}.items() if "distilled" in tables else ():
             made = lambda out, own=own: self.quantized(base, adapter, own, self.lesson(domain, DISTILL_LR), out)  # noqa: E731
             line(f"{name}, distilled", self.measured(domain, f"{name} distilled", made))
 
@@ -171,9 +171,9 @@ def main() -> None:
     tuned = sorted(path.name for path in options.models.iterdir() if path.name != "base" and (path / "config.json").is_file())
     if options.domains:
         domains, tuned = ([name for name in found if name in options.domains.split(",")] for found in (domains, tuned))
-    if "adapters" in options.tables:
+    if "adapters" in options.tables or "distilled" in options.tables:
         for domain in domains:
-            bench.adapters(domain, "distilled" in options.tables)
+            bench.adapters(domain, options.tables)
     if "scratch" in options.tables:
         for domain in domains:
             bench.scratch(domain)
