@@ -232,7 +232,7 @@ class QuantizeStep(BaseModel):
 
         given, options = (self.calibration is not None) + (self.moments is not None), self.model_extra or {}
         if sum(way is not None for way in (self.bits, self.scheme, self.allocation)) != 1:
-            yield "quantize: say how many bits, or one scheme by its name (W8A8, FP8, FP8_BLOCK, NVFP4, MXFP4), or give an allocation, and one of these"
+            yield "quantize: give bits, or a scheme by its name (W8A8, FP8, FP8_BLOCK, NVFP4, MXFP4), or an allocation: one of these"
         elif self.bits is None and (self.group_size, self.symmetric) != (128, True):
             own = "an allocation says the group size and the symmetry of each layer" if self.allocation else f"{self.scheme} has groups of its own"
             yield f"quantize: {own}; leave group_size and symmetric out"

@@ -77,7 +77,7 @@ def tuned_parameters(
 def steps_for(
     checkpoint: Checkpoint, roles: ModelMap, layers: Sequence[Layer], tuned: Mapping[str, Inner], calibration: Calibration, device: str
 ) -> tuple[list[Step], list[str]]:
-    """The steps that quantise these layers and change these norms and biases, and notes on those layers that are rounded to nearest.
+    """The steps that quantise these layers and change these norms and biases, and notes on how, and on layers that are rounded to nearest.
 
     Errors: OptionError without a text or moments; CheckpointError for moments that are another model's.
     """
@@ -85,6 +85,7 @@ def steps_for(
         raise OptionError("norms and biases are tuned while a text flows through the model: give a text, not moments")
     if calibration.biases and calibration.cross:
         raise OptionError("biases are corrected for the inputs as they are, not with `cross`")
+    notes: list[str] = []
     if calibration.moments is not None:
         known = MomentsFile(calibration.moments)
         known.check(checkpoint)
@@ -92,12 +93,17 @@ def steps_for(
         steps = [Step(((checkpoint, layer.name), *known.reads(layer.name)), layer.writes, _FromMoments(layer, device)) for layer in seen]
     else:
         seen = [layer for layer in layers if in_walk(roles, layer.name)]
-        walking = memory(checkpoint, roles) * (2 if calibration.cross or calibration.norm_passes else 1)
+        walking = memory(checkpoint, roles, calibration.cross or calibration.norm_passes > 0)
         made = block_by_block(checkpoint, seen, tuned, calibration, walking, device)
         steps = [copy_step(made, name) for name in made.specs]
+        assert calibration.ids is not None
+        windows, window = calibration.ids.shape
+        notes.append(f"{len(roles.blocks)} blocks, one after another, on {windows} windows of {window} tokens")
     rest = [layer for layer in layers if layer not in seen]
     steps += [Step(((checkpoint, layer.name),), layer.writes, Rows(layer, device), layer.method.layout.row_unit(layer.scheme)) for layer in rest]
-    return steps, [f"{len(rest)} layers ('{rest[0].name}'): {UNSEEN}"] if rest else []
+    if rest:
+        notes.append(f"{len(rest)} layer{'s' * (len(rest) > 1)} ('{rest[0].name}'): {UNSEEN}")
+    return steps, notes
 
 
 def in_walk(roles: ModelMap, name: str) -> bool:
@@ -114,8 +120,8 @@ def block_by_block(
     memory: what the walk takes; a quantiser takes some copies of a weight and its Gram matrix more.
     """
     wanted = {layer.name: layer for layer in layers}
+    assert calibration.ids is not None
     ids = calibration.ids
-    assert ids is not None
 
     def compute(work: Work) -> None:
         notes: dict[str, list[str]] = {}

@@ -80,6 +80,7 @@ def _round(target: Tensor, zero: Tensor, start: Quantized, root: Tensor, order: 
     low, high = (torch.full_like(scale, float(end)) for end in (scheme.low, scheme.high))
     if start.zero_point is not None:
         low, high = low - start.zero_point.T, high - start.zero_point.T
+    scales, lows, highs, pruned = scale.unbind(), low.unbind(), high.unbind(), bool(zero.any())
     group = (order // (target.shape[1] // len(scale))).tolist()
 
     def solve(first: int, last: int) -> None:
@@ -89,14 +90,13 @@ def _round(target: Tensor, zero: Tensor, start: Quantized, root: Tensor, order: 
             aim[middle:last].addmm_(feedback[first:middle, middle:last].T, error[first:middle])
             solve(middle, last)
             return
-        for k in range(first, last):
-            s, g = steps[k], group[k]
-            torch.div(aim[k], scale[g], out=s).round_()
-            torch.maximum(s, low[g], out=s)
-            torch.minimum(s, high[g], out=s)
-            s.masked_fill_(zero[k], 0)
-            error[k].addcmul_(s, scale[g], value=-1)
-            aim[k + 1 : last].addr_(feedback[k, k + 1 : last], error[k])
+        for k, a, s, e in zip(range(first, last), aim[first:last], steps[first:last], error[first:last], strict=True):
+            g = group[k]
+            torch.clamp(torch.div(a, scales[g], out=s).round_(), lows[g], highs[g], out=s)
+            if pruned:
+                s.masked_fill_(zero[k], 0)
+            e.addcmul_(s, scales[g], value=-1)
+            aim[k + 1 : last].addr_(feedback[k, k + 1 : last], e)
 
     solve(0, len(error))
     codes = torch.empty_like(steps)
