@@ -20,6 +20,7 @@ from .calibrated import Calibration, calibration_problem, steps_for, tuned_param
 from .floats import FP8, FP8_BLOCK, MXFP4, NVFP4, FloatScheme, global_scale
 from .formats import AnyScheme, Format, Module, holds_codes, modules_of
 from .formats.fp4 import GLOBAL
+from .formats.reading import SCALES
 from .layer import Layer, Method, Rows
 from .validate import refuse
 
@@ -158,7 +159,7 @@ def dequantize(checkpoint: Checkpoint) -> Checkpoint:
     for module in modules_of(checkpoint):
         parts = tuple(part for part in module.specs if part != "weight_shape")
         reads = tuple((checkpoint, f"{module.name}.{part}") for part in parts)
-        scale = next(spec for part, spec in module.specs.items() if part in ("weight_scale", "scales"))
+        scale = next(spec for part, spec in module.specs.items() if part in SCALES)
         spec = TensorSpec(f"{module.name}.weight", module.reader.dtype or scale.dtype, module.shape)
         steps.append(Step(reads, (spec,), _Unpack(checkpoint.label, module, parts), module.reader.row_unit(module.stored.scheme)))
         done.update(module.tensors)
