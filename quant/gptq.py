@@ -17,6 +17,7 @@ GPTQ stops there. Here scales and codes are then gone through again, by coordina
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated
 
@@ -82,13 +83,10 @@ def _round(target: Tensor, zero: Tensor, start: Quantized, root: Tensor, order: 
         low, high = low - start.zero_point.T, high - start.zero_point.T
     group = (order // (target.shape[1] // len(scale))).tolist()
 
+    def carry_over(first: int, middle: int, last: int) -> None:
+        aim[middle:last].addmm_(feedback[first:middle, middle:last].T, error[first:middle])
+
     def solve(first: int, last: int) -> None:
-        if last - first > LEAF:
-            middle = (first + last) // 2
-            solve(first, middle)
-            aim[middle:last].addmm_(feedback[first:middle, middle:last].T, error[first:middle])
-            solve(middle, last)
-            return
         for k in range(first, last):
             s, g = steps[k], group[k]
             torch.div(aim[k], scale[g], out=s).round_()
@@ -98,10 +96,21 @@ def _round(target: Tensor, zero: Tensor, start: Quantized, root: Tensor, order: 
             error[k].addcmul_(s, scale[g], value=-1)
             aim[k + 1 : last].addr_(feedback[k, k + 1 : last], error[k])
 
-    solve(0, len(error))
+    _halves(0, len(error), solve, carry_over)
     codes = torch.empty_like(steps)
     codes[order] = steps
     codes = codes.T
     if start.zero_point is not None:
         codes = (codes.reshape(*start.scale.shape, -1) + start.zero_point.unsqueeze(-1)).flatten(-2)
     return codes.to(torch.int8).contiguous()
+
+
+def _halves(first: int, last: int, solve: Callable[[int, int], None], carry_over: Callable[[int, int, int], None]) -> None:
+    """Solve one half after the other, down to leaves. Not a function inside of another: one that calls itself keeps its tensors until garbage is collected."""
+    if last - first <= LEAF:
+        solve(first, last)
+        return
+    middle = (first + last) // 2
+    _halves(first, middle, solve, carry_over)
+    carry_over(first, middle, last)
+    _halves(middle, last, solve, carry_over)
