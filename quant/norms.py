@@ -8,41 +8,20 @@ blocks; and a block whose statistics end no nearer keeps its norms.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from mergekit_plus.calibration import Block
-from mergekit_plus.checkpoint import Checkpoint, TensorSpec
 from mergekit_plus.checkpoint.dtypes import TORCH_DTYPES
-from mergekit_plus.model import ModelMap, layer_of
+
+from .inner import Inner
 
 RATE = 1e-3  # of Adam
 
 
-@dataclass(frozen=True)
-class Norm:
-    """A norm's weight or bias in a block: what is stored of it, and its name in the block's module."""
-
-    spec: TensorSpec
-    inside: str
-
-
-def norms_of(checkpoint: Checkpoint, roles: ModelMap, names: Collection[str]) -> dict[str, Norm]:
-    """Those of these tensors that are norms of the blocks through which a text can flow."""
-    found: dict[str, Norm] = {}
-    for name in names:
-        meaning = roles.tensors[name]
-        place = layer_of(meaning.parameter) if meaning.parameter is not None else None
-        if meaning.role == "norm" and meaning.stack == roles.stack and meaning.parameter is not None and place is not None:
-            stack, number = place
-            found[name] = Norm(checkpoint.specs[name], meaning.parameter.removeprefix(f"{stack}.").removeprefix(f"{number}."))
-    return found
-
-
-def tweak_norms(block: Block, norms: Mapping[str, Norm], passes: int) -> dict[str, Tensor]:
+def tweak_norms(block: Block, norms: Mapping[str, Inner], passes: int) -> dict[str, Tensor]:
     """These norms of a block, as they are stored, after `passes` times the calibration text: a step of Adam for each batch. The module has them then.
 
     Of a walk with `cross`, after the linear layers were quantised.
