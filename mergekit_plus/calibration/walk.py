@@ -48,6 +48,8 @@ def walk(
             if number and not work.has(f"{kind}-{number}"):
                 raise CheckpointError(f"{work.folder}: the hidden states before block {number} are gone; start again without --resume")
             current[kind] = replace(first, path=work.folder / f"{kind}-{number}") if number else first
+        if number:
+            first.path.unlink()
 
     def compute(number: int) -> dict[str, Tensor]:
         if not current:
