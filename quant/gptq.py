@@ -17,6 +17,7 @@ GPTQ stops there. Here scales and codes are then gone through again, by coordina
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated
 
@@ -83,13 +84,10 @@ def _round(target: Tensor, zero: Tensor, start: Quantized, root: Tensor, order: 
     scales, lows, highs, pruned = scale.unbind(), low.unbind(), high.unbind(), bool(zero.any())
     group = (order // (target.shape[1] // len(scale))).tolist()
 
+    def carry_over(first: int, middle: int, last: int) -> None:
+        aim[middle:last].addmm_(feedback[first:middle, middle:last].T, error[first:middle])
+
     def solve(first: int, last: int) -> None:
-        if last - first > LEAF:
-            middle = (first + last) // 2
-            solve(first, middle)
-            aim[middle:last].addmm_(feedback[first:middle, middle:last].T, error[first:middle])
-            solve(middle, last)
-            return
         for k, a, s, e in zip(range(first, last), aim[first:last], steps[first:last], error[first:last], strict=True):
             g = group[k]
             torch.clamp(torch.div(a, scales[g], out=s).round_(), lows[g], highs[g], out=s)
@@ -98,10 +96,21 @@ def _round(target: Tensor, zero: Tensor, start: Quantized, root: Tensor, order: 
             e.addcmul_(s, scales[g], value=-1)
             aim[k + 1 : last].addr_(feedback[k, k + 1 : last], e)
 
-    solve(0, len(error))
+    _halves(0, len(error), solve, carry_over)
     codes = torch.empty_like(steps)
     codes[order] = steps
     codes = codes.T
     if start.zero_point is not None:
         codes = (codes.reshape(*start.scale.shape, -1) + start.zero_point.unsqueeze(-1)).flatten(-2)
     return codes.to(torch.int8).contiguous()
+
+
+def _halves(first: int, last: int, solve: Callable[[int, int], None], carry_over: Callable[[int, int, int], None]) -> None:
+    """Solve one half after the other, down to leaves. Not a function inside of another: one that calls itself keeps its tensors until garbage is collected."""
+    if last - first <= LEAF:
+        solve(first, last)
+        return
+    middle = (first + last) // 2
+    _halves(first, middle, solve, carry_over)
+    carry_over(first, middle, last)
+    _halves(middle, last, solve, carry_over)
