@@ -70,6 +70,12 @@ Calibrate = Annotated[
 CalibrationWindows = Annotated[int, typer.Option("--windows", min=1, help="windows of the calibration text, spread over it")]
 CalibrationWindow = Annotated[int, typer.Option("--window", min=2, help="tokens in a window of the calibration text")]
 CalibrationSeed = Annotated[int, typer.Option("--seed", help="moves the windows of the calibration text")]
+LessonText = Annotated[list[str], typer.Option("--text", "-t", metavar="FILE", help="text to train on: .txt, .jsonl, a folder; may be repeated")]
+LessonWindow = Annotated[int, typer.Option("--window", min=2, help="tokens in a window of the text")]
+LessonSteps = Annotated[int, typer.Option("--steps", min=1, help="steps of the training")]
+LessonBatch = Annotated[int, typer.Option("--batch", min=1, help="windows that a step reads")]
+LessonRate = Annotated[float | None, typer.Option("--lr", help="learning rate; relative to the size of what trains, where that starts from something")]
+LessonSeed = Annotated[int, typer.Option("--seed", help="seed of the order of the text, and of what starts at random")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
@@ -228,28 +234,100 @@ def quantize_adapter(
     bits: Annotated[int, typer.Option("--bits", help="1, 2, 3, 4 or 8 bits for each number in the factors")] = 4,
     codebook: Annotated[str, typer.Option("--codebook", help="l2 (Lloyd-Max) or k-median (the 1-bit adapters of arXiv 2307.16867)")] = "l2",
     scale: Annotated[str, typer.Option("--scale", help="what shares a scale: tensor, component (row of A, column of B) or group (of 128)")] = "component",
-    gauge: Annotated[str, typer.Option("--gauge", help="how B A is shared out before it is coded: balanced, svd, or none (as it is)")] = "balanced",
+    average_bits: Annotated[float | None, typer.Option("--average-bits", help="a width for each component, so many bits on the average")] = None,
+    gauge: Annotated[str | None, typer.Option("--gauge", help="how B A is shared out before it is coded: balanced, svd, or none (as it is)")] = None,
     refit: Annotated[bool, typer.Option("--refit/--no-refit", help="fit codes and scales to the product B A")] = True,
+    base: Annotated[str | None, typer.Option("--base", "-b", help="the model that it was trained on, to distil with --text")] = None,
+    text: LessonText = [],  # noqa: B006
+    window: LessonWindow = 256,
+    steps: LessonSteps = 200,
+    batch: LessonBatch = 4,
+    lr: LessonRate = None,
+    seed: LessonSeed = 0,
 ) -> None:
-    """Bring a LoRA adapter to a few bits, packed: `compress adapter quantize ./code-lora --bits 1`."""
+    """Bring a LoRA adapter to a few bits, packed: `compress adapter quantize ./code-lora --bits 1 --base org/base --text code.txt`."""
     from mergekit_plus.recipe import check
 
-    step = {"bits": bits, "codebook": codebook, "scale": scale, "gauge": gauge, "refit": refit}
-    recipe = check({"inputs": {"adapter": adapter}, "steps": [{"quantize_adapter": step}]}, Path(), "compress adapter quantize")
-    _carry_out(recipe, how, _beside(adapter, f"{bits}bit", "folder"))
+    coding = {"bits": bits, "average_bits": average_bits, "codebook": codebook, "scale": scale, "gauge": gauge, "refit": refit}
+    step = {**coding, **_lesson(text, window, steps, batch, lr, seed)}
+    inputs = {"adapter": adapter}
+    if base is not None:
+        inputs["base"] = base
+        step |= {"base": "base", "of": "adapter"}
+    recipe = check({"inputs": inputs, "steps": [{"quantize_adapter": step}]}, Path(), "compress adapter quantize")
+    _carry_out(recipe, how, _beside(adapter, f"{average_bits or bits:g}bit", "folder"))
+
+
+@adapter.command()
+@writes("max_shard_size")
+def expand(
+    *,
+    how: Writing,
+    adapter: Annotated[str, typer.Argument(help="a packed adapter, or the packed difference of a fine-tune")],
+    base: Annotated[str | None, typer.Option("--base", "-b", help="the model that a difference is of; the output is a model then")] = None,
+) -> None:
+    """Turn a packed adapter into an ordinary one, which peft and vLLM load; a packed difference and its base into a model."""
+    from mergekit_plus.recipe import check
+
+    ref = adapter if base is None else f"{base}+{adapter}"
+    _carry_out(check({"inputs": {"adapter": ref}}, Path(), "compress adapter expand"), how, _beside(adapter, "expanded", "folder"))
 
 
 @adapter.command()
 @writes("max_shard_size", "device")
-def expand(
+def train(
     *,
     how: Writing,
-    adapter: Annotated[str, typer.Argument(help="a packed adapter")],
+    base: Annotated[str, typer.Argument(help="the model that the adapter is for")],
+    text: LessonText,
+    bits: Annotated[int, typer.Option("--bits", help="1, 2, 3, 4 or 8 bits for each number in the factors; 16 trains a plain LoRA")] = 1,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="rank of every module")] = 8,
+    target: Annotated[list[str], typer.Option("--target", metavar="PATTERN", help="modules, as in q_proj (default: all linear layers)")] = [],  # noqa: B006
+    codebook: Annotated[str, typer.Option("--codebook", help="l2 (Lloyd-Max) or k-median (the 1-bit adapters of arXiv 2307.16867)")] = "l2",
+    scale: Annotated[str, typer.Option("--scale", help="what shares a scale: tensor, component (row of A, column of B) or group (of 128)")] = "component",
+    window: LessonWindow = 256,
+    steps: LessonSteps = 200,
+    batch: LessonBatch = 4,
+    lr: LessonRate = None,
+    seed: LessonSeed = 0,
 ) -> None:
-    """Turn a packed adapter into an ordinary one, which peft and vLLM load."""
+    """Train a LoRA adapter for few bits from scratch: `compress adapter train org/base --text code.txt --bits 1 --rank 16`."""
     from mergekit_plus.recipe import check
 
-    _carry_out(check({"inputs": {"adapter": adapter}}, Path(), "compress adapter expand"), how, _beside(adapter, "expanded", "folder"))
+    step = {
+        "base": "base", "bits": bits, "rank": rank, "target": target, "codebook": codebook, "scale": scale, **_lesson(text, window, steps, batch, lr, seed),
+    }  # fmt: skip
+    recipe = check({"inputs": {"base": base}, "steps": [{"train_adapter": step}]}, Path(), "compress adapter train")
+    _carry_out(recipe, how, _beside(base, f"{bits}bit-adapter", "folder"))
+
+
+@adapter.command()
+@writes("max_shard_size", "device")
+def delta(
+    *,
+    how: Writing,
+    base: Annotated[str, typer.Argument(help="the model that the other was tuned from")],
+    tuned: Annotated[str, typer.Argument(help="the fine-tune")],
+    bits: Annotated[int, typer.Option("--bits", help="1, 2, 3, 4 or 8 bits for each weight")] = 1,
+    scale: Annotated[str, typer.Option("--scale", help="what shares a scale: tensor, or row (of a weight)")] = "tensor",
+    save_rest: Annotated[bool, typer.Option("--save-rest/--leave-rest", help="store what changed and is no linear layer whole, or leave it")] = True,
+    exclude: Exclude = [],  # noqa: B006
+    text: LessonText = [],  # noqa: B006
+    window: LessonWindow = 256,
+    steps: LessonSteps = 100,
+    batch: LessonBatch = 4,
+    lr: LessonRate = None,
+    seed: LessonSeed = 0,
+) -> None:
+    """Bring the difference of a fine-tune to one bit a weight (BitDelta); --text trains its scales: `compress adapter delta org/base ./tuned`."""
+    from mergekit_plus.recipe import check
+
+    step = {
+        "base": "base", "tuned": "tuned", "bits": bits, "scale": scale, "save_rest": save_rest, "exclude": exclude,
+        **_lesson(text, window, steps, batch, lr, seed),
+    }  # fmt: skip
+    recipe = check({"inputs": {"base": base, "tuned": tuned}, "steps": [{"delta": step}]}, Path(), "compress adapter delta")
+    _carry_out(recipe, how, _beside(tuned, "delta", "folder"))
 
 
 @app.command()
@@ -272,7 +350,7 @@ def quantize(
     how: Writing,
     model: Model = ".",
     bits: Annotated[int | None, typer.Option("--bits", help="2 to 8 bits a weight (default: 4)")] = None,
-    group_size: Annotated[int | None, typer.Option("--group-size", help="weights that share a scale; 0 for a whole output row (default: 128)")] = None,
+    group_size: Annotated[int, typer.Option("--group-size", help="weights that share a scale; 0 for a whole output row")] = 128,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="with zero points")] = False,
     scheme: Annotated[str | None, typer.Option("--scheme", help="W8A8, FP8, FP8_BLOCK, NVFP4 or MXFP4, in place of bits and groups")] = None,
     allocation: Annotated[Path | None, typer.Option("--allocation", metavar="FILE", help="bits.yaml of `compress allocate`: a scheme for each layer")] = None,
@@ -290,25 +368,27 @@ def quantize(
     order: Annotated[
         Literal["block", "layer"], typer.Option("--order", help="layer: measure what stands behind other layers of a block again after these")
     ] = "block",
+    norm_passes: Annotated[
+        int, typer.Option("--norm-passes", min=0, help="passes over the text in which the norms of each block are tuned to the original's outputs")
+    ] = 0,
+    biases: Annotated[bool, typer.Option("--biases", help="correct the biases of the layers, where they have some, for the mean of their outputs")] = False,
     moments: Annotated[str | None, typer.Option("--moments", metavar="FILE", help="what `compress calibrate` wrote, in place of a text")] = None,
+    rotate: Annotated[bool, typer.Option("--rotate", help="write the residual stream in another basis first: fewer outliers, the same function")] = False,
 ) -> None:
     """Quantize a model's linear layers: `compress quantize --bits 4` in its folder; `--method gptq --calibration text.txt` looks at their inputs."""
     digests = None if how.resume else _hash_early(model)
     from mergekit_plus.recipe import check
 
-    bits = 4 if bits is None and scheme is None and allocation is None else bits
-    weights = {
-        "bits": bits, "group_size": group_size, "symmetric": False if asymmetric else None, "scheme": scheme, "allocation": allocation and str(allocation),
-    }  # fmt: skip
     step = {
-        **{key: value for key, value in weights.items() if value is not None}, "method": method, "format": format_, "exclude": exclude, "include": include,
-        **_calibration(calibration, windows, window, seed, order=order), **_settings(set_),
+        "bits": 4 if (bits, scheme, allocation) == (None, None, None) else bits, "group_size": group_size, "symmetric": not asymmetric, "scheme": scheme,
+        "allocation": allocation and str(allocation), "method": method, "format": format_, "exclude": exclude, "include": include, "rotate": rotate,
+        "norm_passes": norm_passes, "biases": biases, **_calibration(calibration, windows, window, seed, order=order), **_settings(set_),
     }  # fmt: skip
     inputs = {"model": model}
     if moments is not None:
         inputs["moments"], step["moments"], step["of"] = moments, "moments", "model"
     recipe = check({"inputs": inputs, "steps": [{"quantize": step}]}, Path(), "compress quantize")
-    what = scheme.lower() if scheme else "mixed" if allocation is not None else f"{bits}bit"
+    what = scheme.lower() if scheme else "mixed" if allocation else f"{step['bits']}bit"
     default = _beside(model, f"{what}-dense", "file") if format_ == "dense" else _beside(model, what, "folder")
     _carry_out(recipe, how, default, digests)
 
@@ -771,6 +851,12 @@ def _beside(model: str, suffix: str, of_file: Literal["file", "folder"]) -> Path
         return Path(f"{path.stem}-{suffix}{'.safetensors' if of_file == 'file' else ''}")
     name = path.resolve().name if path.is_dir() else model.split("@")[0].split("/")[-1].removesuffix(".safetensors")
     return Path(f"{name}-{suffix}")
+
+
+def _lesson(text: list[str], window: int, steps: int, batch: int, lr: float | None, seed: int) -> dict[str, Any]:
+    """The keys of a step that trains on a text; nothing where no text is given."""
+    calibration = {"texts": text, "window": window, "seed": seed}
+    return {"calibration": calibration, "steps": steps, "batch": batch, "lr": lr, "seed": seed} if text else {}
 
 
 def _print(data: dict[str, Any], text: list[str], as_json: bool) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
 from .checkpoint import Checkpoint, Deferred, Manifest, SaveOptions, save, steps_of
-from .checkpoint.folder import ADAPTER_CONFIG
+from .checkpoint.folder import ADAPTER_CONFIG, DELTA_QUANT
 from .checkpoint.hub import HubFile
 from .checkpoint.inputs import check_target, input_files
 from .checkpoint.layout import MANIFEST, plan_save, preparations
@@ -35,6 +35,7 @@ from .checkpoint.stage import partial_of, refuse_leftover
 from .checkpoint.upload import Target, Upload, parse_target
 from .checks import Checks, Row, measure_and_compare
 from .errors import CheckFailed, CompressError, OutputError, RecipeError, not_inputs
+from .model import adapter_reason
 from .provenance import check_digests, job, small_files, sparsity_report
 from .safe_yaml import read_all
 from .steps import (
@@ -370,9 +371,11 @@ def _target(recipe: Recipe, how: Execution) -> tuple[Path, Target | None]:
 
 def _check_out(recipe: Recipe, result: Checkpoint, out: Path) -> None:
     """Refuse one file for what needs the config.json beside it, and texts for what is no model."""
-    if ADAPTER_CONFIG in result.files and (out.suffix == ".safetensors" or recipe.checks.texts):
+    if not recipe.steps and DELTA_QUANT in result.files:
+        raise RecipeError(f"{adapter_reason(result)}; name the base with --base")
+    if {ADAPTER_CONFIG, DELTA_QUANT} & result.files.keys() and (out.suffix == ".safetensors" or recipe.checks.texts):
         folder = out.with_suffix("") if out.suffix == ".safetensors" else out
-        raise RecipeError(f"{out}: an adapter is a folder, for its {ADAPTER_CONFIG}, and texts are measured on models; write to {folder}, without texts")
+        raise RecipeError(f"{out}: an adapter is a folder, for the JSON beside its tensors, and texts are measured on models; write to {folder}, without texts")
     if out.suffix != ".safetensors":
         return
     folder = out.with_suffix("")

@@ -178,33 +178,117 @@ class ExtractAdapterStep(Strict):
         return extract(inputs[self.base], inputs[self.tuned], options, how.save.progress)
 
 
-class QuantizeAdapterStep(Strict):
-    """`quantize_adapter:` — a LoRA adapter at a few bits."""
+class LessonStep(Strict):
+    """A step that may train on a text: for so many steps of so many windows, at a rate that has a default of its own."""
+
+    calibration: CalibrationOptions | None = None
+    steps: int = 200
+    batch: int = 4
+    lr: float | None = None
+    seed: int = 0
+
+    def lesson(self, model: Checkpoint, how: Execution, lr: float) -> Any:
+        """What it trains on, None where it names no text: at least as many windows as its steps read, where the text has so many."""
+        from quant.adapters.train import HELD_OUT, Lesson
+
+        from .training import TrainOptions
+
+        if self.calibration is None:
+            return None
+        windows = max(self.calibration.windows, self.steps * self.batch + HELD_OUT)
+        ids, _ = self.calibration.model_copy(update={"windows": windows}).placed(how.folder).read(model)
+        training = TrainOptions(self.steps, lr if self.lr is None else self.lr, self.batch, schedule="cosine", warmup=0.05, clip=None, seed=self.seed)
+        return Lesson(ids, training)
+
+
+class QuantizeAdapterStep(LessonStep):
+    """`quantize_adapter:` — a LoRA adapter at a few bits; distilled, with the base that it belongs to and a text."""
 
     bits: int = 4
     codebook: str = "l2"
     scale: str = "component"
-    gauge: str = "balanced"
+    gauge: str | None = None
     refit: bool = True
+    average_bits: float | None = None
+    base: str | None = None
     of: str | None = None  # an input; by default what the step before made, or the only input
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
         yield from (f"quantize_adapter: {problem}" for problem in self._options().problems())
-        if self.of is not None:
-            yield from (f"quantize_adapter: {problem}" for problem in not_inputs([self.of], inputs))
+        yield from (f"quantize_adapter: {problem}" for problem in not_inputs([name for name in (self.base, self.of) if name], inputs))
+        if (self.base is None) != (self.calibration is None):
+            yield "quantize_adapter: to distil, give both a calibration text and the base that the adapter was trained on"
 
     def _options(self) -> Any:
         from quant.adapters.plan import QuantizeOptions
 
-        return QuantizeOptions(**self.model_dump(exclude={"of"}))
+        return QuantizeOptions(self.bits, self.codebook, self.scale, self.gauge, self.refit, self.average_bits)  # type: ignore[arg-type]  # which its `problems` says
 
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from quant.adapters.container import expanded, is_packed
         from quant.adapters.plan import quantize_adapter
+        from quant.adapters.train import RELATIVE_LR
 
         from .adapters import read_adapter
 
-        adapter = inputs[self.of] if self.of else only_input(inputs, previous, "quantize_adapter")
-        return quantize_adapter(read_adapter(adapter), self._options())
+        others = {name: source for name, source in inputs.items() if name != self.base}
+        adapter = inputs[self.of] if self.of else only_input(others, previous, "quantize_adapter")
+        adapter = expanded(adapter) if is_packed(adapter) else adapter
+        base = inputs[self.base] if self.base else None
+        return quantize_adapter(read_adapter(adapter), self._options(), base, self.lesson(base, how, RELATIVE_LR) if base else None)
+
+
+class TrainAdapterStep(LessonStep):
+    """`train_adapter:` — a LoRA adapter trained for few bits from scratch."""
+
+    base: str
+    bits: int = 1
+    rank: int = 8
+    codebook: str = "l2"
+    scale: str = "component"
+    target: list[str] = Field(default_factory=list)
+    alpha: float = 2.0
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        yield from (f"train_adapter: {problem}" for problem in [*not_inputs([self.base], inputs), *self._options().problems()])
+        if self.calibration is None:
+            yield "train_adapter: give it a text to train on, `calibration:`"
+
+    def _options(self) -> Any:
+        from quant.adapters.train import TrainAdapterOptions
+
+        return TrainAdapterOptions(self.bits, self.rank, self.codebook, self.scale, tuple(self.target), self.alpha)  # type: ignore[arg-type]
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from quant.adapters.train import LR, train_adapter
+
+        return train_adapter(inputs[self.base], self.lesson(inputs[self.base], how, LR), self._options())
+
+
+class DeltaStep(LessonStep):
+    """`delta:` — the difference of a fine-tune at one bit a weight (BitDelta); its scales distilled, with a text."""
+
+    base: str
+    tuned: str
+    bits: int = 1
+    scale: str = "tensor"
+    save_rest: bool = True
+    exclude: list[str] = Field(default_factory=list)
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        yield from (f"delta: {problem}" for problem in [*not_inputs((self.base, self.tuned), inputs), *self._options().problems()])
+
+    def _options(self) -> Any:
+        from quant.adapters.delta import DeltaOptions
+
+        return DeltaOptions(self.bits, self.scale, self.save_rest, tuple(self.exclude))  # type: ignore[arg-type]
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from quant.adapters.delta import delta
+        from quant.adapters.train import RELATIVE_LR
+
+        base, tuned = inputs[self.base], inputs[self.tuned]
+        return delta(base, tuned, self._options(), self.lesson(tuned, how, RELATIVE_LR))
 
 
 class QuantizeStep(BaseModel):
@@ -222,7 +306,10 @@ class QuantizeStep(BaseModel):
     exclude: list[str] = Field(default_factory=list)
     include: list[str] = Field(default_factory=list)
     calibration: CalibrationOptions | None = None  # a text, for methods that look at the inputs of layers
+    norm_passes: int = Field(0, ge=0)  # over the text, in which the norms of each block are tuned
+    biases: bool = False  # correct those of quantised layers
     moments: str | None = None  # in place of a text, an input: what `compress calibrate` wrote
+    rotate: bool = False  # write the residual stream in another basis first
     of: str | None = None  # an input; by default what the step before made, or the only input
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
@@ -230,7 +317,7 @@ class QuantizeStep(BaseModel):
 
         given, options = (self.calibration is not None) + (self.moments is not None), self.model_extra or {}
         if sum(way is not None for way in (self.bits, self.scheme, self.allocation)) != 1:
-            yield "quantize: say how many bits, or one scheme by its name (W8A8, FP8, FP8_BLOCK, NVFP4, MXFP4), or give an allocation, and one of these"
+            yield "quantize: give bits, or a scheme by its name (W8A8, FP8, FP8_BLOCK, NVFP4, MXFP4), or an allocation: one of these"
         elif self.bits is None and (self.group_size, self.symmetric) != (128, True):
             own = "an allocation says the group size and the symmetry of each layer" if self.allocation else f"{self.scheme} has groups of its own"
             yield f"quantize: {own}; leave group_size and symmetric out"
@@ -242,6 +329,10 @@ class QuantizeStep(BaseModel):
             yield from (f"quantize: {problem}" for problem in found)
         if given > 1:
             yield "quantize: give a calibration text, or moments that were measured on one, not both"
+        if (self.norm_passes or self.biases) and self.calibration is None:
+            yield "quantize: norms and biases are tuned while a text flows through the model: give norm_passes and biases with calibration"
+        if self.rotate and self.moments is not None:
+            yield "quantize: moments were measured on the model as it was; a rotated one needs a calibration text"
         named = [name for name in (self.of, self.moments) if name is not None]
         yield from (f"quantize: {problem}" for problem in not_inputs(named, inputs))
 
@@ -251,8 +342,10 @@ class QuantizeStep(BaseModel):
         from quant.formats import AnyScheme
         from quant.plan import PRESETS, quantize
         from quant.quantized import Scheme
+        from quant.rotate import rotate
 
         source = inputs[self.of] if self.of else only_input({name: model for name, model in inputs.items() if name != self.moments}, previous, "quantize")
+        source = rotate(source) if self.rotate else source
         scheme: AnyScheme | Mapping[str, AnyScheme]
         scheme, layout = PRESETS[self.scheme] if self.scheme else (Scheme(self.bits or 4, self.group_size, self.symmetric), "pack-quantized")
         if self.allocation is not None:
@@ -263,7 +356,7 @@ class QuantizeStep(BaseModel):
             calibration = Calibration(moments=inputs[self.moments])
         elif self.calibration is not None:
             ids, notes = self.calibration.placed(how.folder).read(source)
-            calibration = Calibration(ids, order=self.calibration.order)
+            calibration = Calibration(ids, order=self.calibration.order, norm_passes=self.norm_passes, biases=self.biases)
         result = quantize(
             source, scheme, self.method, self.model_extra or {}, self.format or layout, exclude=tuple(self.exclude), include=tuple(self.include),
             device=how.device, allow_nonfinite=how.save.allow_nonfinite, calibration=calibration,
@@ -512,6 +605,8 @@ StepOptions = (
     | MergeAdaptersStep
     | ExtractAdapterStep
     | QuantizeAdapterStep
+    | TrainAdapterStep
+    | DeltaStep
     | QuantizeStep
     | CalibrateStep
     | DequantizeStep
@@ -526,6 +621,8 @@ OPERATIONS: dict[str, type[StepOptions]] = {
     "merge_adapters": MergeAdaptersStep,
     "extract_adapter": ExtractAdapterStep,
     "quantize_adapter": QuantizeAdapterStep,
+    "train_adapter": TrainAdapterStep,
+    "delta": DeltaStep,
     "quantize": QuantizeStep,
     "calibrate": CalibrateStep,
     "dequantize": DequantizeStep,
@@ -533,7 +630,7 @@ OPERATIONS: dict[str, type[StepOptions]] = {
     "prune": PruneStep,
     "retrain": RetrainStep,
 }
-FIRST = (MergeStep, MergekitStep, MoeStep, ExtractAdapterStep)  # they read inputs, not what a step before them made
+FIRST = (MergeStep, MergekitStep, MoeStep, ExtractAdapterStep, TrainAdapterStep, DeltaStep)  # they read inputs, not what a step before them made
 
 
 def parse_step(step: object) -> dict[str, StepOptions]:

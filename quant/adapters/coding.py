@@ -19,7 +19,7 @@ from torch import Tensor
 from mergekit_plus.errors import OptionError
 
 from . import codebooks
-from .codebooks import BITS, Codebook
+from .codebooks import BITS, WIDTHS, Codebook
 
 Scale = Literal["tensor", "component", "group"]
 GROUP = 128  # elements of a row that share a scale, where groups do
@@ -27,15 +27,17 @@ GROUP = 128  # elements of a row that share a scale, where groups do
 
 @dataclass(frozen=True, slots=True)
 class Coding:
-    """How a matrix becomes codes. Errors: OptionError for a width, a codebook or a scale that is not known."""
+    """How a matrix becomes codes; `bits` are those of all rows, or of each. Errors: OptionError for a width, a codebook or a scale that is not known."""
 
-    bits: int = 1
+    bits: int | tuple[int, ...] = 1
     codebook: Codebook = "l2"
     scale: Scale = "component"
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS or type(self.bits) is not int:
-            raise OptionError(f"bits={self.bits!r}: an adapter's codes have {', '.join(map(str, BITS[:-1]))} or {BITS[-1]} bits")
+        mixed = isinstance(self.bits, tuple)
+        widths = self.bits if isinstance(self.bits, tuple) else (self.bits,)
+        if wrong := [bits for bits in widths if bits not in (WIDTHS if mixed else BITS) or type(bits) is not int]:
+            raise OptionError(f"bits={wrong[0]!r}: an adapter's codes have {', '.join(map(str, BITS[:-1]))} or {BITS[-1]} bits")
         for name, value, known in (("codebook", self.codebook, get_args(Codebook)), ("scale", self.scale, get_args(Scale))):
             if value not in known:
                 raise OptionError(f"{name}={value!r}: one of {', '.join(known)}")
@@ -56,8 +58,17 @@ class Coding:
             return row * -(-width // GROUP) + column // GROUP
         return (row if self.scale == "component" else row * 0) + column * 0
 
+    def widths(self, rows: int) -> tuple[int, ...]:
+        """The bits of each row."""
+        return self.bits if isinstance(self.bits, tuple) else (self.bits,) * rows
+
+    def row(self, number: int) -> Coding:
+        """The coding of one row."""
+        return replace(self, bits=self.bits[number] or (0,)) if isinstance(self.bits, tuple) else self
+
     def __str__(self) -> str:
-        return f"{self.bits} bit{'s' * (self.bits > 1)}, {self.codebook}, a scale for each {self.scale}"
+        bits = "mixed bits" if isinstance(self.bits, tuple) else f"{self.bits} bit{'s' * (self.bits > 1)}"
+        return f"{bits}, {self.codebook}, a scale for each {self.scale}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +93,18 @@ def _boundaries(codebook: Codebook, bits: int) -> Tensor:
 
 def nearest(normal: Tensor, coding: Coding) -> Tensor:
     """The codes of the nearest levels, uint8; on a boundary the lower one."""
-    return torch.bucketize(normal.detach().double().contiguous(), _boundaries(coding.codebook, coding.bits)).to(torch.uint8)
+    normal = normal.detach().double().contiguous()
+    if not isinstance(coding.bits, tuple):
+        return torch.bucketize(normal, _boundaries(coding.codebook, coding.bits)).to(torch.uint8)
+    rows = [torch.bucketize(row, _boundaries(coding.codebook, bits)) for row, bits in zip(normal, coding.bits, strict=True)]
+    return torch.stack(rows).to(torch.uint8)
+
+
+def levels_of(codes: Tensor, coding: Coding) -> Tensor:
+    """The levels that codes stand for, float32."""
+    if not isinstance(coding.bits, tuple):
+        return table(coding.codebook, coding.bits)[codes.long()]
+    return torch.stack([table(coding.codebook, bits)[row.long()] for row, bits in zip(codes, coding.bits, strict=True)])
 
 
 def encode(matrix: Tensor, coding: Coding) -> Coded:
@@ -102,7 +124,7 @@ def decode(coded: Coded, levels: Tensor | None = None) -> Tensor:
     levels: those of a file, where it is not to be this version's codebook.
     """
     owners = coded.coding.owners(*coded.codes.shape)
-    values = (table(coded.coding.codebook, coded.coding.bits) if levels is None else levels)[coded.codes.long()]
+    values = levels_of(coded.codes, coded.coding) if levels is None else levels[coded.codes.long()]
     values = values * coded.stats[:, -1][owners]
     return values + coded.stats[:, 0][owners] if coded.coding.columns == 2 else values
 
@@ -117,7 +139,7 @@ def straight_through(matrix: Tensor, coding: Coding) -> Tensor:
     mean, spread = _moments(matrix, owners, coding)
     normal = _normal(matrix, mean, spread, owners)
     codes = nearest(normal, coding)
-    levels = table(coding.codebook, coding.bits).to(matrix.dtype)[codes.long()]
+    levels = levels_of(codes, coding).to(matrix.dtype)
     through = levels + normal - normal.detach()
     scale = spread if coding.codebook == "k-median" else fitted(matrix, codes, owners, coding)
     return through * scale[owners] + mean[owners]
@@ -125,9 +147,10 @@ def straight_through(matrix: Tensor, coding: Coding) -> Tensor:
 
 def fitted(matrix: Tensor, codes: Tensor, owners: Tensor, coding: Coding) -> Tensor:
     """The scales of least squares for these codes, [scales]: `<w, q> / <q, q>`."""
-    levels = table(coding.codebook, coding.bits).to(matrix.dtype)[codes.long()]
+    levels = levels_of(codes, coding).to(matrix.dtype)
     scales = coding.scales(*matrix.shape)
-    return _sums(matrix * levels, owners, scales) / _sums(levels * levels, owners, scales)
+    size = _sums(levels * levels, owners, scales)
+    return _sums(matrix * levels, owners, scales) / torch.where(size > 0, size, torch.ones_like(size))
 
 
 def rescaled(coded: Coded, factors: Tensor) -> Coded:

@@ -34,7 +34,7 @@ from mergekit_plus.checkpoint.folder import ADAPTER_QUANT, DELTA_QUANT
 from mergekit_plus.checkpoint.plan import Read
 from mergekit_plus.errors import CheckpointError, OptionError
 
-from .codebooks import BITS
+from .codebooks import BITS, WIDTHS
 from .coding import Coded, Coding, decode, table
 from .packing import pack, row_bytes, unpack
 
@@ -53,8 +53,7 @@ class Entry:
     dtype: str
     shape: tuple[int, ...]
     axis: int  # 0, or 1: the rows are the columns of the tensor, as of B
-    bits: tuple[int, ...]  # of each row
-    coding: Coding  # codebook and scale; `bits` of it counts for nothing
+    coding: Coding
 
     @property
     def rows(self) -> int:
@@ -67,9 +66,9 @@ class Entry:
         return prod(self.shape) // max(1, self.rows)
 
     @property
-    def runs(self) -> list[tuple[int, Coding]]:
-        """Neighbouring rows of one width: how many, and their coding."""
-        return [(len(list(same)), replace(self.coding, bits=bits)) for bits, same in groupby(self.bits)]
+    def bits(self) -> tuple[int, ...]:
+        """The width of each row."""
+        return self.coding.widths(self.rows)
 
     @property
     def code_bytes(self) -> int:
@@ -79,7 +78,7 @@ class Entry:
     @property
     def scales(self) -> int:
         """Rows of `stats` that are its own."""
-        return sum(coding.scales(count, self.width) for count, coding in self.runs)
+        return self.coding.scales(self.rows, self.width)
 
     @property
     def spec(self) -> TensorSpec:
@@ -123,7 +122,7 @@ def apart_specs(entry: Entry) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
     """The tensors of one weight of a difference, whose rows have one width."""
     name, coding = entry.name, entry.coding
     return (
-        TensorSpec(f"{name}.codes", "U8", (entry.rows, row_bytes(entry.width, coding.bits))),
+        TensorSpec(f"{name}.codes", "U8", (entry.rows, entry.code_bytes // entry.rows)),
         TensorSpec(f"{name}.stats", "F32", (entry.scales, coding.columns)),
         TensorSpec(f"{name}.checksum", "U8", (CHECKSUM,)),
     )
@@ -132,7 +131,7 @@ def apart_specs(entry: Entry) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
 # ---- writing ----
 
 
-Code = Callable[[Sequence[Tensor]], Sequence[Sequence[Coded]]]  # what a step reads -> the runs of every entry, in order
+Code = Callable[[Sequence[Tensor]], Sequence[Coded]]  # what a step reads -> the codes of every entry, in order
 
 
 def packed_step(entries: Sequence[Entry], reads: Sequence[Read], code: Code) -> Step:
@@ -140,22 +139,30 @@ def packed_step(entries: Sequence[Entry], reads: Sequence[Read], code: Code) -> 
 
     def run(tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
         with torch.no_grad():
-            return packed_tensors(code(tensors), widths_of(entries), entries[0].coding)
+            return packed_tensors(code(tensors))
 
     return Step(tuple(reads), tuple(packed_specs(entries)), run)
 
 
-def packed_tensors(coded: Sequence[Sequence[Coded]], widths: Sequence[int], coding: Coding) -> list[Tensor]:
+def packed_tensors(coded: Sequence[Coded]) -> list[Tensor]:
     """The tensors of the packed file, in the order of `packed_specs`."""
-    codes = [torch.cat([pack(run.codes, run.coding.bits).flatten() for run in runs]) for runs in coded]
-    stats = [torch.cat([run.stats for run in runs]) for runs in coded]
-    sums = [_checksum(*pair) for pair in zip(codes, stats, strict=True)]
-    return [torch.cat(codes), torch.cat(stats), torch.stack(sums), *(table(coding.codebook, bits).clone() for bits in widths)]
+    codes = [_packed_rows(each) for each in coded]
+    sums = [_checksum(rows, each.stats) for rows, each in zip(codes, coded, strict=True)]
+    widths = sorted({bits for each in coded for bits in each.coding.widths(len(each.codes))})
+    levels = [table(coded[0].coding.codebook, bits).clone() for bits in widths]
+    return [torch.cat(codes), torch.cat([each.stats for each in coded]), torch.stack(sums), *levels]
+
+
+def _packed_rows(coded: Coded) -> Tensor:
+    """The bytes of a tensor's codes, row by row."""
+    if not isinstance(coded.coding.bits, tuple):
+        return pack(coded.codes, coded.coding.bits).flatten()
+    return torch.cat([pack(row[None], bits).flatten() for row, bits in zip(coded.codes, coded.coding.bits, strict=True)])
 
 
 def apart_tensors(coded: Coded) -> tuple[Tensor, Tensor, Tensor]:
     """The tensors of one weight of a difference, in the order of `apart_specs`."""
-    codes = pack(coded.codes, coded.coding.bits)
+    codes = _packed_rows(coded).view(len(coded.codes), -1)
     return codes, coded.stats, _checksum(codes, coded.stats)
 
 
@@ -174,7 +181,8 @@ def _checksum(codes: Tensor, stats: Tensor) -> Tensor:
 
 def sidecar(entries: Sequence[Entry], **more: object) -> bytes:
     """adapter_quant.json, or delta_quant.json: what most tensors share stands once."""
-    coding, dtype, bits = entries[0].coding, entries[0].dtype, entries[0].bits[0]
+    coding, dtype = entries[0].coding, entries[0].dtype
+    bits = max(BITS, key=[bits for entry in entries for bits in entry.bits].count)
 
     def facts(entry: Entry) -> dict[str, object]:
         own = {"shape": list(entry.shape), "axis": entry.axis, "dtype": entry.dtype}
@@ -199,7 +207,7 @@ def entries_of(packed: Checkpoint, name: str = ADAPTER_QUANT) -> list[Entry]:
     if said.get("version") != VERSION:
         raise CheckpointError(f"{where} is of version {said.get('version')!r}; {VERSION} is the one that is known here")
     try:
-        coding = Coding(bits=_width(said["bits"]), codebook=said["codebook"], scale=said["scale"])
+        coding = Coding(_width(said["bits"]), said["codebook"], said["scale"])
         entries = [_entry(tensor, {**{key: said[key] for key in ("bits", "dtype")}, **facts}, coding) for tensor, facts in said["tensors"].items()]
         if not entries:
             raise ValueError("no tensors")
@@ -221,14 +229,14 @@ def _entry(name: str, facts: Mapping[str, Any], coding: Coding) -> Entry:
     if facts["dtype"] not in ("F16", "BF16", "F32", "F64"):
         raise ValueError(f"{name} has the dtype {facts['dtype']}")
     rows = shape[axis]
-    widths = tuple(bits) if isinstance(bits, list) else (bits,) * rows
-    if len(widths) != rows:
+    widths = tuple(map(_width, bits)) if isinstance(bits, list) else _width(bits) or (0,) * rows
+    if isinstance(widths, tuple) and len(widths) != rows:
         raise ValueError(f"{name} has {len(widths)} widths for {rows} rows")
-    return Entry(name, facts["dtype"], cast(tuple[int, ...], shape), axis, tuple(map(_width, widths)), coding)
+    return Entry(name, facts["dtype"], cast(tuple[int, ...], shape), axis, replace(coding, bits=widths))
 
 
 def _width(bits: object) -> int:
-    if type(bits) is not int or bits not in BITS:
+    if type(bits) is not int or bits not in WIDTHS:
         raise ValueError(f"bits {bits!r}")
     return bits
 
@@ -244,7 +252,7 @@ def expanded(packed: Checkpoint, name: str = ADAPTER_QUANT) -> Checkpoint:
     for entry, reads in zip(entries, _apart(packed, entries) if name == DELTA_QUANT else _together(packed, entries), strict=True):
         coded |= {tensor for part, tensor in reads if part is packed}
         levels = [(packed, f"levels.{bits}") for bits in widths_of([entry])]
-        steps.append(Step((*reads, *levels), (entry.spec,), _Expand(entry, packed.label)))
+        steps.append(Step((*reads, *levels), (entry.spec,), Expand(entry, packed.label)))
     coded |= {CODES, STATS, CHECKSUMS} if name == ADAPTER_QUANT else set()
     steps += [copy_step(packed, tensor) for tensor in packed.specs if tensor not in coded]
     files = {file: content for file, content in packed.files.items() if file != ADAPTER_QUANT}
@@ -283,7 +291,7 @@ def _part(packed: Checkpoint, name: str, to: str, rows: slice) -> Checkpoint:
     return Checkpoint(packed.label, Plan([Step(((packed, name),), (spec,), lambda tensors, first_row, measured: (tensors[0][rows],))]))
 
 
-class _Expand:
+class Expand:
     """A tensor from its codes, stats, checksum and codebooks."""
 
     def __init__(self, entry: Entry, label: str) -> None:
@@ -293,20 +301,27 @@ class _Expand:
         entry, (codes, stats, checksum, *levels) = self.entry, tensors
         if not torch.equal(_checksum(codes, stats), checksum.flatten()):
             raise CheckpointError(f"{self.label}: the codes of {entry.name} are not those that were written (checksum); get the file again")
-        tables, codes = dict(zip(widths_of([entry]), levels, strict=True)), codes.flatten()
-        rows = torch.empty((entry.rows, entry.width), dtype=TORCH_DTYPES[entry.dtype])
-        row, at, scale = 0, 0, 0
-        for count, coding in _blocks(entry):
-            size, scales = count * row_bytes(entry.width, coding.bits), coding.scales(count, entry.width)
-            unpacked = unpack(codes[at : at + size].view(count, -1), coding.bits, entry.width)
-            rows[row : row + count] = decode(Coded(unpacked, stats[scale : scale + scales], coding), tables[coding.bits])
-            row, at, scale = row + count, at + size, scale + (0 if coding.scale == "tensor" else scales)
-        moved = (entry.shape[entry.axis], *entry.shape[: entry.axis], *entry.shape[entry.axis + 1 :])
-        return (rows.view(moved).movedim(0, entry.axis).contiguous(),)
+        return (expand(entry, codes, stats, dict(zip(widths_of([entry]), levels, strict=True))),)
 
 
-def _blocks(entry: Entry) -> Iterator[tuple[int, Coding]]:
-    """Neighbouring rows of one width that are expanded at once."""
+def expand(entry: Entry, codes: Tensor, stats: Tensor, tables: Mapping[int, Tensor]) -> Tensor:
+    """The tensor that codes and stats stand for; tables: the levels of each width."""
+    rows = torch.empty((entry.rows, entry.width), dtype=TORCH_DTYPES[entry.dtype])
+    codes, row, at = codes.flatten(), 0, 0
+    for count, bits in _blocks(entry):
+        size, coding = count * row_bytes(entry.width, bits), replace(entry.coding, bits=bits or (0,) * count)
+        each = 0 if coding.scale == "tensor" else coding.scales(1, entry.width)  # scales of a row
+        own = stats[row * each : (row + count) * each] if each else stats
+        unpacked = unpack(codes[at : at + size].view(count, -1), bits, entry.width)
+        rows[row : row + count] = decode(Coded(unpacked, own, coding), tables[bits])
+        row, at = row + count, at + size
+    moved = (entry.shape[entry.axis], *entry.shape[: entry.axis], *entry.shape[entry.axis + 1 :])
+    return rows.view(moved).movedim(0, entry.axis).contiguous()
+
+
+def _blocks(entry: Entry) -> Iterator[tuple[int, int]]:
+    """Neighbouring rows of one width that are expanded at once: how many, and their bits."""
     most = max(1, BLOCK // max(1, entry.width))
-    for count, coding in entry.runs:
-        yield from ((min(most, count - first), coding) for first in range(0, count, most))
+    for bits, same in groupby(entry.bits):
+        count = len(list(same))
+        yield from ((min(most, count - first), bits) for first in range(0, count, most))

@@ -22,11 +22,11 @@ from mergekit_plus.checkpoint import Checkpoint, Deferred, Plan, Step, TensorSpe
 from mergekit_plus.checkpoint.folder import DELTA_QUANT
 from mergekit_plus.checkpoint.spec import matches
 from mergekit_plus.errors import CheckpointError, OptionError
-from mergekit_plus.evaluate import load_model, load_tokenizer
+from mergekit_plus.evaluate import load_model
 from mergekit_plus.model import describe
 from mergekit_plus.training import loss_on, train
 
-from .coding import Coded, Coding, encode, nearest, table
+from .coding import Coded, Coding, decode, encode, levels_of, nearest
 from .container import Entry, apart_specs, apart_tensors, expanded, levels_step, sidecar
 from .train import Lesson, memory_of, refuse_failure
 
@@ -71,7 +71,7 @@ def delta(base: Checkpoint, tuned: Checkpoint, options: DeltaOptions, lesson: Le
     coded = {name: place for name, place in kept.items() if place in roles and roles[place].role == "linear" and len(tuned.specs[name].shape) == 2}
     if not coded:
         raise CheckpointError(f"{tuned.label} has no linear weights to take the difference of")
-    entries = [Entry(name, "F32", shape, 0, (coding.bits,) * shape[0], coding) for name in coded for shape in [tuned.specs[name].shape]]
+    entries = [Entry(name, "F32", tuned.specs[name].shape, 0, coding) for name in coded]
     rest = [name for name, place in kept.items() if name not in coded and options.rest and squares_of([(base, place), (tuned, name)])[0]]
     files = {DELTA_QUANT: sidecar(entries, base=base.ref)}
     copies = [copy_step(tuned, name) for name in rest]
@@ -112,11 +112,10 @@ def encode_difference(before: Tensor, after: Tensor, coding: Coding) -> Coded:
         return Coded(torch.cat([part.codes for part in parts]), torch.cat([part.stats for part in parts]), coding)
     spread = (sum(float(difference(rows).double().square().sum()) for rows in blocks) / before.numel()) ** 0.5
     codes, along, across = torch.empty(before.shape, dtype=torch.uint8), 0.0, 0.0
-    levels = table(coding.codebook, coding.bits).double()
     for rows in blocks:
         part = difference(rows).double()
         codes[rows] = nearest(part / (spread or 1.0), coding)
-        values = levels[codes[rows].long()]
+        values = levels_of(codes[rows], coding).double()
         along, across = along + float((part * values).sum()), across + float((values * values).sum())
     return Coded(codes, torch.tensor([[along / across]]), coding)
 
@@ -164,11 +163,10 @@ class _Distil:
             if parameter is None or parameters.count(parameter) > 1:  # packed experts: their scales stay
                 continue
             owner, _, leaf = parameter.rpartition(".")
-            levels = table(entry.coding.codebook, entry.coding.bits)[coded.codes.long()]
-            scaled = _Scaled(levels * coded.stats, entry.scales)
+            scaled = _Scaled(decode(coded), entry.scales)
             parametrize.register_parametrization(model.get_submodule(owner), leaf, scaled)
             trained[entry.name], starts[entry.name] = scaled.factor, coded.stats
-        rows, held = self.lesson.rows(load_tokenizer(self.tuned))
+        rows, held = self.lesson.parts()
 
         def loss(student: Any, batch: Tensor) -> Tensor:
             with torch.no_grad():

@@ -22,7 +22,7 @@ from mergekit_plus.adapters.lowrank import rank_of_product
 
 from .coding import GROUP, Coded, Coding, decode, encode, fitted, nearest, rescaled
 
-SWEEPS = 12  # over all components of both factors; a gain below a thousandth ends them
+SWEEPS = 8  # over all components of both factors; a gain below a hundredth ends them
 
 Pair = tuple[Coded, Coded]
 Gauge = Literal["balanced", "svd", "none"]
@@ -74,7 +74,7 @@ def refitted(a: Tensor, rows_b: Tensor, pair: Pair) -> Pair:
         gain = least - error
         if gain > 0:
             best, least = (coded_a, coded_b), error
-        if gain < 1e-3 * least:
+        if gain < 1e-2 * least:
             break
     return best
 
@@ -127,15 +127,16 @@ def _sweep(mine: Tensor, other: Tensor, coded: Coded, against: Tensor) -> Coded:
     between, target = against @ against.T, against @ other.T @ mine  # [rank, rank], [rank, width]
     of_row = stats.shape[0] // len(values) if coding.scale != "tensor" else 0
     for k in range(len(values)):
-        if between[k, k] <= 0:
+        row = coding.row(k)
+        if between[k, k] <= 0 or row.bits == (0,):
             continue
         wanted = (target[k] - between[k] @ values) / between[k, k] + values[k]  # the row that would fit exactly best
         own = slice(k * of_row, (k + 1) * of_row) if of_row else slice(0, 1)
-        choices = [_with_scales(wanted, stats[own], coding)]
-        if of_row and (coding.bits > 1 or coding.columns > 1):  # a sign does not depend on the scale
-            choices.append(_anew(wanted, coding))
+        choices = [_with_scales(wanted, stats[own], row)]
+        if of_row and (row.bits != 1 or row.columns > 1):  # a sign does not depend on the scale
+            choices.append(_anew(wanted, row))
         for new_codes, new_stats in choices:
-            new = decode(Coded(new_codes, new_stats, coding)).double()[0]
+            new = decode(Coded(new_codes, new_stats, row)).double()[0]
             if (new - wanted).square().sum() < (values[k] - wanted).square().sum():
                 codes[k], stats[own], values[k] = new_codes[0], new_stats, new
     return Coded(codes, stats, coding)

@@ -15,9 +15,9 @@ from .coding import Coding
 from .container import Entry
 
 
-def factor_entries(specs: Sequence[TensorSpec], coding: Coding) -> list[Entry]:
-    """What is coded of A, B, A, B, ... of several modules."""
-    return [Entry(spec.name, spec.dtype, spec.shape, i % 2, (coding.bits,) * spec.shape[i % 2], coding) for i, spec in enumerate(specs)]
+def factor_entries(specs: Sequence[TensorSpec], codings: Sequence[Coding]) -> list[Entry]:
+    """What is coded of A, B, A, B, ... of several modules, which have a coding each."""
+    return [Entry(spec.name, spec.dtype, spec.shape, i % 2, codings[i // 2]) for i, spec in enumerate(specs)]
 
 
 def factor_names(modules: Sequence[LowRank]) -> list[str]:

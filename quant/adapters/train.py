@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import sqrt
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +18,11 @@ from mergekit_plus.adapters import apply
 from mergekit_plus.adapters.extract import task_of
 from mergekit_plus.adapters.layout import Product, adapter_of
 from mergekit_plus.adapters.peft import Adapter, LowRank
-from mergekit_plus.calibration.text import read_text
 from mergekit_plus.checkpoint import Checkpoint, Deferred, Work, copy_step
 from mergekit_plus.checkpoint.folder import ADAPTER_QUANT
 from mergekit_plus.checkpoint.spec import matches, natural_order
 from mergekit_plus.errors import CheckpointError, OptionError, nearest
-from mergekit_plus.evaluate import load_model, load_tokenizer
+from mergekit_plus.evaluate import load_model
 from mergekit_plus.model import adapter_reason, describe, quantized_reason
 from mergekit_plus.training import Loss, TrainOptions, TrainRecord, distillation, loss_on, next_token, train
 
@@ -37,32 +34,27 @@ from .latent import Latent, Teacher, attached
 from .modules import check_trained, factor_entries, factor_names
 
 HELD_OUT = 16  # windows at most, evenly out of the text, on which the best state is chosen
+RELATIVE_LR, LR = 3e-2, 3e-3  # of latents that start from an adapter, as a part of their size; from scratch
 PLAIN = 16  # bits of an adapter that is trained as it is
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is trained on: a text, in windows, and how. `steps * batch` windows are read, and the text again where it has fewer."""
+    """What is trained on, int64 [windows, window], and how. A part of the windows is kept to choose the best state on."""
 
-    text: tuple[Path, ...]
-    training: TrainOptions = field(default_factory=lambda: TrainOptions(lr=3e-2, batch=4, warmup=0.05, schedule="cosine", clip=None))
-    window: int = 256
+    ids: Tensor
+    training: TrainOptions = field(default_factory=lambda: TrainOptions(lr=RELATIVE_LR, batch=4, warmup=0.05, schedule="cosine", clip=None))
 
     def problems(self) -> list[str]:
         """Everything wrong with it, a sentence each."""
-        found = self.training.problems() + [f"the text {path} is not there" for path in self.text if not path.exists()]
-        return found + (["name a text to train on"] if not self.text else []) + (["a window has at least 2 tokens"] if self.window < 2 else [])
+        return self.training.problems() + (["training needs two windows of text or more"] if len(self.ids) < 2 else [])
 
-    def rows(self, tokenizer: Any) -> tuple[Tensor, Tensor]:
-        """Windows to train on, and others to choose the best state on, int64 [windows, window]."""
-        wanted = self.training.steps * self.training.batch
-        rows = read_text(self.text, tokenizer, wanted + HELD_OUT, self.window, self.training.seed)
-        if len(rows) < 2:
-            raise OptionError(f"the text has {len(rows)} window of {self.window} tokens; training needs two or more")
-        held = min(HELD_OUT, max(1, len(rows) // 8))
-        out = torch.zeros(len(rows), dtype=torch.bool)
-        out[torch.arange(held) * len(rows) // held] = True
-        return rows[~out], rows[out]
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """The windows to train on, and those that are held out."""
+        held = min(HELD_OUT, max(1, len(self.ids) // 8))
+        out = torch.zeros(len(self.ids), dtype=torch.bool)
+        out[torch.arange(held) * len(self.ids) // held] = True
+        return self.ids[~out], self.ids[out]
 
 
 def distilled(adapter: Adapter, base: Checkpoint, lesson: Lesson, entries: Sequence[Entry], gauge: Gauge, refit: bool) -> Checkpoint:
@@ -77,13 +69,14 @@ def distilled(adapter: Adapter, base: Checkpoint, lesson: Lesson, entries: Seque
                 f"{adapter.label}: {module.module} is more than a product B A beside a linear layer, which cannot be distilled; leave --text out"
             )
     student = apply(base, [replace(adapter, lowrank={})]) if adapter.whole else base
-    coding = entries[0].coding
 
     def compute(work: Work) -> None:
         def made() -> Mapping[str, Tensor]:
             modules = list(adapter.lowrank.values())
             check_trained(adapter.checkpoint, modules, [adapter.checkpoint.read(name) for name in factor_names(modules)])
-            latents = {name: _of_product(adapter.checkpoint, module, coding, gauge, refit) for name, module in adapter.lowrank.items()}
+            latents = {
+                module.module: _of_product(adapter.checkpoint, module, entry.coding, gauge, refit) for module, entry in zip(modules, entries[::2], strict=True)
+            }
             record = _trained(student, latents, lesson, work, teach=True)
             refuse_failure(record)
             return _packed(list(latents.values()), entries)
@@ -109,17 +102,16 @@ def _size(rows: Tensor) -> float:
 
 
 def _packed(latents: Sequence[Latent], entries: Sequence[Entry]) -> dict[str, Tensor]:
-    coding = entries[0].coding
     with torch.no_grad():
-        coded = [[encode(rows, coding)] for latent in latents for rows in latent.rows()]
-    tensors = packed_tensors(coded, [coding.bits], coding)
-    return {spec.name: tensor for spec, tensor in zip(packed_specs(entries), tensors, strict=True)}
+        factors = [rows for latent in latents for rows in latent.rows()]
+        coded = [encode(rows, entry.coding) for rows, entry in zip(factors, entries, strict=True)]
+    return {spec.name: tensor for spec, tensor in zip(packed_specs(entries), packed_tensors(coded), strict=True)}
 
 
 def _trained(base: Checkpoint, latents: Mapping[str, Latent], lesson: Lesson, work: Work, teach: bool) -> TrainRecord:
     """Train latents on a model of this base."""
     model = load_model(base, progress=work.progress)
-    rows, held = lesson.rows(load_tokenizer(base))
+    rows, held = lesson.parts()
     with attached(model, latents) as parameters:
         loss: Loss = distillation(Teacher(model, latents)) if teach else next_token
         return train(
@@ -181,7 +173,7 @@ def train_adapter(base: Checkpoint, lesson: Lesson, options: TrainAdapterOptions
     coding, turned_weights = options.coding, any(transposed for _, transposed in modules.values())
     products = [Product(name, min(options.rank, *shape), shape) for name, (shape, _) in modules.items()]
     specs = [spec for product in products for spec in product.specs("F16" if coding is None else "F32")]
-    entries = [] if coding is None else factor_entries(specs, coding)
+    entries = [] if coding is None else factor_entries(specs, [coding] * len(products))
 
     def compute(work: Work) -> None:
         def made() -> Mapping[str, Tensor]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from quant.adapters.codebooks import BITS, Codebook, boundaries, levels, residual
+from quant.adapters.codebooks import BITS, Codebook, boundaries, levels, product_loss, residual
 from quant.adapters.packing import pack, row_bytes, unpack
 
 PUBLISHED = {  # the positive levels of the released 1-bit adapters (arXiv 2307.16867), and of Lloyd and Max
@@ -85,3 +85,8 @@ def test_packing_is_undone_at_every_width_and_size(bits: int, rows: int, count: 
     assert torch.equal(unpack(packed, bits, count), codes)
     if rows and count * bits % 8:
         assert not (packed[:, -1] >> (count * bits % 8)).any()
+
+
+def test_what_a_product_of_two_coded_matrices_loses() -> None:
+    assert [product_loss("l2", bits) for bits in (1, 2, 3, 4)] == pytest.approx([0.595, 0.221, 0.068, 0.019], abs=1e-3)
+    assert [product_loss("k-median", bits) for bits in (1, 2, 3, 4)] == pytest.approx([0.628, 0.250, 0.081, 0.024], abs=1e-3)

@@ -1,0 +1,187 @@
+"""What adapters and fine-tunes keep at a few bits: the tables in docs/adapters.md.
+
+    python benchmarks/adapter_bits.py --models MODELS --texts TEXTS --cache results.jsonl
+
+MODELS holds `base`, fine-tunes of it, and LoRA adapters `lora-<domain>`; TEXTS a `<domain>.train.txt` and a `<domain>.test.txt` of each. Losses are in
+nats on 16 windows of 256 tokens, spread evenly over the test text; "of the gain" is the share of what the adapter (or the fine-tune) takes off
+the base's loss. Bytes are those of every file that has to be kept: tensors, adapter_config.json, and the sidecar. What is trained is trained on
+the training text, for STEPS steps of 4 windows of 128 tokens (40 for the scales of differences), at one learning rate for each kind. Each result goes
+into the cache at once, and what is there is not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergekit_plus.adapters import open_adapter
+from mergekit_plus.calibration import read_text
+from mergekit_plus.checkpoint import Checkpoint, save
+from mergekit_plus.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_QUANT, DELTA_QUANT
+from mergekit_plus.evaluate import load_model, load_tokenizer
+from mergekit_plus.progress import on
+from mergekit_plus.training import TrainOptions, loss_on
+from quant.adapters.delta import DeltaOptions, delta
+from quant.adapters.plan import QuantizeOptions, quantize_adapter
+from quant.adapters.train import Lesson, TrainAdapterOptions, train_adapter
+
+WINDOW, WINDOWS, BATCH, TRAIN_WINDOW = 256, 16, 4, 128
+DISTILL_LR = 0.05
+KEPT = (ADAPTER_CONFIG, ADAPTER_QUANT, DELTA_QUANT)
+
+
+class Bench:
+    """The models, the texts, and the results so far."""
+
+    def __init__(self, models: Path, texts: Path, cache: Path, steps: int) -> None:
+        self.models, self.texts, self.cache, self.steps = models, texts, cache, steps
+        self.base = Checkpoint.open(models / "base")
+        self.tokenizer = load_tokenizer(self.base)
+        self.rows = {row["key"]: row for line in (cache.read_text().splitlines() if cache.exists() else ()) for row in [json.loads(line)]}
+
+    def lesson(self, domain: str, lr: float, steps: int | None = None) -> Lesson:
+        """Windows of the training text of a domain, and how to train on them."""
+        steps = steps or self.steps
+        rows = read_text([self.texts / f"{domain}.train.txt"], self.tokenizer, steps * BATCH + 16, TRAIN_WINDOW)
+        return Lesson(rows, TrainOptions(steps, lr, BATCH, schedule="cosine", warmup=0.05, clip=None, evaluations=2))
+
+    def measured(self, domain: str, name: str, make: Callable[[Path], str], file_bytes: Callable[[Path], int] | None = None) -> dict[str, Any]:
+        """A row: the loss of the model whose reference `make` returns, and the bytes of what it wrote into the folder that it is given."""
+        key = f"{domain} {name}"
+        if key not in self.rows:
+            started = time.monotonic()
+            with tempfile.TemporaryDirectory() as folder:
+                out = Path(folder) / "out"
+                model = load_model(Checkpoint.open(make(out)))
+                loss = loss_on(model, read_text([self.texts / f"{domain}.test.txt"], self.tokenizer, WINDOWS, WINDOW), batch=4)
+                size = (file_bytes or kept_bytes)(out) if out.exists() or file_bytes else 0
+            self.rows[key] = {"key": key, "loss": loss, "bytes": size, "seconds": round(time.monotonic() - started)}
+            with self.cache.open("a") as file:
+                file.write(json.dumps(self.rows[key]) + "\n")
+        return self.rows[key]
+
+    def adapters(self, domain: str, tables: str) -> None:
+        """The table of one adapter."""
+        base, lora = self.models / "base", self.models / f"lora-{domain}"
+        adapter = open_adapter(lora)
+        half = sum(spec.numel * 2 for spec in adapter.checkpoint.specs.values()) + (lora / ADAPTER_CONFIG).stat().st_size
+        start = self.measured(domain, "base", lambda out: str(base))["loss"]
+        whole = self.measured(domain, "LoRA, rank 16, fp16", lambda out: f"{base}+{lora}", lambda out: half)
+
+        def line(name: str, row: dict[str, Any]) -> None:
+            share = (start - row["loss"]) / (start - whole["loss"])
+            print(f"| {name} | {row['bytes'] / 1e3:.0f} kB | {row['bytes'] / half:.3f} | {row['loss']:.4f} | {share:.1%} |", flush=True)
+
+        print(f"\n`lora-{domain}`: base {start:.4f}\n\n| | bytes | of fp16 | loss | of the gain |\n|---|---:|---:|---:|---:|")
+        line("LoRA, rank 16, fp16", whole)
+        ways = {
+            "plain, a scale for each tensor": QuantizeOptions(scale="tensor", gauge="none", refit=False),
+            "plain": QuantizeOptions(gauge="none", refit=False),
+            "gauge `svd`": QuantizeOptions(gauge="svd", refit=False),
+            "gauge `balanced`": QuantizeOptions(refit=False),
+            "gauge `balanced`, refit": QuantizeOptions(),
+        }
+        for bits in (8, 4, 3, 2, 1) if "adapters" in tables else ():
+            for way, options in ways.items():
+                if bits > 2 and way != "plain":
+                    continue
+                own = replace(options, bits=bits)
+                line(f"{bits} bits, {way}", self.measured(domain, f"{bits} {way}", lambda out, own=own: self.quantized(base, adapter, own, None, out)))
+        for average in (2, 1.5, 1.25, 1, 0.5) if "adapters" in tables else ():
+            own = QuantizeOptions(average_bits=average)
+            made = lambda out, own=own: self.quantized(base, adapter, own, None, out)  # noqa: E731
+            line(f"{average:g} bits on the average", self.measured(domain, f"mixed {average:g}", made))
+        for name, own in {"1 bit": QuantizeOptions(1), "1.25 bits on the average": QuantizeOptions(average_bits=1.25)}.items() if "distilled" in tables else ():
+            made = lambda out, own=own: self.quantized(base, adapter, own, self.lesson(domain, DISTILL_LR), out)  # noqa: E731
+            line(f"{name}, distilled", self.measured(domain, f"{name} distilled", made))
+
+    def scratch(self, domain: str) -> None:
+        """Adapters that are trained from scratch on the same lesson: rank against precision at equal bytes."""
+        base = self.models / "base"
+        start = self.measured(domain, "base", lambda out: str(base))["loss"]
+        print(f"\ntrained from scratch on {domain}, {self.steps} steps: base {start:.4f}\n\n| | bytes | loss | less than the base |\n|---|---:|---:|---:|")
+        for bits, rank, lr in ((16, 16, 3e-3), (16, 1, 1e-2), (1, 16, 1e-2), (2, 8, 1e-2)):
+            options = TrainAdapterOptions(bits, rank)
+            row = self.measured(domain, f"scratch {bits} {rank}", lambda out, options=options, lr=lr: self.trained(base, domain, options, lr, out))
+            print(f"| rank {rank}, {bits} bit{'s' * (bits > 1)} | {row['bytes'] / 1e3:.0f} kB | {row['loss']:.4f} | {start - row['loss']:.4f} |", flush=True)
+
+    def differences(self, domain: str) -> None:
+        """The table of one fine-tune."""
+        base, tuned = self.models / "base", self.models / domain
+        start = self.measured(domain, "base", lambda out: str(base))["loss"]
+        size = sum(path.stat().st_size for path in tuned.glob("*.safetensors"))
+        whole = self.measured(domain, "fine-tune", lambda out: str(tuned), lambda out: size)
+
+        def line(name: str, row: dict[str, Any]) -> None:
+            share = (start - row["loss"]) / (start - whole["loss"])
+            print(f"| {domain}: {name} | {row['bytes'] / 1e6:.2f} MB | {torch.tensor(row['loss']).exp():.2f} | {share:.1%} |", flush=True)
+
+        line("base", {"loss": start, "bytes": 0})
+        line("the fine-tune", whole)
+        ways: dict[str, tuple[DeltaOptions, int]] = {
+            "1 bit": (DeltaOptions(), 0),
+            "1 bit, a scale for each row": (DeltaOptions(scale="row"), 0),
+            "1 bit, scales distilled": (DeltaOptions(), 40),
+            "1 bit, nothing else stored": (DeltaOptions(rest=False), 0),
+        }
+        for name, (options, steps) in ways.items():
+            made = lambda out, options=options, steps=steps: self.difference(base, tuned, domain, options, steps, out)  # noqa: E731
+            line(name, self.measured(domain, f"delta {name}", made))
+
+    def quantized(self, base: Path, adapter: Any, options: QuantizeOptions, lesson: Lesson | None, out: Path) -> str:
+        save(quantize_adapter(adapter, options, self.base if lesson else None, lesson), out)
+        return f"{base}+{out}"
+
+    def trained(self, base: Path, domain: str, options: TrainAdapterOptions, lr: float, out: Path) -> str:
+        save(train_adapter(self.base, self.lesson(domain, lr), options), out)
+        return f"{base}+{out}"
+
+    def difference(self, base: Path, tuned: Path, domain: str, options: DeltaOptions, steps: int, out: Path) -> str:
+        lesson = self.lesson(domain, 3e-2, steps) if steps else None
+        save(delta(self.base, Checkpoint.open(tuned), options, lesson), out)
+        return f"{base}+{out}"
+
+
+def kept_bytes(folder: Path) -> int:
+    """Bytes of the tensors, the sidecar and peft's configuration."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix == ".safetensors" or path.name in KEPT)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--texts", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=100, help="of every training")
+    parser.add_argument("--domains", help="some of them: code,drama (default: all)")
+    parser.add_argument("--tables", default="adapters,distilled,scratch,delta", help="which of the tables")
+    options = parser.parse_args()
+    on()
+    bench = Bench(options.models, options.texts, options.cache, options.steps)
+    domains = sorted(path.name.removeprefix("lora-") for path in options.models.iterdir() if path.name.startswith("lora-"))
+    tuned = sorted(path.name for path in options.models.iterdir() if path.name != "base" and (path / "config.json").is_file())
+    if options.domains:
+        domains, tuned = ([name for name in found if name in options.domains.split(",")] for found in (domains, tuned))
+    if "adapters" in options.tables or "distilled" in options.tables:
+        for domain in domains:
+            bench.adapters(domain, options.tables)
+    if "scratch" in options.tables:
+        for domain in domains:
+            bench.scratch(domain)
+    if "delta" in options.tables:
+        print("\n| fine-tune | bytes | perplexity | of the gain |\n|---|---:|---:|---:|")
+        for domain in tuned:
+            bench.differences(domain)
+
+
+if __name__ == "__main__":
+    main()
