@@ -350,7 +350,7 @@ def quantize(
     how: Writing,
     model: Model = ".",
     bits: Annotated[int | None, typer.Option("--bits", help="2 to 8 bits a weight (default: 4)")] = None,
-    group_size: Annotated[int | None, typer.Option("--group-size", help="weights that share a scale; 0 for a whole output row (default: 128)")] = None,
+    group_size: Annotated[int, typer.Option("--group-size", help="weights that share a scale; 0 for a whole output row")] = 128,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="with zero points")] = False,
     scheme: Annotated[str | None, typer.Option("--scheme", help="W8A8, FP8, FP8_BLOCK, NVFP4 or MXFP4, in place of bits and groups")] = None,
     allocation: Annotated[Path | None, typer.Option("--allocation", metavar="FILE", help="bits.yaml of `compress allocate`: a scheme for each layer")] = None,
@@ -368,25 +368,27 @@ def quantize(
     order: Annotated[
         Literal["block", "layer"], typer.Option("--order", help="layer: measure what stands behind other layers of a block again after these")
     ] = "block",
+    norm_passes: Annotated[
+        int, typer.Option("--norm-passes", min=0, help="passes over the text in which the norms of each block are tuned to the original's outputs")
+    ] = 0,
+    biases: Annotated[bool, typer.Option("--biases", help="correct the biases of the layers, where they have some, for the mean of their outputs")] = False,
     moments: Annotated[str | None, typer.Option("--moments", metavar="FILE", help="what `compress calibrate` wrote, in place of a text")] = None,
+    rotate: Annotated[bool, typer.Option("--rotate", help="write the residual stream in another basis first: fewer outliers, the same function")] = False,
 ) -> None:
     """Quantize a model's linear layers: `compress quantize --bits 4` in its folder; `--method gptq --calibration text.txt` looks at their inputs."""
     digests = None if how.resume else _hash_early(model)
     from mergekit_plus.recipe import check
 
-    bits = 4 if bits is None and scheme is None and allocation is None else bits
-    weights = {
-        "bits": bits, "group_size": group_size, "symmetric": False if asymmetric else None, "scheme": scheme, "allocation": allocation and str(allocation),
-    }  # fmt: skip
     step = {
-        **{key: value for key, value in weights.items() if value is not None}, "method": method, "format": format_, "exclude": exclude, "include": include,
-        **_calibration(calibration, windows, window, seed, order=order), **_settings(set_),
+        "bits": 4 if (bits, scheme, allocation) == (None, None, None) else bits, "group_size": group_size, "symmetric": not asymmetric, "scheme": scheme,
+        "allocation": allocation and str(allocation), "method": method, "format": format_, "exclude": exclude, "include": include, "rotate": rotate,
+        "norm_passes": norm_passes, "biases": biases, **_calibration(calibration, windows, window, seed, order=order), **_settings(set_),
     }  # fmt: skip
     inputs = {"model": model}
     if moments is not None:
         inputs["moments"], step["moments"], step["of"] = moments, "moments", "model"
     recipe = check({"inputs": inputs, "steps": [{"quantize": step}]}, Path(), "compress quantize")
-    what = scheme.lower() if scheme else "mixed" if allocation is not None else f"{bits}bit"
+    what = scheme.lower() if scheme else "mixed" if allocation else f"{step['bits']}bit"
     default = _beside(model, f"{what}-dense", "file") if format_ == "dense" else _beside(model, what, "folder")
     _carry_out(recipe, how, default, digests)
 
@@ -518,6 +520,7 @@ def prune(
     calibration: Calibrate = [],  # noqa: B006
     windows: CalibrationWindows = 128,
     window: CalibrationWindow = 256,
+    allocate: Annotated[bool, typer.Option("--allocate", help="a sparsity for each layer, by what it costs the predictions on the text")] = False,
     reconstruct: Annotated[
         str | None, typer.Option("--reconstruct", metavar="block|sublayer|linear", help="train a little of each until it computes again what it did")
     ] = None,
@@ -535,11 +538,11 @@ def prune(
     from mergekit_plus.recipe import check
     from prune import PRUNERS
 
-    used = structured or reconstruct or (method in list(PRUNERS) and PRUNERS[method].calibrated)  # the text may be for --retrain alone
+    used = structured or reconstruct or allocate or (method in list(PRUNERS) and PRUNERS[method].calibrated)  # the text may be for --retrain alone
     step = {
         "sparsity": sparsity, "pattern": pattern, "method": method, "scope": scope, "seed": seed, "exclude": exclude, "include": include,
         "structured": _shares(structured), "mask": "mask" if mask else None, "of": "model", "reconstruct": reconstruct,
-        **_calibration(calibration if used or not retrain else [], windows, window, seed), **_settings(set_),
+        "allocate": allocate, **_calibration(calibration if used or not retrain else [], windows, window, seed), **_settings(set_),
     }  # fmt: skip
     steps: list[dict[str, Any]] = [{"prune": step}]
     if retrain is not None:

@@ -1,6 +1,6 @@
 """How long the allocation solver takes to a proven optimum, beside general solvers on the same (scaled) tables.
 
-    python benchmarks/allocation_solver.py [--items 1000] [--choices 8] [--seconds 30] [--peers]
+    python benchmarks/allocation_solver.py [--items 1000] [--choices 8] [--only TABLE] [--peers [--seconds 30]]
 
 Tables: `uniform` random costs and losses; `layers` of three sizes with smooth losses, and `noisy` ones, as measured sensitivities are; `odd` sizes, whose
 costs have no common divisor; `correlated`, where losses nearly follow from costs. Budgets from tight (2 % of the way from the cheapest to the dearest) to
@@ -67,11 +67,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=1000)
     parser.add_argument("--choices", type=int, default=8)
+    parser.add_argument("--only", default="")
     parser.add_argument("--seconds", type=float, default=30.0, help="limit of each peer")
     parser.add_argument("--peers", action="store_true")
     asked = parser.parse_args()
     print(f"{'table':10} {'budget':>6} {'seconds':>8} {'proven':>6} {'gap of LP':>10} {'left open':>9}")
     for name, losses, costs in tables(asked.items, asked.choices):
+        if asked.only not in ("", name):
+            continue
         least, most = int(costs.min(1).sum()), int(costs.max(1).sum())
         for share in (0.02, 0.2, 0.5, 0.8, 0.98):
             budget = int(least + share * (most - least))

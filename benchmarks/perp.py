@@ -5,8 +5,8 @@
 
 TEXTS holds `general.train.txt` (on which is calibrated and trained: what the model itself was trained on, so that what comes back is what pruning took),
 `wiki.val.txt` (by which rates and the best states are chosen) and `wiki.test.txt` (which is reported: 40 windows of 256 tokens). Every training has 40 steps
-of 2 windows of 128 tokens, the same ones for a seed. The rate of each variant is the best of three on the validation text after 12 steps at 50 % by
-magnitude, and is used everywhere. Weights are rounded to the model's dtype before they are measured.
+of 2 windows of 128 tokens, the same ones for a seed. The rate of each variant is the best of three on the validation text, at 50 % by magnitude with
+seed 0, and is used everywhere. Weights are rounded to the model's dtype before they are measured.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from prune.reconstruct import ReconstructOptions, reconstruct
 LEVELS = ("0.5", "0.6", "0.7", "2:4")
 PRUNERS = ("magnitude", "wanda", "sparsegpt")
 TRAINING = TrainOptions(steps=40, batch=2, evaluations=1, autocast=True)
-WINDOW, TUNING_STEPS = 128, 12
+WINDOW = 128
 OURS = "norms+mask_lora"  # the model has no biases
-FULL_RATES, RATES = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2)
+FULL_RATES, RATES = (3e-5, 1e-4, 3e-4), (1e-3, 3e-3, 1e-2)
 VARIANTS = (
     "norms", "mask_lora", OURS, "full", OURS + ", distilled", OURS + ", muon", "full, muon", "scale_lora", "neuroada", "hut", "lora_prune",
     "norms+head+mask_lora",
@@ -126,34 +126,28 @@ class Bench:
         loss = distillation(self.dense) if how == "distilled" else next_token
         options = replace(options, optimizer="muon") if how == "muon" else options
         record = train(model, adapted.parameters, loss, self.rows, options, masks=adapted.masks, evaluate=lambda: loss_on(model, self.held))
-        facts = {"lr": options.lr, "parameters": sum(p.numel() for p in adapted.parameters.values()), "optimizer_bytes": record.optimizer_bytes}
+        facts = {"parameters": sum(p.numel() for p in adapted.parameters.values()), "optimizer_bytes": record.optimizer_bytes}
         with torch.no_grad():
             for tensor in adapted.merge().values():
                 tensor.copy_(tensor.to(torch.bfloat16))
         return model, {**facts, "heldout": record.value, "best": record.best}
 
-    def rate(self, variant: str) -> float:
-        """The best of three rates."""
-        variant = variant.removesuffix(", distilled")
-
-        def compute(rate: float) -> Row:
-            options = replace(TRAINING, lr=rate, steps=TUNING_STEPS, evaluations=1)
-            return {"heldout": self.fit("magnitude", "0.5", variant, options)[1]["heldout"]}
-
-        rates = FULL_RATES if variant.startswith("full") else RATES
-        found = {rate: self.once({"tuned": variant, "rate": rate}, lambda rate=rate: compute(rate))["heldout"] for rate in rates}  # type: ignore[misc]
-        return min(found, key=lambda rate: found[rate])
-
-    def cell(self, pruner: str, level: str, variant: str, seed: int = 0) -> None:
-        key = {"pruner": pruner, "level": level, "retrained": variant, "seed": seed}
-
+    def trained(self, pruner: str, level: str, variant: str, seed: int, rate: float) -> Row:
         def compute() -> Row:
-            if variant in ("alone", "reconstructed"):
-                return {"ppl": self.measure(self.pruned(pruner, level, variant == "reconstructed"))}
-            model, facts = self.fit(pruner, level, variant, replace(TRAINING, lr=self.rate(variant), seed=seed))
+            model, facts = self.fit(pruner, level, variant, replace(TRAINING, lr=rate, seed=seed))
             return {**facts, "ppl": self.measure(model)}
 
-        self.once(key, compute)
+        return self.once({"pruner": pruner, "level": level, "retrained": variant, "seed": seed, "lr": rate}, compute)
+
+    def cell(self, pruner: str, level: str, variant: str, seed: int = 0) -> None:
+        if variant in ("alone", "reconstructed"):
+            key = {"pruner": pruner, "level": level, "retrained": variant, "seed": seed}
+            self.once(key, lambda: {"ppl": self.measure(self.pruned(pruner, level, variant == "reconstructed"))})
+            return
+        tuned = variant.removesuffix(", distilled")
+        for rate in FULL_RATES if tuned.startswith("full") else RATES:
+            self.trained("magnitude", "0.5", tuned, 0, rate)
+        self.trained(pruner, level, variant, seed, best_rate(self.done, tuned))
 
     def run(self) -> None:
         """What matters most first, so that a run that is stopped early has it."""
@@ -166,17 +160,20 @@ def order() -> Iterator[tuple[str, str, str, int]]:
     for seed in (0, 1, 2):
         for variant in ("alone", OURS, "full")[seed > 0 :]:
             yield "magnitude", "0.5", variant, seed
-    yield "none", "dense", "full", 0
+    for level, pruner in (("0.5", "sparsegpt"), ("0.7", "magnitude"), ("0.7", "sparsegpt"), ("2:4", "magnitude"), ("2:4", "sparsegpt")):
+        for variant in ("alone", OURS, "full"):
+            yield pruner, level, variant, 0
+    for level, pruner in (("0.5", "magnitude"), ("0.7", "magnitude"), ("0.5", "sparsegpt")):
+        yield pruner, level, "reconstructed", 0
+    for variant in ("norms", OURS + ", distilled", "neuroada", "scale_lora"):
+        yield "magnitude", "0.5", variant, 0
     for level in LEVELS:
         for pruner in PRUNERS:
-            for variant in ("alone", OURS, "full"):
+            for variant in ("alone", OURS, "full", "norms", "reconstructed"):
                 yield pruner, level, variant, 0
     for variant in VARIANTS:
         yield "magnitude", "0.5", variant, 0
-    for variant in ("reconstructed", "norms"):
-        for level in LEVELS:
-            for pruner in PRUNERS:
-                yield pruner, level, variant, 0
+    yield "none", "dense", "full", 0
     for seed in (1, 2):
         for pruner in PRUNERS[1:]:
             for variant in (OURS, "full"):
@@ -184,6 +181,16 @@ def order() -> Iterator[tuple[str, str, str, int]]:
 
 
 # ---- the table ----
+
+
+def best_rate(rows: Sequence[Row], variant: str) -> float:
+    """The rate that did best on the validation text."""
+    found = {row["lr"]: row["heldout"] for row in rows if _is(row, "magnitude", "0.5", variant) and row["seed"] == 0}
+    return min(found, key=lambda rate: found[rate])
+
+
+def _is(row: Row, pruner: str, level: str, variant: str) -> bool:
+    return (row["pruner"], row["level"], row["retrained"]) == (pruner, level, variant)
 
 
 def read(results: Path) -> list[Row]:
@@ -194,28 +201,33 @@ def table(rows: Sequence[Row]) -> list[str]:
     """Perplexities, one line a sparsity and pruner; means over seeds, with their standard deviation, where there are several."""
     dense, trained = (_values(rows, "none", "dense", variant) for variant in ("alone", "full"))
     columns = ("alone", "reconstructed", "norms", OURS, "full")
-    told = f"Dense: {_shown(dense)}; dense and trained on the same text as all the others: {_shown(trained)}."
-    lines = [told, "", f"| sparsity | pruned by | {' | '.join(columns)} | recovered |", "|---" * (len(columns) + 3) + "|"]
+    told = f"Dense: {_shown(dense)}; dense and trained as all the others (full): {_shown(trained)}."
+    lines = [told, "", f"| sparsity | pruned by | {' | '.join(columns)} | mended by {OURS} | by full |", "|---" * (len(columns) + 4) + "|"]
     for level in LEVELS:
         for pruner in PRUNERS:
             found = {column: _values(rows, pruner, level, column) for column in columns}
             if found["alone"]:
                 cells = [_shown(found[column]) for column in columns]
-                lines.append(f"| {level} | {pruner} | {' | '.join(cells)} | {_recovered(found['alone'], found[OURS], found['full'])} |")
-    lines += ["", "| at 0.5, magnitude | parameters | optimiser | perplexity | recovered |", "|---|---|---|---|---|"]
-    alone, full = _values(rows, "magnitude", "0.5", "alone"), _values(rows, "magnitude", "0.5", "full")
-    whole = next((row["optimizer_bytes"] for row in rows if row.get("retrained") == "full"), math.nan)
+                mended = [_mended(found["alone"], found[column], dense) for column in (OURS, "full")]
+                lines.append(f"| {level} | {pruner} | {' | '.join((*cells, *mended))} |")
+    lines += ["", "| at 0.5, magnitude | rate | parameters | optimiser | perplexity | mended |", "|---|---|---|---|---|---|"]
+    whole = next((row["optimizer_bytes"] for row in rows if row["retrained"] == "full"), math.nan)
     for variant in VARIANTS:
-        values = _values(rows, "magnitude", "0.5", variant)
-        if values:
-            row = next(row for row in rows if row.get("retrained") == variant)
-            share = f"{row['optimizer_bytes'] / whole:.1%}"
-            lines.append(f"| {variant} (rate {row['lr']:g}) | {row['parameters']:,} | {share} | {_shown(values)} | {_recovered(alone, values, full)} |")
+        if values := _values(rows, "magnitude", "0.5", variant):
+            row = next(row for row in rows if _is(row, "magnitude", "0.5", variant))
+            facts = f"{_rate(rows, variant):g} | {row['parameters']:,} | {row['optimizer_bytes'] / whole:.1%}"
+            lines.append(f"| {variant} | {facts} | {_shown(values)} | {_mended(_values(rows, 'magnitude', '0.5', 'alone'), values, dense)} |")
     return lines
 
 
+def _rate(rows: Sequence[Row], variant: str) -> float:
+    return best_rate(rows, variant.removesuffix(", distilled"))
+
+
 def _values(rows: Sequence[Row], pruner: str, level: str, variant: str) -> list[float]:
-    return [row["ppl"] for row in rows if (row.get("pruner"), row.get("level"), row.get("retrained")) == (pruner, level, variant)]
+    """Perplexities at the chosen rate, a seed each."""
+    found = [row for row in rows if _is(row, pruner, level, variant)]
+    return [row["ppl"] for row in found if "lr" not in row or row["lr"] == _rate(rows, variant)]
 
 
 def _shown(values: Sequence[float]) -> str:
@@ -226,12 +238,12 @@ def _shown(values: Sequence[float]) -> str:
     return f"{mean:,.1f}{spread}"
 
 
-def _recovered(alone: Sequence[float], ours: Sequence[float], full: Sequence[float]) -> str:
-    """The part of what full retraining recovers of the perplexity."""
-    if not (alone and ours and full):
+def _mended(alone: Sequence[float], values: Sequence[float], dense: Sequence[float]) -> str:
+    """The part of what pruning took of the perplexity that is back."""
+    if not (alone and values and dense):
         return ""
-    mean = [math.fsum(values) / len(values) for values in (alone, ours, full)]
-    return f"{(mean[0] - mean[1]) / (mean[0] - mean[2]):.0%}"
+    before, after, best = (math.fsum(each) / len(each) for each in (alone, values, dense))
+    return f"{(before - after) / (before - best):.0%}"
 
 
 def plot(rows: Sequence[Row], out: Path) -> None:

@@ -24,10 +24,12 @@ def card(
     recipe: the text of it. table: what was measured, a row for each model, this one last. sparsity: the zeros of what was pruned.
     """
     operations = [operation for step in steps for operation in step]
-    tags = ["mergekit-plus", *(tag for operation, tag in (("merge", "merge"), ("prune", "pruned"), ("quantize", "quantized")) if operation in operations)]
+    quantized = "quantize" in operations or "convert" in operations
+    merged, pruned = "merge" in operations, "prune" in operations
+    tags = ["mergekit-plus", *(tag for tag, does in (("merge", merged), ("pruned", pruned), ("quantized", quantized)) if does)]
     front: dict[str, Any] = {"library_name": "transformers", "tags": tags}
     if models:
-        relation = "quantized" if "quantize" in operations else "merge" if "merge" in operations else None
+        relation = "quantized" if quantized else "merge" if merged else None
         front = {"base_model": list(dict.fromkeys(models)), **({"base_model_relation": relation} if relation else {}), **front}
     said = ", then ".join(operations) or "copy"
     lines = [

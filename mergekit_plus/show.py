@@ -80,6 +80,8 @@ def plan_lines(facts: Mapping[str, Any]) -> list[str]:
     kinds = ", ".join(f"{count} {kind}" for kind, count in facts["tensors"].items())
     times = 1 + facts["bytes_measured"] / max(1, facts["bytes_read"])
     again = f", {times:.2g} times in all to measure the whole model first" if facts["bytes_measured"] else ""
+    if facts["computations"]:
+        again = f", and {size(facts['bytes_measured'])} before that for a computation over the whole model"
     hub = []
     if facts["cached"]:
         hub = [f"brings {size(facts['cached'])} from the Hub into its local cache"]

@@ -306,7 +306,10 @@ class QuantizeStep(BaseModel):
     exclude: list[str] = Field(default_factory=list)
     include: list[str] = Field(default_factory=list)
     calibration: CalibrationOptions | None = None  # a text, for methods that look at the inputs of layers
+    norm_passes: int = Field(0, ge=0)  # over the text, in which the norms of each block are tuned
+    biases: bool = False  # correct those of quantised layers
     moments: str | None = None  # in place of a text, an input: what `compress calibrate` wrote
+    rotate: bool = False  # write the residual stream in another basis first
     of: str | None = None  # an input; by default what the step before made, or the only input
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
@@ -314,7 +317,7 @@ class QuantizeStep(BaseModel):
 
         given, options = (self.calibration is not None) + (self.moments is not None), self.model_extra or {}
         if sum(way is not None for way in (self.bits, self.scheme, self.allocation)) != 1:
-            yield "quantize: say how many bits, or one scheme by its name (W8A8, FP8, FP8_BLOCK, NVFP4, MXFP4), or give an allocation, and one of these"
+            yield "quantize: give bits, or a scheme by its name (W8A8, FP8, FP8_BLOCK, NVFP4, MXFP4), or an allocation: one of these"
         elif self.bits is None and (self.group_size, self.symmetric) != (128, True):
             own = "an allocation says the group size and the symmetry of each layer" if self.allocation else f"{self.scheme} has groups of its own"
             yield f"quantize: {own}; leave group_size and symmetric out"
@@ -326,6 +329,10 @@ class QuantizeStep(BaseModel):
             yield from (f"quantize: {problem}" for problem in found)
         if given > 1:
             yield "quantize: give a calibration text, or moments that were measured on one, not both"
+        if (self.norm_passes or self.biases) and self.calibration is None:
+            yield "quantize: norms and biases are tuned while a text flows through the model: give norm_passes and biases with calibration"
+        if self.rotate and self.moments is not None:
+            yield "quantize: moments were measured on the model as it was; a rotated one needs a calibration text"
         named = [name for name in (self.of, self.moments) if name is not None]
         yield from (f"quantize: {problem}" for problem in not_inputs(named, inputs))
 
@@ -335,8 +342,10 @@ class QuantizeStep(BaseModel):
         from quant.formats import AnyScheme
         from quant.plan import PRESETS, quantize
         from quant.quantized import Scheme
+        from quant.rotate import rotate
 
         source = inputs[self.of] if self.of else only_input({name: model for name, model in inputs.items() if name != self.moments}, previous, "quantize")
+        source = rotate(source) if self.rotate else source
         scheme: AnyScheme | Mapping[str, AnyScheme]
         scheme, layout = PRESETS[self.scheme] if self.scheme else (Scheme(self.bits or 4, self.group_size, self.symmetric), "pack-quantized")
         if self.allocation is not None:
@@ -347,7 +356,7 @@ class QuantizeStep(BaseModel):
             calibration = Calibration(moments=inputs[self.moments])
         elif self.calibration is not None:
             ids, notes = self.calibration.placed(how.folder).read(source)
-            calibration = Calibration(ids, order=self.calibration.order)
+            calibration = Calibration(ids, order=self.calibration.order, norm_passes=self.norm_passes, biases=self.biases)
         result = quantize(
             source, scheme, self.method, self.model_extra or {}, self.format or layout, exclude=tuple(self.exclude), include=tuple(self.include),
             device=how.device, allow_nonfinite=how.save.allow_nonfinite, calibration=calibration,
@@ -441,6 +450,7 @@ class PruneStep(BaseModel):
     method: str = "magnitude"
     scope: str | None = None
     calibration: CalibrationOptions | None = None  # a text, for methods that look at the inputs of layers
+    allocate: bool = False  # a sparsity for each layer, measured on the text
     reconstruct: RepairOptions | None = None  # or its granularity alone: block, sublayer, linear
     seed: int = 0
     exclude: list[str] = Field(default_factory=list)
@@ -473,9 +483,11 @@ class PruneStep(BaseModel):
         elif self.structured is not None:
             yield from (f"prune: {problem}" for problem in structured_problems(self.structured))
         elif self.mask is None:
-            text, repaired = self.calibration is not None, self.reconstruct is not None
+            text, repaired = self.calibration is not None, self.reconstruct is not None or self.allocate
             for problem in problems(self.sparsity, self.pattern, self.method, self.scope, self.model_extra or {}, text, repaired):
                 yield f"prune: {problem}"
+        if self.allocate and (self.sparsity is None or self.reconstruct is not None or self.scope in ("block", "global")):
+            yield "prune: allocate deals out a sparsity to layers that are compared within rows or tensors, and goes without reconstruct"
         if self.reconstruct is not None:
             if self.mask is not None or self.structured is not None:
                 yield "prune: reconstruct goes with a sparsity or a pattern"
@@ -498,7 +510,12 @@ class PruneStep(BaseModel):
             result = shrink(source, self.structured) if ids is None else shrink_on(source, ids, self.structured, options)
         else:
             asked = Sparsity.of(self.sparsity, self.pattern), self.method, self.scope, self.model_extra or {}, options
-            result = prune(source, *asked) if ids is None else prune_on(source, ids, *asked, self._repair())
+            if self.allocate and ids is not None:
+                from .sparsities import prune_allocated
+
+                result = prune_allocated(source, ids, *asked)
+            else:
+                result = prune(source, *asked) if ids is None else prune_on(source, ids, *asked, self._repair())
         return replace(result, notes=(*result.notes, *notes))
 
     def _repair(self) -> Any:

@@ -37,8 +37,8 @@ class Verification:
 
 
 def verify(out: Path, inputs: bool = False, progress: Progress | None = None) -> Verification:
-    """Compare every file of an output with its manifest; with `inputs`, also the files that it was made of. Packed weights are checked against config.json;
-    those of a folder of another's, too, which has no manifest.
+    """Compare every file of an output with its manifest; with `inputs`, also the files that it was made of. Packed weights are checked against
+    config.json, also those in a folder that another program wrote, without a manifest.
 
     Inputs on a disk are looked for where they were, seen from the output; inputs on the Hub are compared with what the Hub lists for their commit.
     Errors: CheckpointError where there is no manifest, or none that can be read; ReadError where the Hub cannot be asked.
@@ -46,7 +46,7 @@ def verify(out: Path, inputs: bool = False, progress: Progress | None = None) ->
     progress = progress or quiet()
     path = (out.parent if is_file(out) else out) / manifest_name(out)
     found = Verification(str(out))
-    if not is_file(out) and not path.exists() and (out / "config.json").exists() and _validate(found, out):
+    if not is_file(out) and not path.exists() and _validate(found, out):
         found.notes.append(f"there is no {path.name}, so that only the description of its packed weights was checked")
         return found
     manifest = _read(path)
@@ -73,6 +73,8 @@ def _validate(found: Verification, folder: Path) -> bool:
     """Check how packed weights are described; whether there are any."""
     from quant.validate import validate
 
+    if not (folder / "config.json").exists():
+        return False
     opened = Checkpoint.open(folder)
     if quantized_reason(opened) is None:
         return False

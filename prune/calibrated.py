@@ -38,7 +38,7 @@ class Repair:
 def prune_on(
     checkpoint: Checkpoint,
     ids: Tensor,
-    sparsity: Sparsity,
+    sparsity: Sparsity | Mapping[str, Sparsity],
     method: str = "wanda",
     scope: str | None = None,
     options: Mapping[str, object] | None = None,
@@ -48,16 +48,19 @@ def prune_on(
     """As `plan.prune`, by any method, while a text flows through the model: int64 ids [windows, window]. Computed when it is first read.
 
     The moments of a block's inputs are taken while it is whole, on what the pruned blocks before it yield; then all of its layers are pruned, and repaired.
-    Linear layers outside of the blocks through which the text flows stay as they are. A method that needs no text is here for the repair alone.
+    Linear layers outside of the blocks through which the text flows stay as they are. `sparsity` may be one for each weight, by its name, where weights are
+    compared within rows or a tensor. A method that needs no text is here for the repair alone.
     """
     pruner = PRUNERS[method]
     arguments = pruner.options.check(options or {})
     if not pruner.calibrated and repair is None:
         raise OptionError(f"{method} needs no calibration text")
     chosen, notes = _seen(choose(checkpoint, how))
-    check_fit(chosen, sparsity)
-    within = scope_of(pruner, sparsity, scope)
-    by_itself = None if pruner.calibrated else prune(checkpoint, sparsity, method, scope, options, how)
+    asked = dict.fromkeys(chosen.names, sparsity) if isinstance(sparsity, Sparsity) else dict(sparsity)
+    first = asked[chosen.names[0]]
+    check_fit(chosen, first)
+    within = scope_of(pruner, first, scope)
+    by_itself = None if pruner.calibrated else prune(checkpoint, first, method, scope, options, how)
     changed = dict.fromkeys([*chosen.names, *(_changed(chosen, repair) if repair else ())])
     dtypes = {name: TORCH_DTYPES[checkpoint.specs[name].dtype] for name in changed}
 
@@ -72,7 +75,7 @@ def prune_on(
             measured = block.moments([name for name in here if name in block.weights])
             stored = {name: _stored(chosen, block, name, how) for name in here}
             moments = {name: measured.get(name) or _unseen(weight) for name, weight in stored.items()}
-            pruned = prune_block(stored, moments, pruner, sparsity, within, arguments)
+            pruned = prune_block(stored, moments, pruner, asked, within, arguments)
         for name in here:
             if name in block.weights:
                 block.weights[name].copy_(pruned[name])
@@ -88,7 +91,7 @@ def prune_on(
     made = _walked(checkpoint, [checkpoint.specs[name] for name in changed], ids, process, how.device)
     steps: list[Step] = [copy_step(made, name) for name in changed] + [copy_step(checkpoint, name) for name in chosen.copied if name not in changed]
     result = pruned_checkpoint(chosen, steps)
-    label = f"{checkpoint.label} pruned to {sparsity} by {method}{' and repaired' if repair else ''}"
+    label = f"{checkpoint.label} pruned to {first} by {method}{' and repaired' if repair else ''}"
     return replace(result, label=label, notes=(*result.notes, *notes))
 
 
@@ -104,19 +107,24 @@ def _changed(chosen: Chosen, repair: Repair) -> list[str]:
 
 
 def prune_block(
-    weights: Mapping[str, Tensor], moments: Mapping[str, Moments], pruner: Pruner, sparsity: Sparsity, scope: Scope, arguments: Mapping[str, Any]
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Moments],
+    pruner: Pruner,
+    sparsity: Mapping[str, Sparsity],
+    scope: Scope,
+    arguments: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """The weights of a block [out, in], pruned, in their dtype; compared within `scope`, "global" meaning the block's."""
+    """The weights of a block [out, in], pruned, in their dtype; what is compared is a row, a tensor, or all of the block, which then has one sparsity."""
     if pruner.solves:
-        return {name: pruner.function(weight, sparsity, moments=moments[name], **arguments).to(weight.dtype) for name, weight in weights.items()}
+        return {name: pruner.function(weight, sparsity[name], moments=moments[name], **arguments).to(weight.dtype) for name, weight in weights.items()}
     scores = {name: as_scores(pruner.function(weight, moments=moments[name], **arguments), weight) for name, weight in weights.items()}
     if scope == "row":
-        removed = {name: lowest_of_rows(score, sparsity) for name, score in scores.items()}
+        removed = {name: lowest_of_rows(score, sparsity[name]) for name, score in scores.items()}
     elif scope == "tensor":
-        removed = {name: lowest(score.flatten(), sparsity.count(score.numel())).view_as(score) for name, score in scores.items()}
+        removed = {name: lowest(score.flatten(), sparsity[name].count(score.numel())).view_as(score) for name, score in scores.items()}
     else:
         flat = torch.cat([score.flatten() for score in scores.values()])
-        parts = torch.split(lowest(flat, sparsity.count(len(flat))), [score.numel() for score in scores.values()])
+        parts = torch.split(lowest(flat, sparsity[next(iter(scores))].count(len(flat))), [score.numel() for score in scores.values()])
         removed = {name: part.view_as(score) for (name, score), part in zip(scores.items(), parts, strict=True)}
     return {name: weight.masked_fill(removed[name], 0) for name, weight in weights.items()}
 

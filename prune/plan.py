@@ -85,7 +85,7 @@ def problems(
     text: bool = False,
     repaired: bool = False,
 ) -> list[str]:
-    """Everything wrong with these options, a sentence each; `text`: whether there is one; `repaired`: whether blocks are to be reconstructed on it."""
+    """Everything wrong with these options, a sentence each. `text`: whether there is one; `repaired`: whether it serves more than to measure inputs."""
     found: list[str] = []
     try:
         Sparsity.of(sparsity, pattern)
@@ -101,7 +101,7 @@ def problems(
     if chosen.calibrated and not text:
         found.append(f"{method} looks at the inputs of layers: give it a text with --calibration")
     elif repaired and not text:
-        found.append("blocks are reconstructed on a text: give it with --calibration")
+        found.append("reconstruction and allocation need a text: give it with --calibration")
     elif text and not chosen.calibrated and not repaired:
         found.append(f"{method} needs no calibration text")
     return found + chosen.options.problems(options)

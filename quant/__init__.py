@@ -3,6 +3,7 @@
 from .adaquant import adaquant
 from .formats import FORMATS, READERS, Format, decode, read_config
 from .gptq import gptq
+from .hqq import hqq
 from .quantized import Quantized, Scheme, dequantize
 from .quantizer import QUANTIZERS, Quantizer, quantizer
 from .rtn import rtn
@@ -18,6 +19,7 @@ __all__ = [
     "adaquant",
     "decode",
     "dequantize",
+    "hqq",
     "gptq",
     "quantizer",
     "read_config",

@@ -18,10 +18,9 @@ from mergekit_plus.model import describe
 from . import FORMATS
 from .floats import FloatScheme
 from .formats import Format, Module, modules_of
+from .formats.reading import SCALES
 from .plan import constant, dense_modules, with_quantization
 from .validate import refuse
-
-SCALES = ("weight_scale", "scales")
 
 
 def convert(checkpoint: Checkpoint, to: str) -> Checkpoint:

@@ -8,6 +8,7 @@ of them are measured, on a part of the text that the losses were not measured on
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,7 +27,8 @@ from .quantized import Scheme
 from .replay import Replay
 from .sensitivity import Group, Loader, Make, Sensitivities, parameters_of
 
-SMALLER = (0.995, 0.99, 0.98)  # of the budget above the cheapest allocation: where neighbours of the optimum are looked for
+SMALLER = (0.995, 0.99)  # of the bits above the cheapest allocation: where neighbours of the optimum are looked for
+STRICTER = (0.9, 0.8)  # of the loss above the best allocation: for what is predicted need not be what is measured
 LEFT_OUT = 200  # groups whose choice is forbidden in turn, for the second best
 
 Selection = tuple[int, ...]
@@ -102,6 +104,9 @@ def allocate(
     if heldout is not None and make is not None:
         found = measured(checkpoint, table, found, make, heldout, device, progress)
     chosen = _best(found, budget.max_loss)
+    if budget.max_loss is not None and chosen.measured is not None and chosen.measured > budget.max_loss:
+        what = f"no candidate keeps --max-loss {budget.max_loss:g} on held-out text; the best of them loses {chosen.measured:.4g} nats a token"
+        warnings.warn(what, stacklevel=2)
     return Allocated(chosen, solution, tuple(found), weights, size(chosen.selection))
 
 
@@ -172,9 +177,9 @@ def candidates(
         if len(found) <= wanted:
             pairs = zip(losses, table.errors, strict=True)
             again("noise", [[loss + error * draw.standard_normal() for loss, error in zip(*rows, strict=True)] for rows in pairs])
-    for share in SMALLER if count > 1 else ():
+    for share in (SMALLER if max_loss is None else STRICTER) if count > 1 else ():
         if len(found) <= 2 * wanted:
-            again("smaller budget" if bits is not None else "smaller loss", losses, share)
+            again("smaller budget" if max_loss is None else "smaller loss", losses, share)
     runners_up = _second_best(losses, costs, solution, bits, most) if len(found) < count else []
     for selection in runners_up:
         found.setdefault(selection, "second best")

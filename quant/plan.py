@@ -16,10 +16,11 @@ from mergekit_plus.errors import CheckpointError, OptionError, nearest
 from mergekit_plus.model import FUSED, ModelMap, adapter_reason, describe, quantized_reason
 
 from . import FORMATS, QUANTIZERS, Scheme
-from .calibrated import Calibration, calibration_problem, steps_for
+from .calibrated import Calibration, calibration_problem, steps_for, tuned_parameters
 from .floats import FP8, FP8_BLOCK, MXFP4, NVFP4, FloatScheme, global_scale
 from .formats import AnyScheme, Format, Module, holds_codes, modules_of
 from .formats.fp4 import GLOBAL
+from .formats.reading import SCALES
 from .layer import Layer, Method, Rows
 from .validate import refuse
 
@@ -100,6 +101,8 @@ def quantize(
     _check_fused(roles, chosen, kept)
     ranges = _ranges(checkpoint, [name for name, own in chosen.items() if own == NVFP4])
 
+    free = [name for name in checkpoint.specs if name in kept and not matches(name, exclude)]
+    tuned = tuned_parameters(checkpoint, roles, chosen, free, calibration)
     made = Method(checkpoint.label, quantizer, arguments, layout, allow_nonfinite)
     steps: list[Step] = []
     layers: list[Layer] = []
@@ -107,7 +110,7 @@ def quantize(
         if name not in kept:
             continue
         if name not in chosen:
-            steps.append(copy_step(checkpoint, name))
+            steps += [copy_step(checkpoint, name)] if name not in tuned else []
             continue
         own, fixed = chosen[name], layout.fixed(spec)
         prefix = name.removesuffix("weight")
@@ -116,7 +119,7 @@ def quantize(
         steps += [constant(write, fixed[part]) for write in writes if (part := write.name.removeprefix(prefix)) in fixed]
         steps += [Step((), (write,), _global_scale, measured=ranges[name]) for write in writes if write.name == f"{prefix}{GLOBAL}"]
     if calibration is not None:
-        calibrated, unseen = steps_for(checkpoint, roles, layers, calibration, device)
+        calibrated, unseen = steps_for(checkpoint, roles, layers, tuned, calibration, device)
         steps, notes = steps + calibrated, notes + unseen
     else:
         for layer in layers:
@@ -156,7 +159,7 @@ def dequantize(checkpoint: Checkpoint) -> Checkpoint:
     for module in modules_of(checkpoint):
         parts = tuple(part for part in module.specs if part != "weight_shape")
         reads = tuple((checkpoint, f"{module.name}.{part}") for part in parts)
-        scale = next(spec for part, spec in module.specs.items() if part in ("weight_scale", "scales"))
+        scale = next(spec for part, spec in module.specs.items() if part in SCALES)
         spec = TensorSpec(f"{module.name}.weight", module.reader.dtype or scale.dtype, module.shape)
         steps.append(Step(reads, (spec,), _Unpack(checkpoint.label, module, parts), module.reader.row_unit(module.stored.scheme)))
         done.update(module.tensors)

@@ -30,7 +30,7 @@ from .quantized import Scheme
 from .replay import Replay
 
 Group = tuple[str, ...]  # weights that share a scheme, by their names in the checkpoint
-Make = Callable[[Scheme], Checkpoint]  # the model with all its groups in one scheme, dense
+Make = Callable[[Any], Checkpoint]  # the model with all its groups in one scheme, or to one sparsity: a choice; dense
 FORMAT = 1
 
 
@@ -89,7 +89,7 @@ class Sensitivities:
 
 
 def measure(
-    checkpoint: Checkpoint, groups: Sequence[Group], choices: Sequence[Scheme], make: Make, rows: Tensor, *,
+    checkpoint: Checkpoint, groups: Sequence[Group], choices: Sequence[Any], make: Make, rows: Tensor, *,
     reference: Sequence[int] | None = None, device: str = "cpu", progress: Progress | None = None,
 ) -> Sensitivities:  # fmt: skip
     """The loss of each choice of each group: int64 rows [windows, window] of the text, and the model in a scheme from `make`.
@@ -142,7 +142,7 @@ class Loader:
         tags = {spec.dtype for spec in checkpoint.specs.values() if spec.is_float}
         self.dtype = TORCH_DTYPES[tags.pop()] if len(tags) == 1 else torch.float32
 
-    def weights(self, scheme: Scheme) -> dict[str, Tensor]:
-        """Those of the model in one scheme."""
-        state = load_model(self.make(scheme), self.dtype).state_dict()
+    def weights(self, choice: Any) -> dict[str, Tensor]:
+        """Those of the model in one choice."""
+        state = load_model(self.make(choice), self.dtype).state_dict()
         return {name: state[name] for name in self.names}

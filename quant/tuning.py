@@ -1,8 +1,8 @@
-"""Statistics tuning: codes stay, and what else there is of a layer, scales of rows and biases, is set so that its output's statistics are right again.
+"""Biases set so that the outputs of a quantised layer have the mean that they had.
 
-The CalibTIP pipelines (Hubara et al., Accurate Post Training Quantization With Small Calibration Sets, ICML 2021, section 3.3) measure the statistics of the
-quantised model in its batch norms and fold them into weights. Transformers have none, so that the outputs of linear layers are set right themselves; and by least
-squares, which the matching of variances cannot beat: an output that rounding has shrunk is further off once it has the right variance.
+The bias tuning of CalibTIP (Hubara et al., Accurate Post Training Quantization With Small Calibration Sets, ICML 2021, section 3.3) in closed form. What else
+it tunes, the variance of each output by the scale of its row, is in the coordinate descent of `gptq`: that moves the scale of each group to where the
+squared error is least, and scales that match variances cannot be better than that.
 """
 
 from __future__ import annotations
@@ -14,25 +14,7 @@ from torch import Tensor
 
 from mergekit_plus.moments import Moments
 
-from .quantized import Quantized, Scheme, dequantize
-from .rtn import storable
-
-
-def rescale_rows(weight: Tensor, quantized: Quantized, moments: Moments) -> Quantized:
-    """All scales of a row times the factor by which its output comes closest to the dense one: mean(y y') / mean(y' y'), y' the quantised output.
-
-    Codes and zero points stay. A row keeps its scales where those that can be stored are no better.
-    """
-    gram = moments.gram.double()
-    aim = (moments.gram if moments.cross is None else moments.cross).double()
-    w, q = weight.double(), dequantize(quantized).double()
-    common, power = (w @ aim * q).sum(-1), (q @ gram * q).sum(-1)
-    factor = torch.where(power > 0, common / power, 1.0)
-    scheme = Scheme(quantized.bits, 0, quantized.zero_point is None)
-    scale = storable((quantized.scale.double() * factor.unsqueeze(-1)).float(), scheme, quantized.scale.dtype).to(quantized.scale.dtype)
-    tried = dequantize(replace(quantized, scale=scale)).double()
-    better = (tried @ gram * tried).sum(-1) - 2 * (w @ aim * tried).sum(-1) < power - 2 * common
-    return replace(quantized, scale=torch.where(better.unsqueeze(-1), scale, quantized.scale))
+from .quantized import Quantized, dequantize
 
 
 def bias_correction(weight: Tensor, quantized: Quantized, moments: Moments) -> Tensor:

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from mergekit_plus.checkpoint import Checkpoint, Plan, TensorSpec
-from mergekit_plus.errors import CheckpointError, OptionError
+from mergekit_plus.checkpoint import Checkpoint, Plan
+from mergekit_plus.errors import CheckpointError
 from mergekit_plus.model import describe, fused_groups
 
 from .floats import FloatScheme
-from .formats import FORMATS, READERS, AnyScheme, holds_codes, stored_as
+from .formats import READERS, AnyScheme, Module, holds_codes, stored_as
 from .formats.config import DENSE_SINCE, NAME, SAME_IN_ALL_VERSIONS, Stored, target_matches, version_of
 from .formats.gptq import zero_points
-from .formats.reading import declared
+from .formats.reading import METHODS, declared, is_symmetric, lacking, misfit, shape_of
 from .quantized import Scheme
 
 _WEIGHT_KEYS = {
@@ -61,7 +61,11 @@ def validate(checkpoint: Checkpoint) -> Validation:
     if not config:
         found.add(packed, "is packed, but config.json has no quantization_config, so that nobody can read it; restore the config.json it was written with")
         return found
-    if config.get("quant_method", "compressed-tensors") == "compressed-tensors":
+    method = str(config.get("quant_method", "compressed-tensors"))
+    if method not in METHODS:
+        found.warnings.append(f"quantised with '{method}', which is not known here: how it is described was not checked")
+        return found
+    if method == "compressed-tensors":
         found.problems += _of_config(config)
     try:
         lookup = stored_as(checkpoint.config)
@@ -86,9 +90,10 @@ def _of_config(config: Mapping[str, Any]) -> list[str]:
     problems = []
     if (status := config.get("quantization_status")) != "compressed":
         problems.append(f"config.json: quantization_status is {status!r}, for which transformers loads random weights in silence; make it 'compressed'")
-    for group, entry in (config.get("config_groups") or {}).items():
-        weights = (entry.get("weights") or {}) if isinstance(entry, Mapping) else {}
-        if isinstance(entry, Mapping) and not (entry.get("format") or config.get("format")):
+    for group, entry in _groups(config).items():
+        weights, layout = entry.get("weights"), entry.get("format") or config.get("format")
+        weights = weights if isinstance(weights, Mapping) else {}
+        if not layout:
             problems.append(f"config.json: {group} has no format, and neither has the whole; name it in both, as in '{NAME}'")
         if unknown := sorted(set(weights) - _WEIGHT_KEYS):
             problems.append(f"config.json: {group} has the key '{unknown[0]}' inside 'weights', which compressed-tensors refuses; take it out")
@@ -96,13 +101,15 @@ def _of_config(config: Mapping[str, Any]) -> list[str]:
             order = f"config.json: {group} has actorder {weights['actorder']!r}"
             problems.append(f"{order}, which compressed-tensors dropped in 0.19; dequantize it with an older one, and quantize anew")
         bits, version = weights.get("num_bits"), str(config.get("version") or "unknown")
-        if weights.get("type", "int") == "int" and bits not in SAME_IN_ALL_VERSIONS and version_of(version) < DENSE_SINCE and _layout(entry, config) == NAME:
+        if weights.get("type", "int") == "int" and bits not in SAME_IN_ALL_VERSIONS and version_of(version) < DENSE_SINCE and layout == NAME:
             problems.append(f"config.json: {bits} bits with version '{version}': before 0.18 words were laid out otherwise; write the version that packed it")
     return problems
 
 
-def _layout(entry: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    return str(entry.get("format") or config.get("format"))
+def _groups(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The config groups that are tables, as all are in what can be read."""
+    groups = config.get("config_groups")
+    return {str(name): entry for name, entry in groups.items() if isinstance(entry, Mapping)} if isinstance(groups, Mapping) else {}
 
 
 def _dense(checkpoint: Checkpoint, packed: list[str]) -> list[str]:
@@ -120,7 +127,7 @@ def _of_names(found: Validation, config: Mapping[str, Any], lookup: Lookup, pack
     method = config.get("quant_method", "compressed-tensors")
     if method == "compressed-tensors":
         found.add([module for module in dense if lookup(module)], "is dense, but a target of config.json matches it; add it to 'ignore'")
-        groups = [list(entry.get("targets") or ()) for entry in (config.get("config_groups") or {}).values() if isinstance(entry, Mapping)]
+        groups = [[str(target) for target in entry.get("targets") or ()] for entry in _groups(config).values()]
         ambiguous = [module for module in packed if sum(any(target_matches(target, module) for target in group) for group in groups) > 1]
         found.add(ambiguous, "is matched by targets of several config_groups, of which engines do not choose the same; make targets disjoint")
         return
@@ -136,41 +143,25 @@ def _of_tensors(found: Validation, checkpoint: Checkpoint, lookup: Lookup, packe
     for module in packed:
         if (stored := lookup(module)) is None:
             continue
-        reader, symmetric = READERS[stored.layout], getattr(stored.scheme, "symmetric", True)
+        reader = READERS[stored.layout]
         have = {part: checkpoint.specs[f"{module}.{part}"] for part in reader.parts if f"{module}.{part}" in checkpoint.specs}
-        lacking = [part for part in reader.parts if part not in have and (part not in reader.optional or (part == "weight_zero_point" and not symmetric))]
-        if lacking:
-            missing.setdefault(lacking[0], []).append(module)
+        if part := lacking(stored, have):
+            missing.setdefault(part, []).append(module)
             continue
-        if symmetric and "weight_zero_point" in have:
+        if is_symmetric(stored) and "weight_zero_point" in have:
             zeros.append(module)
         if "weight" not in reader.parts and f"{module}.weight" in checkpoint.specs:
             double.append(module)
-        if misfit := _misfit(checkpoint, module, stored, have):
-            misfits.append(misfit)
+        try:
+            reason = misfit(Module(module, stored, reader, have, (), shape_of(checkpoint, module, stored, have)))
+        except CheckpointError as error:
+            reason = str(error)
+        misfits += [reason] if reason else []
     found.problems += [f"{misfits[0]}{f' (and so for {len(misfits) - 1} more)' if len(misfits) > 1 else ''}"] if misfits else []
     for part, modules in missing.items():
         found.add(modules, f"has no {part}, without which it cannot be unpacked; write the model anew")
     found.add(zeros, "is symmetric by config.json, but has a weight_zero_point, which vLLM refuses; say 'symmetric': false, or take the tensor out")
     found.add(double, "has both packed codes and a weight, of which engines take either; take one out")
-
-
-def _misfit(checkpoint: Checkpoint, module: str, stored: Stored, have: Mapping[str, TensorSpec]) -> str | None:
-    """A tensor of a module that has not the shape which the scheme implies."""
-    if stored.layout not in FORMATS:
-        return None
-    shape = READERS[stored.layout].shape(have, lambda part: checkpoint.read(f"{module}.{part}"), stored.scheme)
-    scale = next(spec for part, spec in have.items() if part in ("weight_scale", "scales"))
-    try:
-        expected = FORMATS[stored.layout].specs(TensorSpec(f"{module}.weight", scale.dtype, shape), stored.scheme)
-    except OptionError as error:
-        return str(error)
-    for spec in expected:
-        own = have.get(spec.name.rpartition(".")[2])
-        if own is not None and own.shape != spec.shape and own.numel > 1:
-            implied = f"{stored.scheme} of a weight {list(shape)} makes it {list(spec.shape)}"
-            return f"{spec.name} is {list(own.shape)}, but {implied}; config.json is another model's"
-    return None
 
 
 def _of_fusing(found: Validation, lookup: Lookup, packed: list[str], dense: list[str]) -> None:

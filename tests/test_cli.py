@@ -135,6 +135,33 @@ def test_a_model_is_quantized_where_one_stands(tmp_path: Path) -> None:
     refused(compress("merge", "base-4bit", "dense", cwd=tmp_path), "quantised already", "compress dequantize base-4bit")
 
 
+def test_a_packed_model_goes_into_another_format_and_back(tmp_path: Path) -> None:
+    assert compress("quantize", MODELS / "base", "--group-size", "32", cwd=tmp_path).returncode == 0
+    for model, to in (("base-4bit", "gptq"), ("base-4bit-gptq", "pack-quantized")):
+        run = compress("convert", model, "--to", to, cwd=tmp_path)
+        assert run.returncode == 0, run.stderr
+    back = tmp_path / "base-4bit-gptq-pack-quantized"
+    assert (back / "model.safetensors").read_bytes() == (tmp_path / "base-4bit" / "model.safetensors").read_bytes()
+    assert "all as recorded" in compress("verify", "base-4bit-gptq", cwd=tmp_path).stdout
+    refused(compress("convert", "base-4bit", "--to", "gtpq", cwd=tmp_path), "unknown format 'gtpq'. Did you mean 'gptq'?")
+    config = json.loads((back / "config.json").read_text())
+    del config["quantization_config"]["quantization_status"]
+    (back / "config.json").write_text(json.dumps(config))
+    (back / "manifest.json").unlink()
+    run = compress("verify", back, cwd=tmp_path)
+    assert run.returncode == 1
+    assert "transformers loads random weights in silence" in run.stdout
+
+
+def test_a_scheme_goes_by_its_name(tmp_path: Path) -> None:
+    run = compress("quantize", MODELS / "base", "--scheme", "NVFP4", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    config = json.loads((tmp_path / "base-nvfp4" / "config.json").read_text())
+    assert config["quantization_config"]["format"] == "nvfp4-pack-quantized"
+    refused(compress("quantize", MODELS / "base", "--scheme", "FP8", "--bits", "8", cwd=tmp_path), "how many bits, or one scheme by its name", "not both")
+    refused(compress("quantize", MODELS / "base", "--scheme", "FP8", "--asymmetric", cwd=tmp_path), "the scheme FP8 has groups and zero points of its own")
+
+
 def test_a_dry_run_says_what_would_happen_and_writes_nothing(tmp_path: Path) -> None:
     run = compress("merge", MODELS / "code", MODELS / "docs", "-m", "pcb", "-b", MODELS / "base", "--dry-run", "--json", cwd=tmp_path)
     assert run.returncode == 0, run.stderr

@@ -2,9 +2,9 @@
 
     VENV/bin/python run_llmcompressor.py JOB.json
 
-JOB.json names the model's folder, a safetensors file with the calibration tokens ("ids", int64 [windows, window]), the method, bits and group size, the number of
-threads and an output folder. In that folder the driver leaves `dense/`, an ordinary checkpoint in float32 that the peer's own code has decoded from what it
-saved, and `result.json`: the seconds that quantizing took, the bytes of the peer's own file, its versions.
+JOB.json names the model's folder, a safetensors file with the calibration tokens ("ids", int64 [windows, window]), the method, bits and group size, the
+number of threads and an output folder. In that folder the driver leaves `dense/`, an ordinary checkpoint in float32 of what the peer made, decoded by its
+own code, and `result.json`: the seconds that quantizing took, the bytes of the peer's own file, its versions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +42,7 @@ class Job:
         torch.manual_seed(0)
 
     @contextmanager
-    def timed(self):
+    def timed(self) -> Iterator[None]:
         """The wall and the processor time of quantizing alone: neither imports, nor loading, nor saving."""
         wall, processor = time.perf_counter(), time.process_time()
         yield
@@ -62,7 +62,7 @@ class Job:
                 tensors[name] = (tensor if decoded is None else decoded.detach()).float().contiguous().clone()
         save_file(tensors, folder / "model.safetensors")
         for path in Path(self.model).iterdir():
-            if path.suffix not in (".safetensors",) and not path.name.endswith(".index.json") and path.is_file():
+            if path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, folder / path.name)
         if nbytes is None:
             nbytes = sum(path.stat().st_size for path in self.packed.glob("*.safetensors"))

@@ -18,6 +18,7 @@ peer = AutoRound(
 )  # fmt: skip
 with job.timed():
     quantized, config = peer.quantize()
-dense = dict(quantized.state_dict())
 linears = {f"{name}.weight" for name, module in quantized.named_modules() if getattr(module, "scale", None) is not None}
-job.finish(lambda name: dense[name] if name in linears else None, ["auto-round"], 0)
+dense = {name: tensor.clone() for name, tensor in quantized.state_dict().items() if name in linears}  # on the grid, before they are packed
+peer.save_quantized(str(job.packed), format="auto_round", inplace=True)
+job.finish(dense.get, ["auto-round"])

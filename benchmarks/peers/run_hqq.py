@@ -12,6 +12,7 @@ job = Job()
 model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
 config = BaseQuantizeConfig(nbits=job.bits, group_size=job.group_size, axis=1)
 with job.timed():
-    AutoHQQHFModel.quantize_model(model, quant_config=config, compute_dtype=torch.float32, device="cpu")
-decoded = {f"{name}.weight": module.dequantize() for name, module in model.named_modules() if isinstance(module, HQQLinear)}
-job.finish(decoded.get, ["hqq"], 0)
+    AutoHQQHFModel.quantize_model(model, quant_config=config, compute_dtype=torch.float16, device="cpu")
+decoded = {f"{name}.weight": module.dequantize().float() for name, module in model.named_modules() if isinstance(module, HQQLinear)}
+AutoHQQHFModel.save_quantized(model, str(job.packed))
+job.finish(decoded.get, ["hqq"], (job.packed / "qmodel.pt").stat().st_size)

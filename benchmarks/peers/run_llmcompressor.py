@@ -22,7 +22,6 @@ if job.method == "gptq":
     data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
     calibration = {
         "dataset": data, "num_calibration_samples": len(rows), "max_seq_length": job.ids.shape[1], "shuffle_calibration_samples": False,
-        "batch_size": job.options.get("batch_size", 1),
     }  # fmt: skip
 with job.timed():
     oneshot(model=model, processor=tokenizer, recipe=recipe, **calibration)

@@ -73,9 +73,9 @@ def walk(
     return found
 
 
-def memory(checkpoint: Checkpoint, roles: ModelMap) -> int:
+def memory(checkpoint: Checkpoint, roles: ModelMap, cross: bool = False) -> int:
     """Bytes that a walk takes at most: the largest block in float32 and what its experts are packed from, the Gram matrices of its inputs, and
-    what flows through it of a batch."""
+    what flows through it of a batch; with `cross` all of that twice."""
     most = 0
     for names in roles.blocks.values():
         specs = {name: checkpoint.specs[name] for name in names}
@@ -85,7 +85,7 @@ def memory(checkpoint: Checkpoint, roles: ModelMap) -> int:
         experts = [name for name in linears if ".experts." in name]
         weights = sum(spec.numel for spec in specs.values()) + sum(specs[name].numel for name in experts)
         flowing = TOKENS * sum(sum(specs[name].shape) for name in linears if name not in experts)
-        most = max(most, 4 * (weights + sum(width * width for width in widths) + flowing))
+        most = max(most, 4 * (1 + cross) * (weights + sum(width * width for width in widths) + flowing))
     return most
 
 

@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_plus.checkpoint.spec import TensorSpec
+
 from ..quantized import Quantized, Scheme, dequantize
 from .config import Stored, unreadable
 from .format import READERS, Reader
+from .pack_quantized import prefix_of
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -30,8 +33,19 @@ def read_config(found: Mapping[str, Any]) -> Callable[[str], Stored | None]:
     if version != "gemm" or bits != 4:
         raise unreadable(f"awq of {bits} bits in the version '{version}'")
     stored = Stored("awq", Scheme(4, max(size, 0), not found.get("zero_point", True)))
-    skipped = tuple(found.get("modules_to_not_convert") or ())
+    skipped = tuple(str(name) for name in found.get("modules_to_not_convert") or ())
     return lambda module: None if any(name in module for name in skipped) else stored
+
+
+def specs(weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
+    """The tensors that take the place of `P.weight`."""
+    prefix, (out, width) = prefix_of(weight, scheme, "awq"), weight.shape
+    groups = scheme.groups(width)
+    return (
+        TensorSpec(f"{prefix}qweight", "I32", (width, out // 8)),
+        TensorSpec(f"{prefix}qzeros", "I32", (groups, out // 8)),
+        TensorSpec(f"{prefix}scales", "F16", (groups, out)),
+    )
 
 
 def decode(tensors: Mapping[str, Tensor], scheme: Scheme, shape: Sequence[int]) -> Quantized:
@@ -50,7 +64,7 @@ def _unpack(words: Tensor) -> Tensor:
 READERS.register(
     "awq",
     Reader(
-        ("qweight", "qzeros", "scales"), lambda specs, read, scheme: (8 * specs["qweight"].shape[1], specs["qweight"].shape[0]),
+        ("qweight", "qzeros", "scales"), specs, lambda specs, read, scheme: (8 * specs["qweight"].shape[1], specs["qweight"].shape[0]),
         decode, lambda tensors, scheme, shape: dequantize(decode(tensors, scheme, shape)), lambda scheme: 0,
     ),
 )  # fmt: skip

@@ -128,14 +128,16 @@ def read_groups(found: Mapping[str, Any]) -> Callable[[str], Stored | None]:
 
     Errors: CheckpointError for what cannot be read.
     """
-    ignore = list(found.get("ignore") or ())
+    ignore = [str(target) for target in found.get("ignore") or ()]
     groups: dict[str, Stored] = {}
     for group, entry in (found.get("config_groups") or {}).items():
         if not isinstance(entry, Mapping):
             raise unreadable(f"{group}: a preset in place of a scheme")
         stored = _read_group(group, entry, found)
         for target in entry.get("targets") or ():
-            groups.setdefault(target, stored)
+            groups.setdefault(str(target), stored)
+    for target in (*ignore, *groups):
+        re.compile(target.removeprefix("re:"))
 
     def lookup(module: str) -> Stored | None:
         target = None if any(target_matches(target, module) for target in ignore) else first_target(groups, module)
@@ -179,6 +181,8 @@ def _read_group(group: str, entry: Mapping[str, Any], whole: Mapping[str, Any]) 
         return Stored("int-quantized", integer, activations)
     if layout in ("float-quantized", "naive-quantized") and kind == "float" and bits == 8 and strategy in ("channel", "tensor", "block"):
         rows, inputs = (int(length) for length in weights["block_structure"]) if strategy == "block" else (1, 0)
+        if rows < 1 or (strategy == "block" and inputs < 1):
+            raise unreadable(what)
         return Stored("float-quantized", replace(FP8_BLOCK, outputs=rows, inputs=inputs) if strategy == "block" else FP8, activations)
     if kind == "float" and bits == 4:
         if layout == "nvfp4-pack-quantized" and size in (None, NVFP4.inputs) and strategy == "tensor_group":

@@ -56,12 +56,13 @@ class Reader:
     """How one layout is read; the parts of a module are known by the last part of their names.
 
     parts: the tensors that make the weight; without one of `optional` it can be read all the same. others: tensors that go with it and are not needed.
-    shape: of the weight, from the specs of its parts and a function that reads one. decode: rows of the parts, the scheme, and the shape of those rows, to
-    codes; rows begin at a multiple of `row_unit`, 0 where only the whole can be read. values: the same, dequantised. dtype: that of `values` where the
-    scales do not say it.
+    specs: what they are for a weight and a scheme. shape: of the weight, from the specs of its parts and a function that reads one. decode: rows of the
+    parts, the scheme, and the shape of those rows, to codes; rows begin at a multiple of `row_unit`, 0 where only the whole can be read. values: the
+    same, dequantised. dtype: that of `values` where the scales do not say it.
     """
 
     parts: tuple[str, ...]
+    specs: Callable[[TensorSpec, Any], tuple[TensorSpec, ...]]
     shape: Callable[[Mapping[str, TensorSpec], Callable[[str], Tensor], Any], tuple[int, int]]
     decode: Callable[[Mapping[str, Tensor], Any, Sequence[int]], Any]
     values: Callable[[Mapping[str, Tensor], Any, Sequence[int]], Tensor]

@@ -59,7 +59,7 @@ for scheme, summary in ((NVFP4, "E2M1 in groups of 16 with E4M3 scales"), (MXFP4
     READERS.register(
         name,
         Reader(
-            ("weight_packed", "weight_scale", *([GLOBAL] if scheme == NVFP4 else [])),
+            ("weight_packed", "weight_scale", *([GLOBAL] if scheme == NVFP4 else [])), specs,
             lambda specs, read, scheme: (specs["weight_packed"].shape[0], 2 * specs["weight_packed"].shape[1]),
             decode, lambda tensors, scheme, shape: float_values(decode(tensors, scheme, shape)), lambda scheme: 1, (), ("input_global_scale",), "BF16",
         ),

@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from math import gcd
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from mergekit_plus.errors import CheckpointError, OptionError
 
 from ..floats import FloatScheme
 from ..quantized import Quantized, Scheme, dequantize
-from .bits import UNIT, pack, unpack, words
+from .bits import pack, unpack, words
 from .config import Stored, disjoint_targets, unreadable
 from .format import FORMATS, READERS, AnyScheme, Format, Reader
 from .pack_quantized import prefix_of
@@ -43,8 +44,9 @@ def specs(weight: TensorSpec, scheme: Scheme, layout: str) -> tuple[TensorSpec, 
     Errors: OptionError as `prefix_of`, and for a shape that fills no whole words.
     """
     prefix, (out, width) = prefix_of(weight, scheme, layout), weight.shape
-    if out % UNIT or width % UNIT:
-        raise OptionError(f"{weight.name} is [{out}, {width}], and {layout} stores {UNIT} outputs and inputs at a time; leave it out with --exclude")
+    unit = 32 // gcd(32, scheme.bits)  # codes that fill whole words
+    if out % unit or width % unit:
+        raise OptionError(f"{weight.name} is [{out}, {width}], and {layout} stores {unit} outputs and inputs at a time; leave it out with --exclude")
     groups = scheme.groups(width)
     return (
         TensorSpec(f"{prefix}qweight", "I32", (words(width, scheme.bits), out)),
@@ -108,12 +110,13 @@ def read_config(found: Mapping[str, Any]) -> Callable[[str], Stored | None]:
     if layout not in ("gptq", "gptq_v2") or found.get("pack_dtype", "int32") != "int32":
         raise unreadable(f"gptq in the format '{layout}', packed in {found.get('pack_dtype', 'int32')}")
     main = _stored(found, layout)
-    dynamic = {pattern: _stored({**found, **own}, layout) if pattern[:2] != "-:" else None for pattern, own in (found.get("dynamic") or {}).items()}
+    rules = [
+        (re.compile(pattern[2:] if pattern[:2] in ("+:", "-:") else pattern), None if pattern[:2] == "-:" else _stored({**found, **own}, layout))
+        for pattern, own in (found.get("dynamic") or {}).items()
+    ]
 
     def lookup(module: str) -> Stored | None:
-        matching = (pattern for pattern in dynamic if re.match(pattern[2:] if pattern[:2] in ("+:", "-:") else pattern, module))
-        pattern = next(matching, None)
-        return main if pattern is None else dynamic[pattern]
+        return next((stored for rule, stored in rules if rule.match(module)), main)
 
     return lookup
 
@@ -163,9 +166,9 @@ def _decode(tensors: Mapping[str, Tensor], scheme: Scheme, shape: Sequence[int],
         raise CheckpointError(f"config.json says that it is symmetric, but its zero points (qzeros) are not all {-scheme.low}")
     scale, order = tensors["scales"].T.contiguous(), None
     if (index := tensors.get("g_idx")) is not None and not torch.equal(index.int(), torch.arange(width, dtype=torch.int32) // (width // scale.shape[1])):
-        order = torch.argsort(index, stable=True)
-        if not torch.equal(torch.bincount(index, minlength=scale.shape[1]), torch.full((scale.shape[1],), width // scale.shape[1])):
-            raise CheckpointError(f"its groups (g_idx) do not have {width // scale.shape[1]} inputs each")
+        order, each = torch.argsort(index, stable=True), width // scale.shape[1]
+        if not torch.equal(index[order], torch.arange(width, dtype=torch.int32) // each):
+            raise CheckpointError(f"its groups (g_idx) do not have {each} inputs each")
         codes = codes[:, order].contiguous()
     return Quantized(codes, scale, None if scheme.symmetric else zeros, scheme.bits), order
 
@@ -199,6 +202,7 @@ for name, less, summary in (
     READERS.register(
         name,
         Reader(
-            ("qweight", "qzeros", "scales", "g_idx"), _shape, partial(decode, less=less), partial(values, less=less), lambda scheme: 0, ("g_idx",),
+            ("qweight", "qzeros", "scales", "g_idx"), partial(specs, layout=name), _shape, partial(decode, less=less), partial(values, less=less),
+            lambda scheme: 0, ("g_idx",),
         ),
     )  # fmt: skip

@@ -10,7 +10,7 @@ config.py writes and reads what config.json says about them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -97,6 +97,11 @@ def decode(tensors: Mapping[str, Tensor], scheme: Scheme, shape: Sequence[int]) 
     return Quantized(codes, tensors["weight_scale"], zero_point, scheme.bits)
 
 
+def _shape(specs: Mapping[str, TensorSpec], read: Callable[[str], Tensor], scheme: Scheme) -> tuple[int, int]:
+    out, width = read("weight_shape").tolist()
+    return int(out), int(width)
+
+
 def only_integers(scheme: AnyScheme) -> str | None:
     """Why a format of integers cannot hold a scheme."""
     return f"it holds integers, not {scheme}" if isinstance(scheme, FloatScheme) else None
@@ -106,8 +111,7 @@ FORMATS.register(NAME, Format(NAME, specs, encode, fixed, row_unit, config, "com
 READERS.register(
     NAME,
     Reader(
-        ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape"),
-        lambda specs, read, scheme: (int(read("weight_shape")[0]), int(read("weight_shape")[1])),
+        ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape"), specs, _shape,
         decode, lambda tensors, scheme, shape: dequantize(decode(tensors, scheme, shape)), row_unit, ("weight_zero_point",), ("weight_g_idx",),
     ),
 )  # fmt: skip

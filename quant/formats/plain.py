@@ -75,7 +75,7 @@ for name, refuses, summary in (
     READERS.register(
         name,
         Reader(
-            ("weight", "weight_scale", "weight_zero_point"), lambda specs, read, scheme: (specs["weight"].shape[0], specs["weight"].shape[1]),
+            ("weight", "weight_scale", "weight_zero_point"), specs, lambda specs, read, scheme: (specs["weight"].shape[0], specs["weight"].shape[1]),
             _decode, _values, row_unit, ("weight_zero_point",), ("input_scale", "input_zero_point"),
         ),
     )  # fmt: skip

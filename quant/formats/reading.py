@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from mergekit_plus.checkpoint import Checkpoint, TensorSpec
-from mergekit_plus.errors import CheckpointError
+from mergekit_plus.errors import CheckpointError, OptionError
 
+from ..quantized import Scheme
 from . import awq, config, gptq
 from .config import Stored
 from .format import READERS, AnyScheme, Codes, Reader
@@ -18,6 +20,7 @@ from .format import READERS, AnyScheme, Codes, Reader
 METHODS: dict[str, Callable[[Mapping[str, Any]], Callable[[str], Stored | None]]] = {
     "compressed-tensors": config.read_groups, "gptq": gptq.read_config, "awq": awq.read_config,
 }  # fmt: skip
+SCALES = ("weight_scale", "scales")
 PACKED = ("weight_packed", "qweight")  # the last part of the name of what holds codes, but for those that take the weight's name
 
 
@@ -40,7 +43,10 @@ def stored_as(config_json: Mapping[str, Any]) -> Callable[[str], Stored | None]:
     method = str(found.get("quant_method", "compressed-tensors"))
     if method not in METHODS:
         raise config.unreadable(f"quantised with '{method}'")
-    return METHODS[method](found)
+    try:
+        return METHODS[method](found)
+    except (TypeError, ValueError, KeyError, AttributeError, re.error) as error:
+        raise config.unreadable(f"it is malformed ({type(error).__name__}: {error})") from None
 
 
 def read_config(config_json: Mapping[str, Any]) -> Callable[[str], AnyScheme | None]:
@@ -107,14 +113,50 @@ def modules_of(checkpoint: Checkpoint) -> Iterator[Module]:
             raise CheckpointError(f"{checkpoint.label}: {module} is packed ({codes}), but config.json names no scheme for it")
         reader = READERS[stored.layout]
         specs = {part: checkpoint.specs[f"{module}.{part}"] for part in reader.parts if f"{module}.{part}" in checkpoint.specs}
-        if missing := next((part for part in reader.parts if part not in specs and not _may_lack(part, stored, reader)), None):
+        if missing := lacking(stored, specs):
             raise CheckpointError(f"{checkpoint.label}: {module} is stored as {stored.layout} by config.json, but its {missing} is missing")
-        if stored.scheme is not None and getattr(stored.scheme, "symmetric", True):
+        if is_symmetric(stored):
             specs.pop("weight_zero_point", None)
         others = tuple(part for part in (*reader.others, *reader.parts) if part not in specs and f"{module}.{part}" in checkpoint.specs)
-        shape = reader.shape(specs, lambda part, module=module: checkpoint.read(f"{module}.{part}"), stored.scheme)  # type: ignore[misc]
-        yield Module(module, stored, reader, specs, others, shape)
+        found = Module(module, stored, reader, specs, others, shape_of(checkpoint, module, stored, specs))
+        if reason := misfit(found):
+            raise CheckpointError(f"{checkpoint.label}: {reason}")
+        yield found
 
 
-def _may_lack(part: str, stored: Stored, reader: Reader) -> bool:
-    return part in reader.optional and (part != "weight_zero_point" or getattr(stored.scheme, "symmetric", True))
+def shape_of(checkpoint: Checkpoint, module: str, stored: Stored, specs: Mapping[str, TensorSpec]) -> tuple[int, int]:
+    """The shape of a module's weight. Errors: CheckpointError where its tensors do not say it."""
+    try:
+        return READERS[stored.layout].shape(specs, lambda part: checkpoint.read(f"{module}.{part}"), stored.scheme)
+    except (ValueError, IndexError, TypeError):
+        raise CheckpointError(f"{checkpoint.label}: {module} is stored as {stored.layout} by config.json, but its tensors are no matrices") from None
+
+
+def misfit(module: Module) -> str | None:
+    """A tensor of a module that is not what the scheme implies; None where all fit."""
+    scale = next(spec for part, spec in module.specs.items() if part in SCALES)
+    try:
+        expected = module.reader.specs(TensorSpec(f"{module.name}.weight", scale.dtype, module.shape), module.stored.scheme)
+    except OptionError as error:
+        return str(error)
+    for spec in expected:
+        own = module.specs.get(spec.name.rpartition(".")[2])
+        if own is None or spec.name.endswith(".weight_shape"):
+            continue
+        alike = own.dtype == spec.dtype or (own.is_float and spec.is_float)
+        if not alike or (own.shape != spec.shape and own.numel != 1):
+            implied = f"{module.stored.scheme} of a weight {list(module.shape)} makes it {spec.dtype} {list(spec.shape)}"
+            return f"{spec.name} is {own.dtype} {list(own.shape)}, but {implied}; config.json is another model's"
+    return None
+
+
+def lacking(stored: Stored, specs: Mapping[str, TensorSpec]) -> str | None:
+    """A part without which a module cannot be read; None where it can."""
+    reader = READERS[stored.layout]
+    optional = [part for part in reader.optional if part != "weight_zero_point" or is_symmetric(stored)]
+    return next((part for part in reader.parts if part not in specs and part not in optional), None)
+
+
+def is_symmetric(stored: Stored) -> bool:
+    """Whether its codes have no zero points; small floats have none."""
+    return not isinstance(stored.scheme, Scheme) or stored.scheme.symmetric

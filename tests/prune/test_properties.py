@@ -10,14 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prune_toys import a_model, linears_of
+from prune_toys import a_model, a_weight, linears_of, moments_of, some_inputs
 
 from mergekit_plus import statistics
 from mergekit_plus.checkpoint import Checkpoint, SaveOptions, save
+from mergekit_plus.moments import Moments
 from prune import PRUNERS, Scope, Sparsity, has_pattern
+from prune.calibrated import prune_block
 from prune.plan import PruneOptions, prune
 
 DATA_FREE = [(name, scope) for name, pruner in PRUNERS.items() if not pruner.calibrated for scope in pruner.scopes]
+CALIBRATED = [(name, scope) for name, pruner in PRUNERS.items() if pruner.calibrated for scope in pruner.scopes]
 PATTERNS = ["2:4", "4:8", "1:4", "1:1", "3:4"]
 
 
@@ -46,6 +49,36 @@ def test_the_asked_number_of_zeros_is_met_exactly(method: str, scope: Scope, siz
     pruned = prune(a_model(sizes, dtype=dtype, seed=seed), Sparsity.of(percent / 100), method, scope)
     for group in groups(pruned, scope):
         assert sum(int((part == 0).sum()) for part in group) == int(Fraction(percent, 100) * sum(part.numel() for part in group))
+
+
+@pytest.mark.parametrize(("method", "scope"), CALIBRATED)
+@settings(max_examples=12)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 13)), min_size=1, max_size=3),
+    st.integers(0, 99),
+    st.sampled_from([torch.bfloat16, torch.float32]),
+    st.integers(0, 40),
+)
+def test_and_so_it_is_by_those_that_look_at_inputs(
+    method: str, scope: Scope, sizes: list[tuple[int, int]], percent: int, dtype: torch.dtype, tokens: int
+) -> None:
+    """Whatever the number of tokens: fewer than inputs, or none."""
+    weights = {str(number): a_weight(*size, number, dtype) for number, size in enumerate(sizes)}
+    moments = {name: moments_of(some_inputs(tokens, weight.shape[1])) if tokens else nothing(weight.shape[1]) for name, weight in weights.items()}
+    sparsity = Sparsity.of(percent / 100)
+    pruned = prune_block(weights, moments, PRUNERS[method], dict.fromkeys(weights, sparsity), scope, PRUNERS[method].options.check({}))
+    counts = [int((weight == 0).sum()) for weight in pruned.values()]
+    if scope == "row":
+        assert all((weight == 0).sum(1).tolist() == [sparsity.count(weight.shape[1])] * len(weight) for weight in pruned.values())
+    elif scope == "block":
+        assert sum(counts) == sparsity.count(sum(weight.numel() for weight in pruned.values()))
+    else:
+        assert counts == [sparsity.count(weight.numel()) for weight in pruned.values()]
+    assert all(weight.dtype == dtype for weight in pruned.values())
+
+
+def nothing(width: int) -> Moments:
+    return Moments(torch.zeros(width, width), torch.zeros(width), 0)
 
 
 @pytest.mark.parametrize("method", sorted({method for method, _ in DATA_FREE}))

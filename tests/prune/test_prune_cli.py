@@ -66,7 +66,9 @@ def test_neurons_and_heads_go_into_a_smaller_model(compress: Program, tmp_path: 
         (["--sparsity", "0.5", "-m", "wanda"], "wanda looks at the inputs of layers: give it a text with --calibration"),
         (["--sparsity", "0.5", "-m", "wnada"], "unknown pruner 'wnada'. Did you mean 'wanda'?"),
         (["--sparsity", "0.5", "--calibration", str(TEXT)], "magnitude needs no calibration text"),
-        (["--sparsity", "0.5", "--reconstruct", "block"], "blocks are reconstructed on a text: give it with --calibration"),
+        (["--sparsity", "0.5", "--reconstruct", "block"], "reconstruction and allocation need a text: give it with --calibration"),
+        (["--sparsity", "0.5", "--allocate"], "reconstruction and allocation need a text: give it with --calibration"),
+        (["--pattern", "2:4", "--allocate", "--calibration", str(TEXT)], "allocate deals out a sparsity to layers"),
         (["--sparsity", "0.5", "--reconstruct", "layer", "--calibration", str(TEXT)], "Input should be 'block', 'sublayer' or 'linear'"),
         (["--sparsity", "0.5", "--retrain", "norms"], "--retrain trains on a text: give it with --calibration"),
         (["--sparsity", "0.5", "-m", "wanda", "--calibration", str(TEXT), "--window", "512", "--exclude", "layers.*"], "nothing to prune"),
@@ -113,6 +115,16 @@ def test_blocks_are_reconstructed_under_the_mask(compress: Program, tmp_path: Pa
     assert not torch.equal(plain.read("model.layers.0.mlp.up_proj.weight"), repaired.read("model.layers.0.mlp.up_proj.weight"))
     assert not torch.equal(plain.read("model.layers.0.input_layernorm.weight"), repaired.read("model.layers.0.input_layernorm.weight"))
     assert torch.equal(plain.read("model.norm.weight"), repaired.read("model.norm.weight"))
+
+
+def test_sparsity_is_dealt_out_to_the_layers_and_adds_up(compress: Program, tmp_path: Path) -> None:
+    text = ["--calibration", TEXT, "--windows", "2", "--window", "32"]
+    rest = ["--exclude", "layers.[0-3].*", "--exclude", "layers.4.mlp.*"]  # few layers, so that it is quick
+    for method in ("magnitude", "wanda"):
+        run = compress("prune", BASE, "--sparsity", "0.5", "--method", method, "--scope", "tensor", "--allocate", *text, *rest, "-o", method)
+        assert "122880 of 245760 weights in 11 linear layers are zero: 50.00%, asked: 0.5" in run.stdout
+        shares = {counts["zeros"] / counts["weights"] for counts in json.loads((tmp_path / method / "sparsity.json").read_bytes())["tensors"].values()}
+        assert len(shares) > 2
 
 
 def test_retraining_may_follow_at_once(compress: Program) -> None:

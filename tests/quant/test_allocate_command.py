@@ -78,8 +78,9 @@ def test_what_is_wrong_is_said_in_one_line(compress: Program, tmp_path: Path) ->
     assert "s.json were measured for other layers" in compress(*again, "--exclude", "*.o_proj.weight", "--sensitivity", "gram").line
     assert "s.json were measured with another model" in compress("allocate", MODELS / "code", *again[2:], "--sensitivity", "gram").line
     both = compress("quantize", BASE, "--bits", 3, "--allocation", "bits.yaml").line
-    assert "quantize: give bits, or an allocation that says them for each layer" in both
-    assert "leave these out" in compress("quantize", BASE, "--group-size", 32, "--allocation", "bits.yaml").line
+    assert "quantize: give bits, or a scheme by its name (W8A8, FP8, FP8_BLOCK, NVFP4, MXFP4), or an allocation: one of these" in both
+    alone = "an allocation says the group size and the symmetry of each layer; leave group_size and symmetric out"
+    assert alone in compress("quantize", BASE, "--group-size", 32, "--allocation", "bits.yaml").line
     assert "missing.yaml: No such file or directory" in compress("quantize", BASE, "--allocation", "missing.yaml").line
     content = yaml.safe_load((tmp_path / "bits.yaml").read_text())
     (tmp_path / "half.yaml").write_text(yaml.safe_dump({"groups": content["groups"][:12]}))

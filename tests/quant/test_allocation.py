@@ -243,6 +243,10 @@ def test_the_dual_keeps_the_loss_with_the_fewest_bits(llama: tuple[Checkpoint, S
     assert found.candidates[0].predicted <= most * (1 + 1e-12)
     within = [candidate for candidate in found.candidates if candidate.measured <= most]
     assert found.chosen == (min(within, key=lambda candidate: candidate.cost) if within else min(found.candidates, key=lambda candidate: candidate.measured))
+    hopeful = replace(table, base=-1.0)  # predicts less than there is
+    with pytest.warns(UserWarning, match=r"no candidate keeps --max-loss .* on held-out text; the best of them loses .* nats a token"):
+        lost = allocated(model, hopeful, Budget(max_loss=1e-12), heldout=rows(), count=4)
+    assert lost.chosen.measured == min(candidate.measured for candidate in lost.candidates)
     with pytest.raises(OptionError, match=r"--max-loss 1e-12 cannot be met: the widest choices lose .* nats a token; add wider ones"):
         allocated(model, table, Budget(max_loss=1e-12))
 

@@ -165,6 +165,23 @@ def test_what_cannot_be_read_is_refused_with_the_reason_and_the_way_out(change: 
         read_config({"quantization_config": found})
 
 
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"config_groups": [1]}, {"config_groups": {"a": {"weights": 3, "format": "pack-quantized"}}}, {"ignore": ["re:("]}, {"ignore": 3},
+        {"config_groups": {"a": {"format": "float-quantized", "weights": {"type": "float", "strategy": "block"}}}},
+        {"config_groups": {"a": {"format": "float-quantized", "weights": {"type": "float", "strategy": "block", "block_structure": [0, 4]}}}},
+        {"config_groups": {"a": {"format": "pack-quantized", "weights": {"group_size": "x", "strategy": "group"}, "targets": ["Linear"]}}},
+        {"quant_method": "gptq", "bits": 4, "dynamic": {"+:(": {}}}, {"quant_method": "gptq", "bits": 4, "group_size": None},
+        {"quant_method": "gptq", "bits": [4]}, {"quant_method": "awq", "group_size": "x"}, {"quant_method": ["gptq"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_malformed_config_is_refused_in_one_line(found: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=r"quantization_config: .*Start from the model"):
+        read_config({"quantization_config": found})
+
+
 def test_widths_stored_alike_by_all_versions_are_read_from_any() -> None:
     found = llm_compressor() | {"version": "0.9.2"}
     assert read_config({"quantization_config": found})("up") == W4

@@ -118,8 +118,9 @@ def test_inputs_in_the_order_of_their_activations_are_dequantized_and_not_conver
     assert torch.equal(values[:, order], values_of(quantized))
     with pytest.raises(CheckpointError, match="in the order of their activations"):
         READERS["gptq_v2"].decode(tensors, scheme, (64, 128))
-    with pytest.raises(CheckpointError, match=r"its groups \(g_idx\) do not have 32 inputs each"):
-        READERS["gptq_v2"].values({**tensors, "g_idx": torch.zeros(128, dtype=torch.int32)}, scheme, (64, 128))
+    for wrong in (torch.zeros(128, dtype=torch.int32), tensors["g_idx"] - 1, tensors["g_idx"] * 1000):
+        with pytest.raises(CheckpointError, match=r"its groups \(g_idx\) do not have 32 inputs each"):
+            READERS["gptq_v2"].values({**tensors, "g_idx": wrong}, scheme, (64, 128))
 
 
 @pytest.mark.parametrize("group", [0, 32])
@@ -156,6 +157,19 @@ def test_what_awq_and_gptq_cannot_be_read_as_is_refused() -> None:
     ):
         with pytest.raises(CheckpointError, match=f"{reason}.*Start from the model"):
             stored_as({"quantization_config": found})
+
+
+def test_tensors_that_are_not_what_the_config_implies_are_refused_before_they_are_read() -> None:
+    model = quantize(Checkpoint.from_tensors({"layers.0.up_proj.weight": a_weight()}, "m"), Scheme(4, 32), format_name="gptq")
+    tensors = {name: model.read(name) for name in model.specs}
+    for name, tensor, reason in (
+        ("qweight", tensors["layers.0.up_proj.qweight"].float(), r"qweight is F32 \[16, 64\], but .* makes it I32 \[16, 64\]"),
+        ("scales", tensors["layers.0.up_proj.scales"][:2], r"scales is F16 \[2, 64\], but 4 bits, groups of 32, .* \[64, 128\] makes it F16 \[4, 64\]"),
+        ("qweight", torch.zeros(3, dtype=torch.int32), "layers.0.up_proj is stored as gptq by config.json, but its tensors are no matrices"),
+    ):
+        other = Checkpoint.from_tensors({**tensors, f"layers.0.up_proj.{name}": tensor}, "m")
+        with pytest.raises(CheckpointError, match=reason):
+            dequantize(Checkpoint("m", other.source, model.files))
 
 
 def llama(scheme: Scheme) -> dict[str, Scheme]:
@@ -195,9 +209,11 @@ def test_what_it_cannot_hold_is_refused_by_the_plan() -> None:
     ):
         with pytest.raises(OptionError, match=f"format gptq: .*{reason}"):
             quantize(model, scheme, format_name="gptq")
-    odd = Checkpoint.from_tensors({"layers.0.up_proj.weight": a_weight(33, 64)}, "m")
-    with pytest.raises(OptionError, match=r"layers.0.up_proj.weight is \[33, 64\], and gptq stores 32 outputs and inputs at a time; leave it out"):
-        quantize(odd, Scheme(4, 32), format_name="gptq")
+    odd = Checkpoint.from_tensors({"layers.0.up_proj.weight": a_weight(24, 64)}, "m")
+    with pytest.raises(OptionError, match=r"layers.0.up_proj.weight is \[24, 64\], and gptq stores 32 outputs and inputs at a time; leave it out"):
+        quantize(odd, Scheme(3, 32), format_name="gptq")
+    four = dequantize(quantize(odd, Scheme(4, 32), format_name="gptq"))
+    assert torch.equal(four.read("layers.0.up_proj.weight"), values_of(rtn(a_weight(24, 64), Scheme(4, 32))))
 
 
 def test_codes_are_chosen_against_the_scales_as_stored() -> None:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.compressors import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig, LlamaForCausalLM
 
+from mergekit_plus.checkpoint import Checkpoint, save
 from mergekit_plus.checkpoint.dtypes import TAGS
 from mergekit_plus.checkpoint.spec import TensorSpec
 from quant import FORMATS, Scheme, decode, dequantize, read_config, rtn
+from quant.plan import PRESETS, quantize
+from quant.plan import dequantize as unpacked
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the libraries that load; what they load is what is tested
+BASE = Path(__file__).parents[1] / "models" / "base"
 PROMPT = torch.arange(12).view(1, 12)
 
 
@@ -87,12 +94,57 @@ def test_a_model_of_several_schemes_loads_as_it_is(tmp_path: Path) -> None:
     assert_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), expected)
 
 
-@pytest.mark.parametrize("scheme", [Scheme(bits, group, False) for bits in (2, 3, 4, 8) for group in (0, 32)], ids=str)
+@pytest.mark.parametrize("scheme", [Scheme(bits, group, False) for bits in range(2, 9) for group in (0, 32)], ids=str)
 def test_an_asymmetric_model_loads_dequantized(tmp_path: Path, scheme: Scheme) -> None:
     """compressed-tensors 0.18 to 0.20 fail to load packed zero points otherwise."""
     expected = write_packed(tmp_path / "model", {"_proj": scheme})
     config = CompressedTensorsConfig(dequantize=True)
     assert_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=config), expected)
+
+
+def logits_of(folder: Path, dequantized: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    """The logits of a folder as transformers loads it, and its weights afterwards."""
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantized else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    with torch.no_grad():
+        logits = model(PROMPT).logits
+    return logits, model.state_dict()
+
+
+def assert_loads(packed: Checkpoint, tmp_path: Path, dequantized: bool = False) -> None:
+    """Weights and logits of what is written are those of our own dequantization, bit for bit."""
+    save(packed, tmp_path / "packed")
+    dense = unpacked(Checkpoint.open(tmp_path / "packed"))
+    save(dense, tmp_path / "dense")
+    found, weights = logits_of(tmp_path / "packed", dequantized)
+    for name in dense.specs:
+        assert torch.equal(weights[name], dense.read(name)), name
+    assert torch.equal(found, logits_of(tmp_path / "dense")[0])
+
+
+@pytest.mark.parametrize("scheme", [Scheme(bits, group) for bits in (2, 3, 4, 8) for group in (64, 128)], ids=str)
+def test_groups_of_64_and_128_load_as_they_are(tmp_path: Path, scheme: Scheme) -> None:
+    assert_loads(quantize(Checkpoint.open(BASE), scheme), tmp_path)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_scheme_by_its_name_loads_and_where_only_weights_are_quantised_as_it_is(tmp_path: Path, name: str) -> None:
+    """By default transformers rounds activations too where servers do, so that logits are compared without."""
+    scheme, layout = PRESETS[name]
+    assert_loads(quantize(Checkpoint.open(BASE), scheme, format_name=layout), tmp_path, dequantized=name in ("W8A8", "FP8", "FP8_BLOCK"))
+    _, weights = logits_of(tmp_path / "packed")
+    assert torch.equal(weights["model.layers.5.mlp.down_proj.weight"], Checkpoint.open(tmp_path / "dense").read("model.layers.5.mlp.down_proj.weight"))
+
+
+def test_several_schemes_with_zero_points_are_decoded_module_by_module(tmp_path: Path) -> None:
+    """transformers 5.23 cannot load them in any way; compressed-tensors decodes each."""
+    schemes = {f"model.layers.{block}.mlp.down_proj": Scheme(2 + block, 32 * (block % 2), False) for block in range(6)}
+    packed = quantize(Checkpoint.open(BASE), schemes)
+    written, dense = QuantizationConfig.model_validate(packed.config["quantization_config"]), unpacked(packed)
+    for module in schemes:
+        parts = {name.removeprefix(f"{module}."): packed.read(name) for name in packed.specs if name.startswith(f"{module}.weight")}
+        (group,) = (group for group in written.config_groups.values() if any(re.match(target.removeprefix("re:"), module) for target in group.targets))
+        assert torch.equal(PackedQuantizationCompressor.decompress(parts, group)["weight"], dense.read(f"{module}.weight"))
 
 
 def test_without_its_status_a_model_loads_random_weights_in_silence(tmp_path: Path) -> None:

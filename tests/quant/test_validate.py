@@ -166,7 +166,7 @@ def test_fused_layers_that_are_not_alike() -> None:
 def test_groups_that_do_not_divide_and_shapes_of_another_scheme() -> None:
     assert "groups of 80 do not divide" in validate(broken(lambda tensors, config: weights(config).update(group_size=80))).problems[0]
     assert problem(lambda tensors, config: weights(config).update(group_size=64)) == (
-        "model.layers.0.mlp.down_proj.weight_scale is [128, 12], but 4 bits, groups of 64, symmetric of a weight [128, 384] makes it [128, 6]; "
+        "model.layers.0.mlp.down_proj.weight_scale is BF16 [128, 12], but 4 bits, groups of 64, symmetric of a weight [128, 384] makes it BF16 [128, 6]; "
         "config.json is another model's (and so for 41 more)"
     )
 
@@ -182,7 +182,10 @@ def test_packed_tensors_without_a_config_and_a_config_without_packed_tensors() -
     )
     dense = Checkpoint.open(BASE).with_config(quantization_config=packed.config["quantization_config"])
     assert validate(dense).problems == ["config.json has a quantization_config, but no tensor is packed; take it out if the tensors are right"]
-    assert "quantised with 'hqq'" in validate(packed.with_config(quantization_config={"quant_method": "hqq"})).problems[0]
+    other = validate(packed.with_config(quantization_config={"quant_method": "hqq"}))
+    assert (other.problems, other.warnings) == ([], ["quantised with 'hqq', which is not known here: how it is described was not checked"])
+    for malformed in ([1], {"group_0": ["Linear"]}, {"group_0": {"weights": 3}}, 3):
+        assert len(validate(packed.with_config(quantization_config={"quantization_status": "compressed", "config_groups": malformed})).problems) == 1
 
 
 @pytest.mark.parametrize(("layout", "other", "step"), [("gptq", "gptq_v2", 0x11111111), ("gptq_v2", "gptq", -0x11111111)])
