@@ -611,7 +611,7 @@ class FoldStep(Strict):
         found = find(
             source, rows, self.remove, self.by, pinned=self.pinned, seed=self.calibration.seed, device=how.device, progress=how.save.progress
         )  # fmt: skip
-        how.save.progress.tell(f"fold: by {self.by}, the blocks {', '.join(map(str, found.removed))} of {len(found.scores)} are taken out")
+        how.save.progress.tell(f"fold: {self.by} takes out {', '.join(map(str, found.removed))} of the blocks 0 to {len(found.scores) - 1}")
         return self.model_copy(update={"keep": list(found.kept), "scores": [round(score, 6) for score in found.scores]})
 
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:

@@ -93,7 +93,7 @@ def folded(checkpoint: Checkpoint, fold: Fold) -> Checkpoint:
             steps.append(_mean_step(checkpoint, sources, new))
     label = f"{checkpoint.label} folded to {len(fold.kept)} blocks" + (f" in {len(fold.parents)} groups" if len(fold.parents) < len(fold.kept) else "")
     gone = [str(block) for block in range(len(part.layers)) if block not in fold.kept]
-    notes = [f"without the blocks {', '.join(gone)} of {len(part.layers)}"] if gone else []
+    notes = [f"without the blocks {', '.join(gone)} of 0 to {len(part.layers) - 1}"] if gone else []
     return of_layers(Checkpoint(label, Plan(steps), checkpoint.files, (*checkpoint.notes, *notes)), part, fold.kept)
 
 

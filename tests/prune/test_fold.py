@@ -178,7 +178,7 @@ def test_what_cannot_be_folded_is_refused(folder: Path) -> None:
 def test_the_command_removes_says_which_and_its_recipe_keeps_them(compress: Program, tmp_path: Path) -> None:
     done = compress("fold", MODELS / "base", "--remove", 1, "--by", "influence", "--calibration", TEXT, "--windows", 4, "--window", 64, "-o", "folded")
     assert done.returncode == 0, done.stderr
-    assert "fold: by influence, the blocks " in done.stderr
+    assert f" of the blocks 0 to {BLOCKS - 1}" in done.stderr
     out = Checkpoint.open(tmp_path / "folded")
     assert out.config["num_hidden_layers"] == BLOCKS - 1
     assert compress("run", "folded/recipe.yaml", "-o", "again").returncode == 0  # from what was found: no text is read for it
