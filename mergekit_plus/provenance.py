@@ -19,7 +19,7 @@ from .checkpoint.layout import DEFAULT_SHARD_SIZE
 from .checkpoint.references import split_reference
 from .checkpoint.upload import parse_target
 from .errors import CheckpointError, CompressError
-from .steps import PruneStep, calibrations
+from .steps import TEXT_KEYS, PruneStep, calibrations
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -102,7 +102,7 @@ def _resolved(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manife
         }
         for name, source in recipe.inputs.items()
     }
-    content["steps"] = [{name: _moved(options, recipe.folder, out) for name, options in step.items()} for step in _plain_steps(recipe, out)]
+    content["steps"] = _plain_steps(recipe, out)
     if shard_size != DEFAULT_SHARD_SIZE:
         content["max_shard_size"] = str(shard_size)
     if "checks" in content and recipe.checks.texts:
@@ -123,15 +123,9 @@ def _plain_steps(recipe: Recipe, out: Path) -> list[dict[str, dict[str, Any]]]:
     steps = [{name: options.model_dump(mode="json", exclude_none=True) for name, options in step.items()} for step in recipe.steps]
     for step in steps:
         for options in step.values():
-            if "calibration" in options:
-                options["calibration"] = CalibrationOptions.model_validate(options["calibration"]).placed(recipe.folder).provenance(out)
+            for key in [key for key in TEXT_KEYS if isinstance(options.get(key), dict)]:
+                options[key] = CalibrationOptions.model_validate(options[key]).placed(recipe.folder).provenance(out)
     return steps
-
-
-def _moved(options: dict[str, Any], folder: Path, out: Path) -> dict[str, Any]:
-    """A step with the texts that it reads relative to the output."""
-    texts = options.get("text")
-    return options if not isinstance(texts, list) else {**options, "text": [_relative(str(folder / text), out) for text in texts]}
 
 
 def _relative(ref: str, out: Path) -> str:

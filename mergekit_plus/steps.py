@@ -178,10 +178,21 @@ class ExtractAdapterStep(Strict):
         return extract(inputs[self.base], inputs[self.tuned], options, how.save.progress)
 
 
+def with_lesson(made: Checkpoint, steps: int, batch: int, rows: Any) -> Checkpoint:
+    """The same, with a note on how long it will train."""
+    note = f"trains for {steps} steps of {batch} windows of {rows.shape[1]} tokens; {len(rows)} windows of the text are read"
+    return replace(made, notes=(*made.notes, note))
+
+
+def lesson_rows(text: CalibrationOptions, windows: int, model: Checkpoint, how: Execution) -> Any:
+    """What a step trains on: at least as many windows as it reads, where the text has so many, int64 [windows, window]."""
+    return text.model_copy(update={"windows": max(text.windows, windows)}).placed(how.folder).read(model)[0]
+
+
 class LessonStep(Strict):
     """A step that may train on a text: for so many steps of so many windows, at a rate that has a default of its own."""
 
-    calibration: CalibrationOptions | None = None
+    text: CalibrationOptions | None = None
     steps: int = 200
     batch: int = 4
     lr: float | None = None
@@ -193,12 +204,15 @@ class LessonStep(Strict):
 
         from .training import TrainOptions
 
-        if self.calibration is None:
+        if self.text is None:
             return None
-        windows = max(self.calibration.windows, self.steps * self.batch + HELD_OUT)
-        ids, _ = self.calibration.model_copy(update={"windows": windows}).placed(how.folder).read(model)
+        ids = lesson_rows(self.text, self.steps * self.batch + HELD_OUT, model, how)
         training = TrainOptions(self.steps, lr if self.lr is None else self.lr, self.batch, schedule="cosine", warmup=0.05, clip=None, seed=self.seed)
         return Lesson(ids, training)
+
+    def told(self, made: Checkpoint, lesson: Any) -> Checkpoint:
+        """What it made, with a note on how long that trains."""
+        return with_lesson(made, self.steps, self.batch, lesson.ids) if lesson else made
 
 
 class QuantizeAdapterStep(LessonStep):
@@ -216,8 +230,8 @@ class QuantizeAdapterStep(LessonStep):
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
         yield from (f"quantize_adapter: {problem}" for problem in self._options().problems())
         yield from (f"quantize_adapter: {problem}" for problem in not_inputs([name for name in (self.base, self.of) if name], inputs))
-        if (self.base is None) != (self.calibration is None):
-            yield "quantize_adapter: to distil, give both a calibration text and the base that the adapter was trained on"
+        if (self.base is None) != (self.text is None):
+            yield "quantize_adapter: to distil, give both a text and the base that the adapter was trained on"
 
     def _options(self) -> Any:
         from quant.adapters.plan import QuantizeOptions
@@ -235,7 +249,8 @@ class QuantizeAdapterStep(LessonStep):
         adapter = inputs[self.of] if self.of else only_input(others, previous, "quantize_adapter")
         adapter = expanded(adapter) if is_packed(adapter) else adapter
         base = inputs[self.base] if self.base else None
-        return quantize_adapter(read_adapter(adapter), self._options(), base, self.lesson(base, how, RELATIVE_LR) if base else None)
+        lesson = self.lesson(base, how, RELATIVE_LR) if base else None
+        return self.told(quantize_adapter(read_adapter(adapter), self._options(), base, lesson), lesson)
 
 
 class TrainAdapterStep(LessonStep):
@@ -251,8 +266,8 @@ class TrainAdapterStep(LessonStep):
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
         yield from (f"train_adapter: {problem}" for problem in [*not_inputs([self.base], inputs), *self._options().problems()])
-        if self.calibration is None:
-            yield "train_adapter: give it a text to train on, `calibration:`"
+        if self.text is None:
+            yield "train_adapter: give it a text to train on"
 
     def _options(self) -> Any:
         from quant.adapters.train import TrainAdapterOptions
@@ -262,7 +277,8 @@ class TrainAdapterStep(LessonStep):
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
         from quant.adapters.train import LR, train_adapter
 
-        return train_adapter(inputs[self.base], self.lesson(inputs[self.base], how, LR), self._options())
+        lesson = self.lesson(inputs[self.base], how, LR)
+        return self.told(train_adapter(inputs[self.base], lesson, self._options()), lesson)
 
 
 class DeltaStep(LessonStep):
@@ -288,7 +304,8 @@ class DeltaStep(LessonStep):
         from quant.adapters.train import RELATIVE_LR
 
         base, tuned = inputs[self.base], inputs[self.tuned]
-        return delta(base, tuned, self._options(), self.lesson(tuned, how, RELATIVE_LR))
+        lesson = self.lesson(tuned, how, RELATIVE_LR)
+        return self.told(delta(base, tuned, self._options(), lesson), lesson)
 
 
 class QuantizeStep(BaseModel):
@@ -367,7 +384,7 @@ class QuantizeStep(BaseModel):
 class CalibrateStep(Strict):
     """`calibrate:` — the moments of the inputs of linear layers on a text."""
 
-    calibration: CalibrationOptions
+    text: CalibrationOptions
     of: str | None = None
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
@@ -378,7 +395,7 @@ class CalibrateStep(Strict):
         from .calibration.statistics import calibrate
 
         source = inputs[self.of] if self.of else only_input(inputs, previous, "calibrate")
-        text = self.calibration.placed(how.folder)
+        text = self.text.placed(how.folder)
         ids, notes = text.read(source)
         made = calibrate(source, ids, {"seed": text.seed, "sha256": text.digests()}, how.device)
         return replace(made, notes=(*made.notes, *notes))
@@ -534,15 +551,14 @@ class RetrainStep(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     train: list[str]
-    text: list[str]
-    window: int | None = Field(default=None, ge=2)
+    text: CalibrationOptions
     teacher: str | None = None  # an input
     distill: float = Field(default=1.0, ge=0, le=1)
     tune_lr: bool = False
     allow_densify: bool = False
     of: str | None = None
 
-    @field_validator("train", "text", mode="before")
+    @field_validator("train", mode="before")
     @classmethod
     def _one_or_several(cls, value: object) -> object:
         return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
@@ -555,18 +571,18 @@ class RetrainStep(BaseModel):
         yield from (f"retrain: {problem}" for problem in not_inputs([name for name in (self.of, self.teacher) if name is not None], inputs))
         if self.tune_lr and "lr" in (self.model_extra or {}):
             yield "retrain: tune_lr finds the rate; leave out lr, or tune_lr"
-        if not self.text:
-            yield "retrain: give it a text"
 
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
-        from prune.retrain import RetrainOptions, retrain, split_options
+        from prune.retrain import HELD_OUT, RetrainOptions, retrain, split_options
 
         training, variant_options, _ = split_options(self.model_extra or {}, self.train)
+        source = inputs[self.of] if self.of else only_input(inputs, previous, "retrain")
+        rows = lesson_rows(self.text, training.steps * training.batch + HELD_OUT, source, how)
         options = RetrainOptions(
-            tuple(self.train), tuple(how.folder / text for text in self.text), variant_options, training, self.window, self.distill, self.tune_lr,
-            self.allow_densify, how.device,
+            tuple(self.train), rows, variant_options, training, distill=self.distill, tune_lr=self.tune_lr, allow_densify=self.allow_densify, device=how.device,
         )  # fmt: skip
-        return retrain(inputs[self.of] if self.of else only_input(inputs, previous, "retrain"), options, inputs[self.teacher] if self.teacher else None)
+        made = retrain(source, options, inputs[self.teacher] if self.teacher else None)
+        return with_lesson(made, training.steps, training.batch, rows)
 
 
 class FoldStep(Strict):
@@ -686,6 +702,7 @@ OPERATIONS: dict[str, type[StepOptions]] = {
     "fold": FoldStep,
     "retrain": RetrainStep,
 }
+TEXT_KEYS = ("calibration", "text")  # of steps, as the flags of commands: what methods look at; what trains, or is measured on
 FIRST = (MergeStep, MergekitStep, MoeStep, ExtractAdapterStep, TrainAdapterStep, DeltaStep)  # they read inputs, not what a step before them made
 
 
@@ -729,9 +746,9 @@ def with_allocations(steps: Sequence[object], folder: Path) -> tuple[list[object
 
 
 def calibrations(steps: Sequence[Mapping[str, StepOptions]]) -> list[tuple[str, CalibrationOptions]]:
-    """The calibration texts of steps, each with the name of its operation."""
-    named = [(name, getattr(options, "calibration", None)) for step in steps for name, options in step.items()]
-    return [(name, text) for name, text in named if text is not None]
+    """The texts that steps read, each with the name of its operation and of its key."""
+    found = [(f"{name}: {key}", getattr(options, key, None)) for step in steps for name, options in step.items() for key in TEXT_KEYS]
+    return [(name, text) for name, text in found if isinstance(text, CalibrationOptions)]
 
 
 def order_problems(steps: Sequence[Mapping[str, StepOptions]], inputs: Mapping[str, object]) -> list[str]:
