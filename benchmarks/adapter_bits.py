@@ -113,7 +113,7 @@ class Bench:
             row = self.measured(domain, f"scratch {bits} {rank}", lambda out, options=options, lr=lr: self.trained(base, domain, options, lr, out))
             print(f"| rank {rank}, {bits} bit{'s' * (bits > 1)} | {row['bytes'] / 1e3:.0f} kB | {row['loss']:.4f} | {start - row['loss']:.4f} |", flush=True)
 
-    def differences(self, domain: str) -> None:
+    def differences(self, domain: str, tables: str) -> None:
         """The table of one fine-tune."""
         base, tuned = self.models / "base", self.models / domain
         start = self.measured(domain, "base", lambda out: str(base))["loss"]
@@ -129,8 +129,8 @@ class Bench:
         ways: dict[str, tuple[DeltaOptions, int]] = {
             "1 bit": (DeltaOptions(), 0),
             "1 bit, a scale for each row": (DeltaOptions(scale="row"), 0),
-            "1 bit, scales distilled": (DeltaOptions(), 40),
             "1 bit, nothing else stored": (DeltaOptions(rest=False), 0),
+            **({"1 bit, scales distilled": (DeltaOptions(), 40)} if "scales" in tables else {}),
         }
         for name, (options, steps) in ways.items():
             made = lambda out, options=options, steps=steps: self.difference(base, tuned, domain, options, steps, out)  # noqa: E731
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=100, help="of every training")
     parser.add_argument("--domains", help="some of them: code,drama (default: all)")
-    parser.add_argument("--tables", default="adapters,distilled,scratch,delta", help="which of the tables")
+    parser.add_argument("--tables", default="adapters,distilled,scratch,delta,scales", help="which of the tables")
     options = parser.parse_args()
     on()
     bench = Bench(options.models, options.texts, options.cache, options.steps)
@@ -177,10 +177,10 @@ def main() -> None:
     if "scratch" in options.tables:
         for domain in domains:
             bench.scratch(domain)
-    if "delta" in options.tables:
+    if "delta" in options.tables or "scales" in options.tables:
         print("\n| fine-tune | bytes | perplexity | of the gain |\n|---|---:|---:|---:|")
         for domain in tuned:
-            bench.differences(domain)
+            bench.differences(domain, options.tables)
 
 
 if __name__ == "__main__":

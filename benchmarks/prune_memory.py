@@ -1,8 +1,8 @@
 """Memory and time of global magnitude pruning of a large checkpoint: `python benchmarks/prune_memory.py [--parameters 2.1]`.
 
-A checkpoint of so many billion parameters in bfloat16 is made up on the disk (random weights, thousands of which tie), pruned to a half over the whole
-model in a process of its own, and the result is counted. The anonymous memory of that process is watched from inside it. The target is under 1 GiB, and
-two passes over the weights, of which one writes.
+A checkpoint of so many billion parameters in bfloat16 is made up on the disk (the same random weights again and again: each magnitude ties with thousands),
+pruned to a half over the whole model in a process of its own, and the result is counted. The anonymous memory of that process is watched from inside
+it. The target is under 1 GiB, and two passes over the weights, of which one writes.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ PRUNE = """
         global peak
         while not done.wait(0.01):
             peak = max(peak, anonymous())
-    def counted(self, visit, sample=False):
-        passes.append("a sixteenth" if sample else "all")
-        return mapped(self, visit, sample)
+    def counted(self, visit, sample=False, only=None):
+        passes.append("a sixteenth" if sample else "all" if only is None else "one piece")
+        return mapped(self, visit, sample, only)
     Scan.map = counted
     threading.Thread(target=watch, daemon=True).start()
     before, start = peak, time.monotonic()
@@ -54,10 +54,11 @@ def write_model(folder: Path, billions: float) -> int:
     shapes = {"self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (HIDDEN // 4, HIDDEN), "self_attn.v_proj": (HIDDEN // 4, HIDDEN),
               "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (MLP, HIDDEN), "mlp.up_proj": (MLP, HIDDEN), "mlp.down_proj": (HIDDEN, MLP)}  # fmt: skip
     blocks = round(billions * 1e9 / sum(rows * inputs for rows, inputs in shapes.values()))
-    generator, weight_map, total = torch.Generator().manual_seed(0), {}, 0
+    weights = (torch.randn(MLP * HIDDEN, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+    weight_map, total = {}, 0
     for block in range(blocks):
         shard = f"model-{block + 1:05d}-of-{blocks:05d}.safetensors"
-        tensors = {f"model.layers.{block}.{name}.weight": (torch.randn(shape, generator=generator) * 0.02).bfloat16() for name, shape in shapes.items()}
+        tensors = {f"model.layers.{block}.{name}.weight": weights[: rows * inputs].view(rows, inputs).clone() for name, (rows, inputs) in shapes.items()}
         save_file(tensors, folder / shard)
         weight_map |= dict.fromkeys(tensors, shard)
         total += sum(tensor.numel() for tensor in tensors.values())

@@ -77,7 +77,7 @@ def tuned_parameters(
 def steps_for(
     checkpoint: Checkpoint, roles: ModelMap, layers: Sequence[Layer], tuned: Mapping[str, Inner], calibration: Calibration, device: str
 ) -> tuple[list[Step], list[str]]:
-    """The steps that quantise these layers and change these norms and biases, and notes on how, and on those layers that are rounded to nearest.
+    """The steps that quantise these layers and change these norms and biases, and notes on how, and on layers that are rounded to nearest.
 
     Errors: OptionError without a text or moments; CheckpointError for moments that are another model's.
     """
@@ -93,7 +93,7 @@ def steps_for(
         steps = [Step(((checkpoint, layer.name), *known.reads(layer.name)), layer.writes, _FromMoments(layer, device)) for layer in seen]
     else:
         seen = [layer for layer in layers if in_walk(roles, layer.name)]
-        walking = memory(checkpoint, roles, calibration.cross or bool(calibration.norm_passes))
+        walking = memory(checkpoint, roles, calibration.cross or calibration.norm_passes > 0)
         made = block_by_block(checkpoint, seen, tuned, calibration, walking, device)
         steps = [copy_step(made, name) for name in made.specs]
         assert calibration.ids is not None

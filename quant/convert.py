@@ -16,7 +16,6 @@ from mergekit_plus.errors import CheckpointError, OptionError
 from mergekit_plus.model import describe
 
 from . import FORMATS
-from .floats import FloatScheme
 from .formats import Format, Module, modules_of
 from .formats.reading import SCALES
 from .plan import constant, dense_modules, with_quantization
@@ -37,7 +36,7 @@ def convert(checkpoint: Checkpoint, to: str) -> Checkpoint:
     if all(module.stored.layout == to for module in modules):
         raise OptionError(f"{checkpoint.label} is stored as {to} already")
     for module in modules:
-        if reason := layout.refuses(module.stored.scheme) or _unlike(module, to):
+        if reason := layout.refuses(module.stored.scheme):
             raise OptionError(f"{checkpoint.label}: {module.name} cannot be stored as {to}: {reason}")
     steps: list[Step] = []
     taken: set[str] = set()
@@ -76,13 +75,8 @@ class _Convert:
             raise CheckpointError(f"{self.label}: {self.module.name}: {error}") from None
         scale = codes.scale.to(self.dtype)
         if bool(scale.isinf().any()):
-            raise CheckpointError(f"{self.label}: {self.module.name} has a scale that {self.dtype} cannot hold, in which {self.layout.name} stores them")
+            raise CheckpointError(f"{self.label}: {self.module.name} has a scale that {TAGS[self.dtype]} cannot hold, in which {self.layout.name} stores them")
         return list(self.layout.encode(replace(codes, scale=scale)).values())
-
-
-def _unlike(module: Module, to: str) -> str | None:
-    """Small floats are stored in one way each."""
-    return f"{module.stored.scheme} is {module.stored.layout}" if isinstance(module.stored.scheme, FloatScheme) and module.stored.layout != to else None
 
 
 def _scale_dtype(checkpoint: Checkpoint, layout: Format, module: Module) -> torch.dtype:

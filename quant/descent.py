@@ -45,7 +45,7 @@ class _Descent:
         self.low, self.high = scheme.low - self.origin, scheme.high - self.origin
         self.steps = start.codes.float().T.contiguous()
         self._grouped(self.steps).sub_(self.origin.unsqueeze(1))
-        self.fixed = zero.T.contiguous()
+        self.fixed, self.pruned = zero.T.contiguous(), bool(zero.any())
         self.power = gram.diagonal()
         self.pull = gram / self.power  # what an error of column i adds to the wish of column j: H_ij / H_jj
         self.wish = self.pull.T @ (target.float().T - (self._grouped(self.steps) * self.scale.unsqueeze(1)).flatten(0, 1))  # P_j / H_jj
@@ -83,15 +83,16 @@ class _Descent:
             self._tell_back(first, middle, last)
             return
         scale, low, high = self.scale[group], self.low[group], self.high[group]
-        wish = self.wish[first:last]
-        for k in range(first, last):
-            steps = self.steps[k]
-            best = torch.div(self.wish[k], scale).add_(steps).round_()
-            torch.minimum(torch.maximum(best, low, out=best), high, out=best)
-            torch.where(self.fixed[k], steps, best, out=best)
-            torch.mul(steps - best, scale, out=self.moved[k])
+        here = slice(first, last)
+        wish = self.wish[here]
+        for k, steps, w, moved, pull in zip(range(first, last), self.steps[here], wish, self.moved[here], self.pull[here, here], strict=True):
+            best = torch.div(w, scale).add_(steps).round_()
+            torch.clamp(best, low, high, out=best)
+            if self.pruned:
+                torch.where(self.fixed[k], steps, best, out=best)
+            torch.sub(steps, best, out=moved).mul_(scale)
             steps.copy_(best)
-            wish.addr_(self.pull[k, first:last], self.moved[k])
+            wish.addr_(pull, moved)
 
     def _tell(self, first: int, middle: int, last: int) -> None:
         self.wish[middle:last].addmm_(self.pull[first:middle, middle:last].T, self.moved[first:middle])

@@ -17,6 +17,7 @@ GPTQ stops there. Here scales and codes are then gone through again, by coordina
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated
 
@@ -80,28 +81,36 @@ def _round(target: Tensor, zero: Tensor, start: Quantized, root: Tensor, order: 
     low, high = (torch.full_like(scale, float(end)) for end in (scheme.low, scheme.high))
     if start.zero_point is not None:
         low, high = low - start.zero_point.T, high - start.zero_point.T
+    scales, lows, highs, pruned = scale.unbind(), low.unbind(), high.unbind(), bool(zero.any())
     group = (order // (target.shape[1] // len(scale))).tolist()
 
-    def solve(first: int, last: int) -> None:
-        if last - first > LEAF:
-            middle = (first + last) // 2
-            solve(first, middle)
-            aim[middle:last].addmm_(feedback[first:middle, middle:last].T, error[first:middle])
-            solve(middle, last)
-            return
-        for k in range(first, last):
-            s, g = steps[k], group[k]
-            torch.div(aim[k], scale[g], out=s).round_()
-            torch.maximum(s, low[g], out=s)
-            torch.minimum(s, high[g], out=s)
-            s.masked_fill_(zero[k], 0)
-            error[k].addcmul_(s, scale[g], value=-1)
-            aim[k + 1 : last].addr_(feedback[k, k + 1 : last], error[k])
+    def carry_over(first: int, middle: int, last: int) -> None:
+        aim[middle:last].addmm_(feedback[first:middle, middle:last].T, error[first:middle])
 
-    solve(0, len(error))
+    def solve(first: int, last: int) -> None:
+        for k, a, s, e in zip(range(first, last), aim[first:last], steps[first:last], error[first:last], strict=True):
+            g = group[k]
+            torch.clamp(torch.div(a, scales[g], out=s).round_(), lows[g], highs[g], out=s)
+            if pruned:
+                s.masked_fill_(zero[k], 0)
+            e.addcmul_(s, scales[g], value=-1)
+            aim[k + 1 : last].addr_(feedback[k, k + 1 : last], e)
+
+    _halves(0, len(error), solve, carry_over)
     codes = torch.empty_like(steps)
     codes[order] = steps
     codes = codes.T
     if start.zero_point is not None:
         codes = (codes.reshape(*start.scale.shape, -1) + start.zero_point.unsqueeze(-1)).flatten(-2)
     return codes.to(torch.int8).contiguous()
+
+
+def _halves(first: int, last: int, solve: Callable[[int, int], None], carry_over: Callable[[int, int, int], None]) -> None:
+    """Solve one half after the other, down to leaves. Not a function inside of another: one that calls itself keeps its tensors until garbage is collected."""
+    if last - first <= LEAF:
+        solve(first, last)
+        return
+    middle = (first + last) // 2
+    _halves(first, middle, solve, carry_over)
+    carry_over(first, middle, last)
+    _halves(middle, last, solve, carry_over)

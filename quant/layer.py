@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mergekit_plus.checkpoint import TensorSpec
+from mergekit_plus.checkpoint.dtypes import TAGS
 from mergekit_plus.checkpoint.finite import is_finite, nonfinite
 from mergekit_plus.errors import CheckpointError
 from mergekit_plus.moments import Moments
@@ -71,7 +72,7 @@ class Layer:
             raise nonfinite(method.label, self.name, weight)
         weight = weight.to(method.layout.dtype or weight.dtype)
         if not method.allow_nonfinite and not is_finite(weight):
-            raise CheckpointError(f"{method.label}: {self.name} holds values that {weight.dtype} cannot, in which {method.layout.name} stores scales")
+            raise CheckpointError(f"{method.label}: {self.name} holds values that {TAGS[weight.dtype]} cannot, in which {method.layout.name} stores scales")
         return weight
 
     def encode(self, quantized: Codes) -> dict[str, Tensor]:

@@ -38,7 +38,8 @@ FORMAT = 1
 class Sensitivities:
     """The losses of groups [groups, choices], relative to a reference point whose own loss is `base`; `errors` are their standard errors.
 
-    Losses are KL(dense || model) in nats a token for the method "kl". reference: the choice of each group there, None for the dense model.
+    Losses are KL(dense || model) in nats a token where `measure` made them. reference: the choice of each group there; None for the dense model, and where
+    that choice was left out.
     """
 
     groups: tuple[Group, ...]
@@ -47,7 +48,6 @@ class Sensitivities:
     errors: tuple[tuple[float, ...], ...]
     base: float
     reference: tuple[int, ...] | None
-    method: str = "kl"
     made: Mapping[str, Any] = field(default_factory=dict)  # the model, the text and the options that they were measured with
 
     def predicted(self, selection: Sequence[int]) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -46,6 +48,8 @@ def walk(
             if number and not work.has(f"{kind}-{number}"):
                 raise CheckpointError(f"{work.folder}: the hidden states before block {number} are gone; start again without --resume")
             current[kind] = replace(first, path=work.folder / f"{kind}-{number}") if number else first
+        if number:
+            first.path.unlink()
 
     def compute(number: int) -> dict[str, Tensor]:
         if not current:
@@ -69,8 +73,16 @@ def walk(
             found.append(work.part(f"block-{number}", partial(compute, number)))
             for kind in ("states", "dense"):
                 (work.folder / (f"{kind}-{number}" if number else "first")).unlink(missing_ok=True)
+            _give_back_memory()
             work.progress.advance(1)
     return found
+
+
+def _give_back_memory() -> None:
+    """What a block leaves behind goes back to the system: references in a circle, and what the C library keeps for later, which comes to several blocks."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc
+        trim(0)
 
 
 def memory(checkpoint: Checkpoint, roles: ModelMap, cross: bool = False) -> int:

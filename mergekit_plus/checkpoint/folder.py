@@ -144,7 +144,7 @@ def _open_on_hub(there: Reference, label: str, cache: bool) -> Checkpoint:
         return _open_snapshot(there, snapshot, label, {name: folder.sha256(name) for name in wanted})
     if there.path in files:
         return Checkpoint(label, _source([folder.open(wanted[0])]), pinned=str(there))
-    return replace(open_listing(folder, label), pinned=str(there))
+    return open_listing(folder, label, str(there))
 
 
 def _wanted(names: Collection[str]) -> list[str]:
@@ -161,10 +161,10 @@ def _open_snapshot(there: Reference, snapshot: Path, label: str, digests: Mappin
         return Checkpoint(label, _source([LocalFolder(path.parent, digests).open(path.name)]), pinned=str(there))
     if not path.is_dir():
         raise CheckpointError(f"{there}: the local cache has no {there.path} of it, and the Hub cannot be reached")
-    return replace(open_listing(LocalFolder(path, digests), label), pinned=str(there))
+    return open_listing(LocalFolder(path, digests), label, str(there))
 
 
-def open_listing(folder: Listing, label: str) -> Checkpoint:
+def open_listing(folder: Listing, label: str, pinned: str = "") -> Checkpoint:
     """Open a model folder, or a PEFT adapter's: a checkpoint of the adapter's own tensors, expanded where they are packed."""
     carried: tuple[str, ...] = CARRIED
     if SINGLE in folder.names:  # before the index, as transformers does
@@ -175,19 +175,20 @@ def open_listing(folder: Listing, label: str) -> Checkpoint:
         source = _source([folder.open(ADAPTER)])
         carried = (*CARRIED, ADAPTER_CONFIG)
     elif packed := next((name for name in PACKED if name in folder.names), None):
-        return _open_packed(folder, label, packed)
+        return _open_packed(folder, label, pinned, packed)
     else:
         raise CheckpointError(_nothing_to_open(folder))
-    return Checkpoint(label, source, _small(folder, carried))
+    return Checkpoint(label, source, _small(folder, carried), pinned=pinned)
 
 
-def _open_packed(folder: Listing, label: str, packed: str) -> Checkpoint:
+def _open_packed(folder: Listing, label: str, pinned: str, packed: str) -> Checkpoint:
     """What the packed file in a folder stands for, computed as it is read."""
     from quant.adapters.container import expanded
 
     if missing := next((name for name in PACKED[packed] if name not in folder.names), None):
         raise CheckpointError(f"{folder.place} has {packed} but no {missing}, which says what is in it")
-    return expanded(Checkpoint(label, _source([folder.open(packed)]), _small(folder, (*CARRIED, *PACKED[packed]))), PACKED[packed][-1])
+    small = _small(folder, (*CARRIED, *PACKED[packed]))
+    return expanded(Checkpoint(label, _source([folder.open(packed)]), small, pinned=pinned), PACKED[packed][-1])
 
 
 def _small(folder: Listing, carried: Sequence[str]) -> dict[str, SmallFile]:

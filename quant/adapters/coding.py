@@ -96,15 +96,24 @@ def nearest(normal: Tensor, coding: Coding) -> Tensor:
     normal = normal.detach().double().contiguous()
     if not isinstance(coding.bits, tuple):
         return torch.bucketize(normal, _boundaries(coding.codebook, coding.bits)).to(torch.uint8)
-    rows = [torch.bucketize(row, _boundaries(coding.codebook, bits)) for row, bits in zip(normal, coding.bits, strict=True)]
-    return torch.stack(rows).to(torch.uint8)
+    codes = torch.empty(normal.shape, dtype=torch.uint8)
+    for bits, rows in _rows_of_width(coding.bits).items():
+        codes[rows] = torch.bucketize(normal[rows], _boundaries(coding.codebook, bits)).to(torch.uint8)
+    return codes
 
 
 def levels_of(codes: Tensor, coding: Coding) -> Tensor:
     """The levels that codes stand for, float32."""
     if not isinstance(coding.bits, tuple):
         return table(coding.codebook, coding.bits)[codes.long()]
-    return torch.stack([table(coding.codebook, bits)[row.long()] for row, bits in zip(codes, coding.bits, strict=True)])
+    values = torch.empty(codes.shape)
+    for bits, rows in _rows_of_width(coding.bits).items():
+        values[rows] = table(coding.codebook, bits)[codes[rows].long()]
+    return values
+
+
+def _rows_of_width(bits: tuple[int, ...]) -> dict[int, list[int]]:
+    return {width: [row for row, own in enumerate(bits) if own == width] for width in dict.fromkeys(bits)}
 
 
 def encode(matrix: Tensor, coding: Coding) -> Coded:

@@ -42,7 +42,7 @@ VERSION = 1
 CHECKSUM = 8  # bytes
 CODES, STATS, CHECKSUMS = "codes", "stats", "checksums"
 BLOCK = 1 << 20  # elements that are expanded at once
-MOST = 1 << 40  # elements of a tensor, above which a sidecar is not believed
+MOST = 1 << 32  # elements of a tensor, above which a sidecar is not believed
 
 
 @dataclass(frozen=True)

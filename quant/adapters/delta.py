@@ -8,6 +8,7 @@ to the scale that training starts from.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -151,7 +152,8 @@ class _Distil:
 
     def _scales(self, work: Work) -> dict[str, Tensor]:
         model, teacher = load_model(self.student, progress=work.progress), load_model(self.tuned, progress=work.progress)
-        parameters = [meaning.parameter for meaning in describe(self.base).tensors.values()]
+        meanings = describe(self.base).tensors
+        parameters = Counter(meaning.parameter for meaning in meanings.values())
         found: dict[str, Tensor] = {}
         trained: dict[str, nn.Parameter] = {}
         starts: dict[str, Tensor] = {}
@@ -159,8 +161,8 @@ class _Distil:
             place = self.places[entry.name]
             coded = encode_difference(self.base.read(place), self.tuned.read(entry.name), entry.coding)
             found[entry.name] = coded.stats
-            parameter = describe(self.base).tensors[place].parameter
-            if parameter is None or parameters.count(parameter) > 1:  # packed experts: their scales stay
+            parameter = meanings[place].parameter
+            if parameter is None or parameters[parameter] > 1:  # packed experts: their scales stay
                 continue
             owner, _, leaf = parameter.rpartition(".")
             scaled = _Scaled(decode(coded), entry.scales)

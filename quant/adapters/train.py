@@ -7,6 +7,7 @@ layer begins, B from a normal of deviation 1e-3 cut at twice that, for a B of ze
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import sqrt
@@ -198,11 +199,11 @@ def train_adapter(base: Checkpoint, lesson: Lesson, options: TrainAdapterOptions
 def _modules(base: Checkpoint, target: Sequence[str]) -> dict[str, tuple[tuple[int, int], bool]]:
     """The linear layers to train beside, as transformers names them: (out, in), and whether the weight is stored as its transpose."""
     meanings = [meaning for meaning in describe(base).tensors.values() if meaning.role == "linear" and meaning.parameter and meaning.name in base.specs]
-    parameters = [meaning.parameter for meaning in meanings]
+    parameters = Counter(meaning.parameter for meaning in meanings)
     found: dict[str, tuple[tuple[int, int], bool]] = {}
     for meaning in sorted(meanings, key=lambda meaning: natural_order(meaning.name)):
         shape, module = base.specs[meaning.name].shape, str(meaning.parameter).rpartition(".")[0]
-        if len(shape) == 2 and parameters.count(meaning.parameter) == 1 and (not target or matches(module, target)):
+        if len(shape) == 2 and parameters[meaning.parameter] == 1 and (not target or matches(module, target)):
             found[module] = ((shape[1], shape[0]) if meaning.transposed else (shape[0], shape[1]), meaning.transposed)
     for pattern in target:
         if not any(matches(module, [pattern]) for module in found):

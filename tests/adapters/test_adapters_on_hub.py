@@ -82,3 +82,16 @@ def test_extract_reports_on_what_it_read_and_publishes_it(toys: Hub, hub_home: P
     assert "relative error" in found.stdout
     assert "published hf://org/adapter" in found.stdout
     assert Checkpoint.open("org/adapter").specs == Checkpoint.open("adapter").specs
+
+
+def test_packed_adapters_are_read_by_ranges_and_pinned(toys: Hub) -> None:
+    packed = made([{"quantize_adapter": {"bits": 1}}], "packed", one="org/one")
+    toys.commit("org/packed", packed)
+    there = {name: toys.repositories[f"org/{name}"].branches["main"] for name in ("base", "packed")}
+    merged = made([], "merged", model="org/base+org/packed")
+    written = yaml.safe_load((merged / "recipe.yaml").read_text())["inputs"]["model"]
+    assert written["ref"] == f"org/base@{there['base']}+org/packed@{there['packed']}"
+    assert {"0/model.safetensors", "1/adapter_model.packed.safetensors", "1/adapter_quant.json"} <= set(written["sha256"])
+    here = Checkpoint.open(f"made/base+{packed}")
+    assert all(Checkpoint.open(merged).read(name).equal(here.read(name)) for name in here.specs)
+    assert files(made_again(toys, merged)) == files(merged)

@@ -85,3 +85,13 @@ def test_what_is_wrong_is_said_in_one_line(compress: Program, tmp_path: Path) ->
     content = yaml.safe_load((tmp_path / "bits.yaml").read_text())
     (tmp_path / "half.yaml").write_text(yaml.safe_dump({"groups": content["groups"][:12]}))
     assert "it says nothing of model.layers.3.mlp.down_proj" in compress("quantize", BASE, "--allocation", "half.yaml").line
+
+
+def test_a_calibrated_method_allocates_and_quantizes(compress: Program, tmp_path: Path) -> None:
+    text = QUICK[4:]
+    ended = compress("allocate", BASE, "--bits-per-weight", 3.6, "--choices", "3,4", "--group-size", 64, *text, "-m", "gptq", "--candidates", 2, "--json")
+    assert ended.returncode == 0, ended.stderr
+    assert yaml.safe_load((tmp_path / "bits.yaml").read_text())["made"]["quantizer"] == {"method": "gptq"}
+    assert compress("quantize", BASE, "--allocation", "bits.yaml", "-m", "gptq", *text).returncode == 0
+    written = sum(path.stat().st_size for path in (tmp_path / "base-mixed").glob("*.safetensors"))
+    assert written == json.loads(ended.stdout)["file_bytes"]

@@ -44,8 +44,6 @@ def test_a_dry_run_says_what_it_would_take(compress: Program, text: Path, tmp_pa
     assert "blocks, one after another, on" in done.stdout
     assert "windows of 64 tokens, not 100; all of it is used" in done.stdout
     assert not (tmp_path / "out").exists()
-    too_little = compress("quantize", BASE, *SMALL, "--calibration", "text.txt", *WINDOWS, "-o", "out", "--memory", "1MB")
-    assert "is too little: a block at a time takes" in too_little.line
 
 
 def test_moments_are_measured_once_and_used_for_any_scheme(compress: Program, text: Path, tmp_path: Path) -> None:

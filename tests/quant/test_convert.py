@@ -103,7 +103,7 @@ def test_scales_that_float16_cannot_hold_are_refused_or_said(tmp_path: Path) -> 
         tensors["layers.0.up_proj.weight_scale"] = torch.full_like(tensors["layers.0.up_proj.weight_scale"], value)
         return replace(Checkpoint.from_tensors(tensors, "m"), files=packed.files)
 
-    with pytest.raises(CheckpointError, match=r"m: layers.0.up_proj has a scale that torch.float16 cannot hold, in which gptq stores them"):
+    with pytest.raises(CheckpointError, match=r"m: layers.0.up_proj has a scale that F16 cannot hold, in which gptq stores them"):
         convert(with_scale(1e6), "gptq").read("layers.0.up_proj.qweight")
     (note,) = convert(with_scale(1.1e-7), "gptq").notes
     assert note == "384 scales below 6.1e-05 are rounded to multiples of 6e-08"

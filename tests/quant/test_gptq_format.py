@@ -231,7 +231,7 @@ def test_codes_are_chosen_against_the_scales_as_stored() -> None:
 
 def test_a_weight_beyond_float16_is_refused_by_name() -> None:
     model = Checkpoint.from_tensors({"layers.0.up_proj.weight": torch.full((32, 32), 1e6, dtype=torch.bfloat16)}, "m")
-    with pytest.raises(CheckpointError, match=r"m: layers.0.up_proj.weight holds values that torch.float16 cannot, in which gptq stores scales"):
+    with pytest.raises(CheckpointError, match=r"m: layers.0.up_proj.weight holds values that F16 cannot, in which gptq stores scales"):
         quantize(model, Scheme(4, 32), format_name="gptq").read("layers.0.up_proj.qweight")
 
 
