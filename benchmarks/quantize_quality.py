@@ -57,6 +57,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.model = options, Checkpoint.open(options.model)
         self.cache: Path = options.cache
+        self.warm = False
         self.done: dict[str, Any] = dict(json.loads(line) for line in self.cache.read_text().splitlines()) if self.cache.is_file() else {}
         tokenizer = load_tokenizer(self.model)
         self.test = tokenize(tokenizer, options.test.read_text())
@@ -91,6 +92,9 @@ class Bench:
         calibration = None if ids is None else Calibration(ids, **own)
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "out"
+            if ids is not None and not self.warm:  # whatever is imported or set up when it is first needed
+                save(quantize(source, scheme, method, given, calibration=replace(calibration, ids=ids[:2])), Path(folder) / "warm")
+                self.warm = True
             wall, processor = time.perf_counter(), time.process_time()
             save(quantize(source, scheme, method, given, calibration=calibration), out)
             wall, processor = time.perf_counter() - wall, time.process_time() - processor
