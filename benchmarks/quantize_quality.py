@@ -57,6 +57,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.model = options, Checkpoint.open(options.model)
         self.cache: Path = options.cache
+        self.warm = False
         self.done: dict[str, Any] = dict(json.loads(line) for line in self.cache.read_text().splitlines()) if self.cache.is_file() else {}
         tokenizer = load_tokenizer(self.model)
         self.test = tokenize(tokenizer, options.test.read_text())
@@ -91,6 +92,9 @@ class Bench:
         calibration = None if ids is None else Calibration(ids, **own)
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "out"
+            if ids is not None and not self.warm:  # whatever is imported or set up when it is first needed
+                save(quantize(source, scheme, method, given, calibration=replace(calibration, ids=ids[:2])), Path(folder) / "warm")
+                self.warm = True
             wall, processor = time.perf_counter(), time.process_time()
             save(quantize(source, scheme, method, given, calibration=calibration), out)
             wall, processor = time.perf_counter() - wall, time.process_time() - processor
@@ -171,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unquantized = bench.remember("unquantized", lambda: {"ppl": bench.perplexity(bench.model)})
     rows = bench.rows()
     widths = options.bits
-    print(f"| method | {' | '.join(f'W{bits}' for bits in widths)} | bits a weight | CPU seconds |\n|---|{'---|' * (len(widths) + 2)}")
+    print(f"| method | {' | '.join(f'{bits} bits' for bits in widths)} | bits a weight | CPU seconds |\n|---|{'---|' * (len(widths) + 2)}")
     print(f"| unquantized | {' | '.join([format(unquantized['ppl'], '.2f')] * len(widths))} | 16 | |")
     for label, by_bits in rows.items():
         cells = [cell([one["ppl"] for one in by_bits[bits]]) for bits in widths]
@@ -192,9 +196,9 @@ def parse(what: str) -> tuple[str, bool, dict[str, Any]]:
 
 
 def cell(values: list[float]) -> str:
-    """The mean over the draws, and how far the farthest is from it."""
+    """The mean over the draws, how far the farthest is from it, and their number."""
     mean = statistics.mean(values)
-    return f"{mean:.2f}" + (f" ± {max(abs(value - mean) for value in values):.2f}" if len(values) > 1 else "")
+    return f"{mean:.2f}" + (f" ± {max(abs(value - mean) for value in values):.2f} ({len(values)})" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

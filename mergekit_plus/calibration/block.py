@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +15,11 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ..moments import Moments
+from .products import Bfloat16Products
 from .skeleton import Call
 from .states import HiddenStates
+
+PANEL = 256  # rows of a Gram matrix that are summed at once; one that is symmetric needs half of its entries
 
 # The functions by which modules apply a matrix: which argument is the input, and which the matrix.
 _PRODUCTS: dict[Any, tuple[int, int]] = {
@@ -43,6 +47,7 @@ class Block:
     dense_inputs: HiddenStates | None = None  # the hidden states in the model that nothing was done to
     dense: nn.Module | None = field(default=None, repr=False)  # this block as it was
     dense_weights: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    bfloat16: bool = False  # forward passes multiply in it
 
     @property
     def linears(self) -> dict[str, nn.Linear]:
@@ -59,7 +64,8 @@ class Block:
 
     def forward(self, number: int, states: Tensor) -> Tensor:
         """The output of the module as it is now for a batch of hidden states, the `number`-th of the text."""
-        return self.calls[number][self.index](self.module, states.to(self.device))
+        with Bfloat16Products() if self.bfloat16 else nullcontext():
+            return self.calls[number][self.index](self.module, states.to(self.device))
 
     def outputs(self) -> Iterator[Tensor]:
         """What the module as it is now makes of its inputs, batch by batch."""
@@ -71,7 +77,8 @@ class Block:
         """What this block as it was makes of a batch of hidden states of the model that nothing was done to; in a walk with `cross`."""
         if self.dense is None or self.dense_inputs is None:
             raise ValueError("the walk must be given cross=True")
-        return self.calls[number][self.index](self.dense, self.dense_inputs[number].to(self.device))
+        with Bfloat16Products() if self.bfloat16 else nullcontext():
+            return self.calls[number][self.index](self.dense, self.dense_inputs[number].to(self.device))
 
     def dense_outputs(self) -> Iterator[Tensor]:
         """As `outputs`, of the block as it was, in the model that nothing was done to."""
@@ -171,8 +178,9 @@ class _Sums(TorchFunctionMode):
             fresh = _Sum(zeros, x.new_zeros(x.shape[1], dtype=torch.float64), torch.zeros_like(zeros) if self.dense is not None else None)
             self.sums.update(dict.fromkeys(names, fresh))
         found = self.sums[name]
-        found.gram.addmm_(x.T, x)
-        found.total += x.sum(0, dtype=torch.float64)
+        for first in range(0, x.shape[1], PANEL):  # of rows, from the diagonal on
+            found.gram[first : first + PANEL, first:].addmm_(x[:, first : first + PANEL].T, x[:, first:])
+        found.total += x.sum(0)
         found.tokens += len(x)
         if found.cross is not None and self.dense is not None:
             before = self.dense.inputs[name]
@@ -192,9 +200,17 @@ class _Sums(TorchFunctionMode):
                 continue
             if id(entry) not in done:
                 cross = None if entry.cross is None else entry.cross.div_(entry.tokens)
-                done[id(entry)] = Moments(entry.gram.div_(entry.tokens), (entry.total / entry.tokens).float(), entry.tokens, cross)
+                _mirror(entry.gram.div_(entry.tokens))
+                done[id(entry)] = Moments(entry.gram, (entry.total / entry.tokens).float(), entry.tokens, cross)
             found[name] = done[id(entry)]
         return found
+
+
+def _mirror(gram: Tensor) -> None:
+    """What is right of the panels on the diagonal is copied to below them."""
+    for first in range(0, len(gram), PANEL):
+        last = first + PANEL
+        gram[last:, first:last] = gram[first:last, last:].T
 
 
 class _Kept(TorchFunctionMode):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -16,6 +17,7 @@ from ..checkpoint.deferred import Work
 from ..errors import CheckpointError, OptionError
 from ..model import ModelMap, vocabulary_size
 from .block import Block, with_dense
+from .products import multiplies_in_bfloat16
 from .skeleton import Call, Skeleton
 from .states import TOKENS, HiddenStates, batch_size
 
@@ -57,7 +59,11 @@ def walk(
         weights, module = skeleton.load_block(number, device), skeleton.blocks[number]
         dense, dense_weights = with_dense(module, weights) if cross else (None, {})
         names = skeleton.names[number]
-        block = Block(number, skeleton.block_name(number), names, module, weights, current["states"], calls, device, current.get("dense"), dense, dense_weights)
+        bfloat16 = multiplies_in_bfloat16((checkpoint.specs[name] for name in weights), device)
+        block = Block(
+            number, skeleton.block_name(number), names, module, weights, current["states"], calls, device,
+            current.get("dense"), dense, dense_weights, bfloat16,
+        )  # fmt: skip
         tensors = process(block)
         if number + 1 < count:
             after = {"states": keep("states", number + 1, block.outputs())}
@@ -68,7 +74,7 @@ def walk(
         return tensors
 
     found = []
-    with work.progress.phase("blocks", count, " blocks"):
+    with work.progress.phase("blocks", count, " blocks"), _set_aside():
         for number in range(count):
             found.append(work.part(f"block-{number}", partial(compute, number)))
             for kind in ("states", "dense"):
@@ -76,6 +82,16 @@ def walk(
             _give_back_memory()
             work.progress.advance(1)
     return found
+
+
+@contextmanager
+def _set_aside() -> Iterator[None]:
+    """What is there already is not gone through each time that garbage is collected: with transformers loaded, hundreds of thousands of objects."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _give_back_memory() -> None:

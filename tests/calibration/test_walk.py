@@ -16,6 +16,7 @@ from mergekit_plus.calibration import Block, walk
 from mergekit_plus.checkpoint import Checkpoint, Work
 from mergekit_plus.errors import CheckpointError, OptionError
 from mergekit_plus.evaluate import load_model
+from mergekit_plus.moments import Moments
 
 Tiny = Callable[..., Checkpoint]
 IDS = (torch.arange(12 * 40) * 7 % 61 + 3).view(12, 40)  # [windows, window]; two batches would need 52 windows
@@ -85,6 +86,17 @@ def test_moments_are_those_of_the_inputs_of_every_linear_layer_of_the_whole_mode
 
     walk(checkpoint, IDS, process, Work(tmp_path))
     assert len(checked) == {"LlamaForCausalLM": 14, "GPT2LMHeadModel": 8, "GPTNeoXForCausalLM": 8}.get(name, 12)
+
+
+def test_a_gram_matrix_summed_in_panels_is_the_same(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[dict[str, Moments]] = []
+    for panel in (256, 5):
+        monkeypatch.setattr("mergekit_plus.calibration.block.PANEL", panel)
+        walk(tiny("LlamaForCausalLM"), IDS, lambda block: found.append(block.moments()) or {}, Work(tmp_path / str(panel)))  # type: ignore[func-returns-value]
+    for whole, in_panels in zip(found[:2], found[2:], strict=True):
+        for name, moments in whole.items():
+            torch.testing.assert_close(in_panels[name].gram, moments.gram, rtol=1e-6, atol=1e-7)
+            assert torch.equal(in_panels[name].gram, in_panels[name].gram.T)
 
 
 def test_layers_with_the_same_input_share_their_moments(tiny: Tiny, tmp_path: Path) -> None:
