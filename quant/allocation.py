@@ -120,6 +120,8 @@ def _check(checkpoint: Checkpoint, options: AllocateOptions, out: Path) -> None:
         raise OptionError(reason)
     if options.sensitivity not in METHODS:
         raise OptionError(f"--sensitivity {options.sensitivity}: {', '.join(METHODS)}")
+    if options.sensitivity == "gram" and options.budget.max_loss is not None:
+        raise OptionError("--max-loss is a KL in nats a token, and gram measures errors of outputs; give --sensitivity kl or fisher")
     QUANTIZERS[options.method].options.check(options.settings)
 
 
@@ -168,7 +170,7 @@ def _facts(checkpoint: Checkpoint, options: AllocateOptions) -> dict[str, Any]:
     return {
         "model": {"ref": checkpoint.ref, "sha256": found},
         "quantizer": {"method": options.method, **dict(options.settings)},
-        "text": {**options.calibration.model_dump(mode="json", exclude={"sha256"}), "sha256": options.calibration.digests()},
+        "text": {**options.calibration.model_dump(mode="json", exclude={"sha256"}, exclude_none=True), "sha256": options.calibration.digests()},
         "sensitivity": options.sensitivity,
     }
 
@@ -186,7 +188,7 @@ def facts(written: Written) -> dict[str, Any]:
             for one in result.candidates
         ],
         "objective": solution.objective + offset, "bound": solution.bound + offset, "gap": solution.gap, "proven": solution.proven, "by": solution.by,
-        "unit": "bits" if dual else "nats a token", "fixed": solution.fixed,
+        "unit": "bits" if dual else "of summed relative errors" if table.made.get("sensitivity") == "gram" else "nats a token", "fixed": solution.fixed,
         "bits_per_weight": result.bits_per_weight, "file_bytes": result.file_bytes,
         "layers": [
             {"layers": label(group), "scheme": str(table.choices[choice]), "bits": table.choices[choice].bits}

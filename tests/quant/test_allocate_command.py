@@ -95,3 +95,8 @@ def test_a_calibrated_method_allocates_and_quantizes(compress: Program, tmp_path
     assert compress("quantize", BASE, "--allocation", "bits.yaml", "-m", "gptq", *text).returncode == 0
     written = sum(path.stat().st_size for path in (tmp_path / "base-mixed").glob("*.safetensors"))
     assert written == json.loads(ended.stdout)["file_bytes"]
+
+
+def test_a_bound_in_nats_is_not_for_errors_of_outputs(compress: Program) -> None:
+    refused = compress("allocate", BASE, *QUICK, "--sensitivity", "gram", "--max-loss", 0.05).line
+    assert "--max-loss is a KL in nats a token, and gram measures errors of outputs; give --sensitivity kl or fisher" in refused
