@@ -561,6 +561,34 @@ def prune(
 
 @app.command()
 @writes()
+def fold(
+    *,
+    how: Writing,
+    model: Model = ".",
+    remove: Annotated[float, typer.Option("--remove", help="blocks to take out: a share such as 0.25, or a number")] = 0,
+    keep: Annotated[str | None, typer.Option("--keep", metavar="N,N,...", help="blocks that stay, in order, in place of --remove")] = None,
+    by: Annotated[str, typer.Option("--by", help="what tells which blocks go: leave-one-out, gates or influence")] = "leave-one-out",
+    share: Annotated[int, typer.Option("--share", min=1, help="neighbouring blocks that share one set of linear weights")] = 1,
+    parent: Annotated[Literal["first", "average"], typer.Option("--parent", help="whose weights those are: the first block's, or the mean")] = "first",
+    calibration: Calibrate = [],  # noqa: B006
+    windows: CalibrationWindows = 64,
+    window: CalibrationWindow = 256,
+    seed: CalibrationSeed = 0,
+) -> None:
+    """Take out the blocks that count least, and let blocks share weights: `compress fold MODEL --remove 0.25 --calibration text.txt`."""
+    digests = None if how.resume else _hash_early(model)
+    from mergekit_plus.recipe import check
+
+    step = {
+        "remove": remove, "by": by, "share": share, "parent": parent, "of": "model", **({"keep": _numbers("--keep", keep)} if keep is not None else {}),
+        **_calibration(calibration, windows, window, seed),
+    }  # fmt: skip
+    recipe = check({"inputs": {"model": model}, "steps": [{"fold": step}]}, Path(), "compress fold")
+    _carry_out(recipe, how, _beside(model, "folded", "folder"), digests)
+
+
+@app.command()
+@writes()
 def retrain(
     *,
     how: Writing,
@@ -814,6 +842,16 @@ def _settings(assignments: list[str]) -> dict[str, Any]:
 def _shares(given: str | None) -> dict[str, Any] | None:
     """`mlp=0.25,heads=0.5` by name."""
     return None if given is None else _settings(given.split(","))
+
+
+def _numbers(option: str, given: str) -> list[int]:
+    """`0,1,5` as numbers."""
+    from mergekit_plus.errors import OptionError
+
+    try:
+        return [int(part) for part in given.split(",")]
+    except ValueError:
+        raise OptionError(f"{option} {given}: write numbers with commas between, as in 0,1,5") from None
 
 
 def _calibration(texts: list[str], windows: int, window: int, seed: int, **more: Any) -> dict[str, Any]:

@@ -5,8 +5,8 @@
 All rows round to nearest in groups of 128, from the same losses (KL of single groups, the rest at 4 bits), choices 2, 3, 4 and 6 bits. `allocated` is what
 `compress allocate` keeps of 8 candidates, `optimum` is the proven one of the sum of losses, `greedy` raises the group that gains most for a bit while
 one fits, `inverted` solves with the losses of the most sensitive groups exchanged for those of the least sensitive. The budgets "uniform 3" and
-"uniform 4" are the size of all layers at that width, to the bit. AutoScheme's layers are stored and measured as ours; PYTHON is an interpreter with
-auto-round in it. FOLDER keeps what was measured: a second run goes on.
+"uniform 4" are the size of all layers at that width, "as AutoScheme" that of what it chose, to the bit. AutoScheme's layers are stored and measured as ours;
+PYTHON is an interpreter with auto-round in it. FOLDER keeps what was measured: a second run goes on.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def main() -> None:
 
     def allocated(bits: int) -> Any:
         text = CalibrationOptions(texts=[str(asked.calibration)], windows=asked.windows, window=asked.window)
-        options = AllocateOptions(Budget(bits_per_weight=bits / weights), choices, text, asked.sensitivity, sensitivities=saved, overwrite=True)
+        options = AllocateOptions(Budget(bits_per_weight=(bits + 0.5) / weights), choices, text, asked.sensitivity, sensitivities=saved, overwrite=True)
         return allocate_bits(bench.checkpoint, options, asked.work / "bits.yaml", on())
 
     budgets = {f"{bits:.1f}": math.floor(bits * weights) for bits in (3.0, 3.5, 4.0)}
@@ -124,9 +124,11 @@ def main() -> None:
     rows: dict[str, Row] = {label: bench.measure(label, Scheme(int(label[-1]), GROUP)) for label in budgets if label.startswith("uniform")}
     peers = autoscheme(asked, [bits / weights for bits in budgets.values()]) if asked.autoscheme else [None] * len(budgets)
     layers = partial(schemes, bench.checkpoint, groups, choices)
-    for label, peer in zip(budgets, peers, strict=True):
+    for label, peer in list(zip(budgets, peers, strict=True)):
         if peer is not None:
             rows[f"{label} AutoScheme"] = bench.measure(f"{label} AutoScheme", {module: Scheme(width, GROUP) for module, width in peer["bits"].items()})
+            own = [peer["bits"][group[0].removesuffix(".weight")] for group in groups]
+            budgets[f"as AutoScheme {label}"] = sum(row[CHOICES.index(width)] for row, width in zip(costs, own, strict=True))
     points: list[list[float]] = []
     for label, bits in budgets.items():
         name = f"{label} allocated"
@@ -136,6 +138,8 @@ def main() -> None:
             bench.measure(name, layers(result.chosen.selection), predicted=result.chosen.predicted, tried=tried, proven=result.solution.proven)
         rows[name] = bench.done[name]
         points += rows[name]["tried"]
+        if label.startswith("as AutoScheme"):
+            continue
         table = Sensitivities.read(saved)
         others = {
             "optimum": solve(table.losses, costs, bits).choices, "greedy": greedy(table.losses, costs, bits),
@@ -169,6 +173,7 @@ def draw(rows: Mapping[str, Row], points: Sequence[Sequence[float]], path: Path)
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(6, 5), layout="constrained", facecolor="white")
     axes = figure.add_subplot(facecolor="white")
@@ -183,6 +188,10 @@ def draw(rows: Mapping[str, Row], points: Sequence[Sequence[float]], path: Path)
     for (label, pairs), marker in zip(series.items(), "o^s", strict=True):
         axes.scatter(*zip(*pairs, strict=True), label=label, marker=marker, s=28)
     axes.set(xscale="log", yscale="log", xlabel="predicted KL: reference point + sum of losses (nats a token)", ylabel="measured KL (nats a token)")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.set_minor_formatter(NullFormatter())
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)

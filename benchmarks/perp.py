@@ -201,7 +201,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     """Perplexities, one line a sparsity and pruner; means over seeds, with their standard deviation, where there are several."""
     dense, trained = (_values(rows, "none", "dense", variant) for variant in ("alone", "full"))
     columns = ("alone", "reconstructed", "norms", OURS, "full")
-    told = f"Dense: {_shown(dense)}; dense and trained as all the others (full): {_shown(trained)}."
+    told = f"Dense: {_shown(dense)}{f'; dense and trained as all the others (full): {_shown(trained)}' if trained else ''}."
     lines = [told, "", f"| sparsity | pruned by | {' | '.join(columns)} | mended by {OURS} | by full |", "|---" * (len(columns) + 4) + "|"]
     for level in LEVELS:
         for pruner in PRUNERS:

@@ -36,9 +36,9 @@ PRUNE = """
         global peak
         while not done.wait(0.01):
             peak = max(peak, anonymous())
-    def counted(self, visit, sample=False):
-        passes.append("a sixteenth" if sample else "all")
-        return mapped(self, visit, sample)
+    def counted(self, visit, sample=False, only=None):
+        passes.append("a sixteenth" if sample else "all" if only is None else "one piece")
+        return mapped(self, visit, sample, only)
     Scan.map = counted
     threading.Thread(target=watch, daemon=True).start()
     before, start = peak, time.monotonic()

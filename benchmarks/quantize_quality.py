@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unquantized = bench.remember("unquantized", lambda: {"ppl": bench.perplexity(bench.model)})
     rows = bench.rows()
     widths = options.bits
-    print(f"| method | {' | '.join(f'W{bits}' for bits in widths)} | bits a weight | CPU seconds |\n|---|{'---|' * (len(widths) + 2)}")
+    print(f"| method | {' | '.join(f'{bits} bits' for bits in widths)} | bits a weight | CPU seconds |\n|---|{'---|' * (len(widths) + 2)}")
     print(f"| unquantized | {' | '.join([format(unquantized['ppl'], '.2f')] * len(widths))} | 16 | |")
     for label, by_bits in rows.items():
         cells = [cell([one["ppl"] for one in by_bits[bits]]) for bits in widths]
@@ -196,9 +196,9 @@ def parse(what: str) -> tuple[str, bool, dict[str, Any]]:
 
 
 def cell(values: list[float]) -> str:
-    """The mean over the draws, and how far the farthest is from it."""
+    """The mean over the draws, how far the farthest is from it, and their number."""
     mean = statistics.mean(values)
-    return f"{mean:.2f}" + (f" ± {max(abs(value - mean) for value in values):.2f}" if len(values) > 1 else "")
+    return f"{mean:.2f}" + (f" ± {max(abs(value - mean) for value in values):.2f} ({len(values)})" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def _open(ref: str, how: Execution) -> Checkpoint:
         return Checkpoint.open(ref)
     recipe = load(Path(ref))
     built = build(recipe, how)
-    return build(with_found(recipe, built.inputs, how), how).result if recipe.searches else built.result
+    return build(with_found(recipe, built.inputs, how), how).result if recipe.is_open else built.result
 
 
 def _normalised(row: Row, base: Row, expert: Row, text: str) -> float:

@@ -120,6 +120,34 @@ def parts_of(checkpoint: Checkpoint) -> dict[str, Part]:
     return parts
 
 
+def layer_entries(part: Part, taken: Sequence[tuple[Part, int]]) -> dict[str, Any]:
+    """What the part's table of config.json says when its layers are these ones, each of some part: how many there are, and the lists that go by layers."""
+    counts: dict[str, Any] = dict.fromkeys(part.counts, len(taken))
+    lists = {key: [other.per_layer[key][layer] for other, layer in taken] for key in part.per_layer}
+    sets = {key: [new for new, (other, layer) in enumerate(taken) if layer in other.layer_sets.get(key, ())] for key in part.layer_sets}
+    return {**counts, **lists, **sets}
+
+
+def with_table(model: Checkpoint, path: Sequence[str], entries: Mapping[str, Any]) -> Checkpoint:
+    """The model under a config.json with these entries in the table at `path`; lists that say nothing are not added where there were none."""
+    table = model.config
+    for key in path:
+        table = table.get(key, {})
+    stated = any(key in table for key, value in entries.items() if isinstance(value, int))
+    wanted = {
+        key: value for key, value in entries.items()
+        if key in table or (not stated if isinstance(value, int) else any(item != value[0] for item in value))
+    }  # fmt: skip
+    if all(table.get(key) == value for key, value in wanted.items()):
+        return model
+    return model.with_config(**({path[0]: {**table, **wanted}} if path else wanted))
+
+
+def of_layers(model: Checkpoint, part: Part, layers: Sequence[int]) -> Checkpoint:
+    """The model under a config.json that speaks of these of a part's layers, in this order."""
+    return with_table(model, part.config, layer_entries(part, [(part, layer) for layer in layers]))
+
+
 def _architecture(checkpoint: Checkpoint) -> Any:
     """The empty model of its config.json; None where nobody can tell."""
     try:

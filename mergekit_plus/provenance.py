@@ -102,7 +102,7 @@ def _resolved(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manife
         }
         for name, source in recipe.inputs.items()
     }
-    content["steps"] = [{name: _moved(options, recipe.folder, out) for name, options in step.items()} for step in _plain_steps(recipe, out)]
+    content["steps"] = _plain_steps(recipe, out)
     if shard_size != DEFAULT_SHARD_SIZE:
         content["max_shard_size"] = str(shard_size)
     if "checks" in content and recipe.checks.texts:
@@ -125,13 +125,9 @@ def _plain_steps(recipe: Recipe, out: Path) -> list[dict[str, dict[str, Any]]]:
         for options in step.values():
             if "calibration" in options:
                 options["calibration"] = CalibrationOptions.model_validate(options["calibration"]).placed(recipe.folder).provenance(out)
+            if isinstance(texts := options.get("text"), list):
+                options["text"] = [_relative(str(recipe.folder / text), out) for text in texts]
     return steps
-
-
-def _moved(options: dict[str, Any], folder: Path, out: Path) -> dict[str, Any]:
-    """A step with the texts that it reads relative to the output."""
-    texts = options.get("text")
-    return options if not isinstance(texts, list) else {**options, "text": [_relative(str(folder / text), out) for text in texts]}
 
 
 def _relative(ref: str, out: Path) -> str:

@@ -40,6 +40,7 @@ from .provenance import check_digests, job, small_files, sparsity_report
 from .safe_yaml import read_all
 from .steps import (
     Execution,
+    FoldStep,
     MergeStep,
     StepOptions,
     Strict,
@@ -79,6 +80,11 @@ class Recipe(Strict):
     def searches(self) -> list[MergeStep]:
         """The merges whose options are to be found first."""
         return [options for step in self.steps for options in step.values() if isinstance(options, MergeStep) and options.search]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a step leaves something to be found before it can be made."""
+        return bool(self.searches) or any(isinstance(options, FoldStep) and options.is_open for step in self.steps for options in step.values())
 
     @field_validator("inputs", mode="before")
     @classmethod
@@ -211,13 +217,20 @@ def build(recipe: Recipe, how: Execution | None = None, inputs: dict[str, Checkp
 
 
 def with_found(recipe: Recipe, inputs: Mapping[str, Checkpoint], how: Execution) -> Recipe:
-    """The recipe with the option values that its searches find in place of the searches."""
+    """The recipe with what its steps leave to be found: the option values of searches, the blocks that a fold keeps."""
     from .search.run import search
 
-    steps = [
-        {name: search(options, inputs, recipe.folder, how) if isinstance(options, MergeStep) and options.search else options for name, options in step.items()}
-        for step in recipe.steps
-    ]
+    how = replace(how, folder=recipe.folder)
+    steps: list[dict[str, StepOptions]] = []
+    result: Checkpoint | None = None
+    for step in recipe.steps:
+        for name, options in step.items():
+            if isinstance(options, MergeStep) and options.search:
+                options = search(options, inputs, recipe.folder, how)
+            elif isinstance(options, FoldStep) and options.is_open:
+                options = options.found(inputs, result, how)
+            steps.append({name: options})
+            result = options.build(inputs, result, how)
     return recipe.model_copy(update={"steps": steps})
 
 
@@ -250,7 +263,7 @@ def _run(recipe: Recipe, how: Execution, out: Path, upload: Upload | None) -> Ou
         _begin_upload(upload, recipe, built.result, how, out)
 
     searched: list[dict[str, Any]] = []
-    if recipe.searches:
+    if recipe.is_open:
         check_target(out, how.save.overwrite, built.result)
         if not (how.save.resume or how.save.overwrite):
             refuse_leftover(out.resolve())

@@ -47,7 +47,7 @@ class TrainOptions:
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: float = 0.1  # share of the steps in which the rate rises
     weight_decay: float = 0.0  # of matrices
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices that are no embeddings and no head, AdamW for the rest
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"  # muon: for matrices that are no embeddings and no head, AdamW for the rest; sgd: momentum 0.9
     clip: float | None = 1.0  # largest norm of the gradient
     seed: int = 0
     autocast: bool = False  # bfloat16 where torch finds it safe; parameters stay as they are
@@ -381,7 +381,9 @@ def _masked(parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor])
 
 
 def _optimizers(model: Any, parameters: Mapping[str, nn.Parameter], options: TrainOptions) -> list[torch.optim.Optimizer]:
-    """AdamW; or Muon for the matrices beside it, its update scaled as wide as AdamW's so that they share a learning rate."""
+    """AdamW; or Muon for the matrices beside it, its update scaled as wide as AdamW's so that they share a learning rate; or SGD for everything."""
+    if options.optimizer == "sgd":
+        return [torch.optim.SGD(parameters.values(), lr=options.lr, momentum=0.9, weight_decay=options.weight_decay)]
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tables |= {id(parameter) for parameter in head.parameters()} if isinstance(head, nn.Module) else set()

@@ -6,7 +6,7 @@
     found.tensors                                                 # {name: float32}, already in the block
 
 After PERP's reconstruction: the mean squared error of the block's output, on the hidden states that the compressed blocks before it yield, by AdamW
-under a linear schedule. It differs in that the rows are shuffled, in float32, without dropout, and in that the best state is kept.
+under a linear schedule. It differs in that the rows are shuffled, without dropout or loss scaling, and in that the best state is kept.
 """
 
 from __future__ import annotations

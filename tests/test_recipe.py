@@ -63,7 +63,7 @@ MERGE = "inputs: {a: a, b: b}\nsteps:\n  - merge: {models: [a, b]}\n"
 def test_the_recipes_of_the_repository_can_be_read_and_planned(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)  # mergekit's are relative to where one stands; test_stream.py runs them
     facts = plan(load(path), Execution(out=tmp_path / "out"))
-    assert facts["tensors"]["computed"] + facts["tensors"]["copied"] >= 57
+    assert facts["tensors"]["computed"] + facts["tensors"]["copied"] >= 48
     assert not (tmp_path / "out").exists()
 
 

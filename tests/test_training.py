@@ -161,7 +161,7 @@ def test_distillation_is_the_kl_from_the_teacher(llama: nn.Module, tmp_path: Pat
 # ---- masks ----
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 def test_what_a_mask_forbids_stays_zero_in_weights_and_in_the_optimisers_state(optimizer: str, tmp_path: Path) -> None:
     mask = torch.eye(4, dtype=torch.bool) | (torch.arange(16).view(4, 4) % 3 == 0)
     options = replace(OPTIONS, optimizer=optimizer, weight_decay=0.1, steps=9)  # type: ignore[arg-type]

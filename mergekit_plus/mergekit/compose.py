@@ -10,12 +10,12 @@ from typing import Any
 from ..checkpoint import Checkpoint, Plan, Step, renamed, steps_of
 from ..checkpoint.dtypes import parse_float_dtype
 from ..errors import CheckpointError, nearest
-from ..layers import Part, layer_misfits, layer_places, parts_of
+from ..layers import Part, layer_misfits, layer_places, parts_of, with_table
 from ..merge import METHODS
 from ..merge.plan import MergeOptions, merge, with_merged_config
 from .parameters import has_gradient, options_of
 from .schema import Body, Document, Parameters, Reference, Slice, Source, listed_models, origin_of
-from .slices import Stack, with_table
+from .slices import Stack
 from .vocabulary import with_vocabulary
 
 Opened = Mapping[Reference, Checkpoint]

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
-from ..layers import Part, along
+from ..layers import Part, along, layer_entries
 from ..model import tied_alias
 from .schema import Reference, Slice
 
@@ -61,22 +61,4 @@ class Stack:
         for other, _ in self.taken:
             if lacking := [key for key in part.per_layer if key not in other.per_layer]:
                 raise CheckpointError(f"{donor.label}: config.json has an entry for every layer in {lacking[0]}, that of another model in the slices has none")
-        counts: dict[str, Any] = dict.fromkeys(part.counts, len(self.taken))
-        lists = {key: [other.per_layer[key][layer] for other, layer in self.taken] for key in part.per_layer}
-        sets = {key: [new for new, (other, layer) in enumerate(self.taken) if layer in other.layer_sets.get(key, ())] for key in part.layer_sets}
-        return {**counts, **lists, **sets}
-
-
-def with_table(model: Checkpoint, path: Sequence[str], entries: Mapping[str, Any]) -> Checkpoint:
-    """The model under a config.json with these entries in the table at `path`; lists that say nothing are not added where there were none."""
-    table = model.config
-    for key in path:
-        table = table.get(key, {})
-    stated = any(key in table for key, value in entries.items() if isinstance(value, int))
-    wanted = {
-        key: value for key, value in entries.items()
-        if key in table or (not stated if isinstance(value, int) else any(item != value[0] for item in value))
-    }  # fmt: skip
-    if all(table.get(key) == value for key, value in wanted.items()):
-        return model
-    return model.with_config(**({path[0]: {**table, **wanted}} if path else wanted))
+        return layer_entries(part, self.taken)

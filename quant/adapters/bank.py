@@ -30,32 +30,29 @@ from .container import Entry, Expand, expand, widths_of
 
 
 @dataclass(frozen=True)
-class Factor:
-    """One factor as it is stored."""
+class Place:
+    """Where a factor lies in the blobs of its adapter."""
 
     entry: Entry
-    codes: Tensor
-    stats: Tensor
+    codes: slice
+    stats: slice
+
+
+Layout = dict[str, tuple[Place, Place, float]]  # A, B and the scale of each module; adapters that are laid out alike share one
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An adapter as it is stored: one blob of codes and one of scales, for a tensor of its own for each factor would cost more than its bits."""
+
+    layout: Layout
+    codes: Tensor  # uint8
+    stats: Tensor  # float32 [scales, columns]
     tables: dict[int, Tensor]
 
-    @classmethod
-    def of(cls, opened: Checkpoint, name: str) -> Factor:
-        """A factor of an opened packed adapter; its checksum is compared."""
-        step = opened.source.step_of[name] if isinstance(opened.source, Plan) else None
-        if step is None or not isinstance(step.run, Expand):
-            raise CheckpointError(f"{opened.label}: {name} is not packed; `compress adapter quantize` packs an adapter")
-        execute(step)  # raises where the checksum differs
-        codes, stats, _, *levels = (part.read(tensor) for part, tensor in step.reads)
-        return cls(step.run.entry, codes, stats, dict(zip(widths_of([step.run.entry]), levels, strict=True)))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.codes.nbytes + self.stats.nbytes
-
-    def tensor(self) -> Tensor:
-        """The factor, expanded."""
-        return expand(self.entry, self.codes, self.stats, self.tables)
+    def factor(self, place: Place) -> Tensor:
+        """A factor, expanded."""
+        return expand(place.entry, self.codes[place.codes], self.stats[place.stats], self.tables)
 
 
 class AdapterBank:
@@ -63,28 +60,42 @@ class AdapterBank:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.adapters: dict[str, dict[str, tuple[Factor, Factor, float]]] = {}
+        self.adapters: dict[str, Packed] = {}
 
     def add(self, name: str, opened: Checkpoint) -> None:
-        """Take in a packed adapter under a name.
+        """Take in a packed adapter under a name; its checksums are compared.
 
         Errors: CheckpointError for one that is not packed, is more than products beside linear layers, or does not fit the model.
         """
         adapter = read_adapter(opened)
         if adapter.whole or any(module.magnitude or module.bias or module.embedding for module in adapter.lowrank.values()):
             raise CheckpointError(f"{opened.label} is more than products B A beside linear layers; expand it, and apply it with peft")
-        found = {module.module: (Factor.of(opened, module.a), Factor.of(opened, module.b), module.scale) for module in adapter.lowrank.values()}
-        for module, (a, b, _) in found.items():
+        codes, stats, tables = list[Tensor](), list[Tensor](), dict[int, Tensor]()
+        at = scale = 0
+
+        def place(tensor: str) -> Place:
+            nonlocal at, scale
+            entry, own_codes, own_stats, own_tables = _stored(opened, tensor)
+            found = Place(entry, slice(at, at + own_codes.numel()), slice(scale, scale + len(own_stats)))
+            codes.append(own_codes.flatten())
+            stats.append(own_stats)
+            tables.update(own_tables)
+            at, scale = found.codes.stop, found.stats.stop
+            return found
+
+        layout = {module.module: (place(module.a), place(module.b), module.scale) for module in adapter.lowrank.values()}
+        for module, (a, b, _) in layout.items():
             owner = self._modules().get(module)
             shape = tuple(owner.weight.shape) if isinstance(owner, nn.Linear) else None
             if shape != (b.entry.shape[0], a.entry.shape[1]):
                 raise CheckpointError(f"{opened.label}: {module} is a linear layer {(b.entry.shape[0], a.entry.shape[1])}, in the model {shape or 'none'}")
-        self.adapters[name] = found
+        layout = next((known.layout for known in self.adapters.values() if known.layout == layout), layout)
+        self.adapters[name] = Packed(layout, torch.cat(codes), torch.cat(stats), tables)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all codes and scales."""
-        return sum(a.nbytes + b.nbytes for modules in self.adapters.values() for a, b, _ in modules.values())
+        return sum(packed.codes.nbytes + packed.stats.nbytes for packed in self.adapters.values())
 
     @contextmanager
     def using(self, names: Sequence[str | None]) -> Iterator[None]:
@@ -92,7 +103,7 @@ class AdapterBank:
         if unknown := next((name for name in names if name is not None and name not in self.adapters), None):
             raise OptionError(f"the bank has no adapter '{unknown}'.{nearest(unknown, self.adapters)}")
         wanted = {name: torch.tensor([row for row, own in enumerate(names) if own == name]) for name in dict.fromkeys(names) if name is not None}
-        modules = {module for name in wanted for module in self.adapters[name]}
+        modules = {module for name in wanted for module in self.adapters[name].layout}
         handles = [self._modules()[module].register_forward_hook(partial(self._add, module, wanted)) for module in modules]
         try:
             yield
@@ -103,11 +114,23 @@ class AdapterBank:
     def _add(self, module: str, wanted: dict[str, Tensor], owner: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         output = output.clone()
         for name, rows in wanted.items():
-            if module in self.adapters[name]:
-                a, b, scale = self.adapters[name][module]
+            packed = self.adapters[name]
+            if module in packed.layout:
+                *places, scale = packed.layout[module]
                 x = inputs[0][rows]
-                output[rows] += functional.linear(functional.linear(x, a.tensor().to(x.dtype)), b.tensor().to(x.dtype)) * scale
+                a, b = (packed.factor(place).to(x.dtype) for place in places)
+                output[rows] += functional.linear(functional.linear(x, a), b) * scale
         return output
 
     def _modules(self) -> dict[str, nn.Module]:
         return dict(self.model.named_modules())
+
+
+def _stored(opened: Checkpoint, name: str) -> tuple[Entry, Tensor, Tensor, dict[int, Tensor]]:
+    """A factor of an opened packed adapter as it is stored: how it is coded, codes, scales, and codebooks."""
+    step = opened.source.step_of[name] if isinstance(opened.source, Plan) else None
+    if step is None or not isinstance(step.run, Expand):
+        raise CheckpointError(f"{opened.label}: {name} is not packed; `compress adapter quantize` packs an adapter")
+    execute(step)  # raises where the checksum differs
+    codes, stats, _, *levels = (part.read(tensor) for part, tensor in step.reads)
+    return step.run.entry, codes, stats, dict(zip(widths_of([step.run.entry]), levels, strict=True))

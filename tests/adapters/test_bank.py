@@ -32,9 +32,10 @@ def test_each_row_has_its_adapter_and_codes_stay_packed(tmp_path: Path) -> None:
         assert torch.equal(bank.model(input_ids=TOKENS).logits, alone[None](input_ids=TOKENS).logits)
         for name, row in zip(names, together, strict=True):
             assert torch.allclose(row, alone[name](input_ids=TOKENS).logits[0], atol=1e-4)
-    held = [factor for modules in bank.adapters.values() for a, b, _ in modules.values() for factor in (a, b)]
-    assert {factor.codes.dtype for factor in held} == {torch.uint8}
-    assert bank.nbytes == sum(factor.codes.nbytes + factor.stats.nbytes for factor in held)
+    assert {packed.codes.dtype for packed in bank.adapters.values()} == {torch.uint8}
+    assert bank.adapters["one"].codes.numel() == 4 * (4 * (16 + 16) + 4 * (32 + 16)) // 2 // 8
+    bank.add("three", Checkpoint.open(tmp_path / "one"))
+    assert bank.adapters["three"].layout is bank.adapters["one"].layout
 
 
 def test_what_a_bank_cannot_hold_is_refused(tmp_path: Path) -> None:

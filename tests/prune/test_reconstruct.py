@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +14,8 @@ from tiny import tiny_model
 from torch import Tensor
 
 from mergekit_plus.calibration import Block, walk
+from mergekit_plus.checkpoint import Work
 from mergekit_plus.errors import OptionError
-from mergekit_plus.progress import Progress, quiet
 from mergekit_plus.training import TrainOptions
 from prune.reconstruct import Granularity, Reconstructed, ReconstructOptions, reconstruct
 
@@ -23,20 +23,8 @@ IDS = torch.randint(0, 64, (64, 60), generator=torch.Generator().manual_seed(3))
 OPTIONS = ReconstructOptions(training=TrainOptions(steps=20, lr=3e-4, batch=1, evaluations=4, dropout=False))
 
 
-class Folder:
-    """A folder of parts, without a save around it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.progress: Progress = quiet()
-
-    def part(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> Mapping[str, Tensor]:
-        return {key: value.clone() for key, value in compute().items()}
-
-
-def walked(architecture: str, tmp_path: Path, process: Callable[[Block], dict[str, Tensor]]) -> list[Mapping[str, Tensor]]:
-    (tmp_path / "work").mkdir(exist_ok=True)
-    return walk(tiny_model(architecture, tmp_path), IDS, process, Folder(tmp_path / "work"))
+def walked(architecture: str, tmp_path: Path, process: Callable[[Block], dict[str, Tensor]]) -> None:
+    walk(tiny_model(architecture, tmp_path), IDS, process, Work(tmp_path / "work"))
 
 
 def cut(block: Block, share: float) -> None:

@@ -1,0 +1,119 @@
+"""The operations that a recipe composes: their YAML keys, what is wrong with them, and the checkpoint that each makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from quant.bits_file import read as read_allocation
+
+from ..calibration.options import CalibrationOptions
+from ..errors import CompressError, nearest
+from .adapters import DeltaStep, ExtractAdapterStep, MergeAdaptersStep, QuantizeAdapterStep, TrainAdapterStep
+from .base import Execution, Strict, only_input, schema_problems
+from .merging import MergekitStep, MergeStep, MoeStep
+from .pruning import FoldStep, PruneStep, RetrainStep
+from .quantizing import CalibrateStep, ConvertStep, DequantizeStep, QuantizeStep
+
+__all__ = [
+    "OPERATIONS", "Execution", "FoldStep", "MergeStep", "PruneStep", "StepOptions", "Strict", "calibrations", "only_input", "order_problems", "parse_step",
+    "parse_steps", "schema_problems", "with_allocations",
+]  # fmt: skip
+
+StepOptions = (
+    MergeStep
+    | MergekitStep
+    | MoeStep
+    | MergeAdaptersStep
+    | ExtractAdapterStep
+    | QuantizeAdapterStep
+    | TrainAdapterStep
+    | DeltaStep
+    | QuantizeStep
+    | CalibrateStep
+    | DequantizeStep
+    | ConvertStep
+    | PruneStep
+    | FoldStep
+    | RetrainStep
+)
+OPERATIONS: dict[str, type[StepOptions]] = {
+    "merge": MergeStep,
+    "mergekit": MergekitStep,
+    "moe": MoeStep,
+    "merge_adapters": MergeAdaptersStep,
+    "extract_adapter": ExtractAdapterStep,
+    "quantize_adapter": QuantizeAdapterStep,
+    "train_adapter": TrainAdapterStep,
+    "delta": DeltaStep,
+    "quantize": QuantizeStep,
+    "calibrate": CalibrateStep,
+    "dequantize": DequantizeStep,
+    "convert": ConvertStep,
+    "prune": PruneStep,
+    "fold": FoldStep,
+    "retrain": RetrainStep,
+}
+FIRST = (MergeStep, MergekitStep, MoeStep, ExtractAdapterStep, TrainAdapterStep, DeltaStep)  # they read inputs, not what a step before them made
+
+
+def parse_step(step: object) -> dict[str, StepOptions]:
+    if not isinstance(step, dict) or len(step) != 1:
+        raise ValueError(f"a step is one operation with its options, as in `merge: {{...}}`, not {step!r}")
+    (name, options), = step.items()
+    if name not in OPERATIONS:
+        raise ValueError(f"unknown operation '{name}'.{nearest(str(name), OPERATIONS)}")
+    return {name: options if isinstance(options, StepOptions) else OPERATIONS[name].model_validate(options or {})}
+
+
+def parse_steps(steps: Sequence[object]) -> tuple[list[dict[str, StepOptions]], list[str]]:
+    """The steps that can be read, and a sentence for each problem of the others."""
+    parsed, found = [], []
+    for number, step in enumerate(steps, 1):
+        try:
+            parsed.append(parse_step(step))
+        except ValidationError as error:
+            assert isinstance(step, dict)
+            name = next(iter(step))
+            found += [f"step {number}, {name}: {problem}" for problem in schema_problems(error, OPERATIONS[name])]
+        except ValueError as error:
+            found.append(f"step {number}: {error}")
+    return parsed, found
+
+
+def with_allocations(steps: Sequence[object], folder: Path) -> tuple[list[object], list[str]]:
+    """Steps whose allocation is a file, relative to `folder`, with what the file holds in its place; and a sentence for each that cannot be read."""
+    done, found = list(steps), []
+    for number, step in enumerate(steps, 1):
+        options = step.get("quantize") if isinstance(step, dict) else None
+        if isinstance(options, dict) and isinstance(options.get("allocation"), str):
+            try:
+                groups = read_allocation(folder / Path(options["allocation"]).expanduser())
+            except CompressError as error:
+                found.append(f"step {number}, quantize: allocation: {error}")
+                groups = []
+            done[number - 1] = {"quantize": {**options, "allocation": [group.model_dump() for group in groups]}}
+    return done, found
+
+
+def calibrations(steps: Sequence[Mapping[str, StepOptions]]) -> list[tuple[str, CalibrationOptions]]:
+    """The calibration texts of steps, each with the name of its operation."""
+    named = [(name, getattr(options, "calibration", None)) for step in steps for name, options in step.items()]
+    return [(name, text) for name, text in named if text is not None]
+
+
+def order_problems(steps: Sequence[Mapping[str, StepOptions]], inputs: Mapping[str, object]) -> list[str]:
+    """What is wrong with how steps follow each other."""
+    found: list[str] = []
+    for number, step in enumerate(steps, 1):
+        for name, options in step.items():
+            source = None if isinstance(options, FIRST) else options.of
+            models = [name for name in inputs if name != getattr(options, "moments", None)]
+            if number > 1 and (source is not None or isinstance(options, FIRST)):
+                lost = f"what step {number - 1} makes would be lost"
+                found.append(f"step {number}, {name}: it reads inputs, not the step before it, so that {lost}; make it the first, or a recipe of its own")
+            elif number == 1 and source is None and len(models) > 1 and not isinstance(options, FIRST):
+                found.append(f"step 1, {name}: say which input it works on, with `of:`; there are {', '.join(models)}")
+    return found

@@ -1,0 +1,186 @@
+"""Steps that make adapters, and differences of models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import Field
+
+from ..calibration.options import CalibrationOptions
+from ..checkpoint import Checkpoint
+from ..checkpoint.dtypes import parse_float_dtype
+from ..errors import not_inputs
+from ..merge.plan import MergeOptions
+from .base import Execution, Strict, dtype_problems, only_input
+from .merging import MergeStep
+
+
+class MergeAdaptersStep(MergeStep):
+    """`merge_adapters:` — as `merge:`, of inputs that are adapters of one base."""
+
+    rank: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        from ..merge.adapters import SVD
+
+        return MergeStep.options(self.model_copy(update={"method": "linear"}) if self.method == SVD else self)
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        from ..merge.adapters import adapter_problems
+
+        yield from (f"merge_adapters: {problem}" for problem in not_inputs(self.models, inputs))
+        for key in ("base", "exclude", "include", "input_dtype", "tokenizer", "search"):
+            if getattr(self, key):
+                yield f"merge_adapters: '{key}' is for models; adapters are merged without"
+        for problem in adapter_problems(self.method, self.options(), len(self.models), self.rank):
+            yield f"merge_adapters: {problem}"
+        yield from dtype_problems("merge_adapters", self.dtype)
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from ..adapters import read_adapter
+        from ..merge.adapters import merge_adapters
+
+        options = MergeOptions(
+            parse_float_dtype(self.dtype) if self.dtype else None, seed=self.seed, device=how.device, allow_nonfinite=how.save.allow_nonfinite
+        )
+        return merge_adapters([read_adapter(inputs[name]) for name in self.models], self.method, self.options(), self.rank, options)
+
+
+class ExtractAdapterStep(Strict):
+    """`extract_adapter:` — the LoRA adapter that makes one input of another."""
+
+    base: str
+    tuned: str
+    rank: int | None = None
+    energy: float | None = None
+    exclude: list[str] = Field(default_factory=list)
+    save_rest: bool = False
+    dtype: str = "float32"
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        from ..adapters.extract import ExtractOptions
+
+        yield from (f"extract_adapter: {problem}" for problem in not_inputs((self.base, self.tuned), inputs))
+        for problem in ExtractOptions(self.rank, self.energy).problems():
+            yield f"extract_adapter: {problem}"
+        yield from dtype_problems("extract_adapter", self.dtype)
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from ..adapters.extract import ExtractOptions, extract
+
+        options = ExtractOptions(self.rank, self.energy, tuple(self.exclude), self.save_rest, parse_float_dtype(self.dtype))
+        return extract(inputs[self.base], inputs[self.tuned], options, how.save.progress)
+
+
+class LessonStep(Strict):
+    """A step that may train on a text: for so many steps of so many windows, at a rate that has a default of its own."""
+
+    calibration: CalibrationOptions | None = None
+    steps: int = 200
+    batch: int = 4
+    lr: float | None = None
+    seed: int = 0
+
+    def lesson(self, model: Checkpoint, how: Execution, lr: float) -> Any:
+        """What it trains on, None where it names no text: at least as many windows as its steps read, where the text has so many."""
+        from quant.adapters.train import HELD_OUT, Lesson
+
+        from ..training import TrainOptions
+
+        if self.calibration is None:
+            return None
+        windows = max(self.calibration.windows, self.steps * self.batch + HELD_OUT)
+        ids, _ = self.calibration.model_copy(update={"windows": windows}).placed(how.folder).read(model)
+        training = TrainOptions(self.steps, lr if self.lr is None else self.lr, self.batch, schedule="cosine", warmup=0.05, clip=None, seed=self.seed)
+        return Lesson(ids, training)
+
+
+class QuantizeAdapterStep(LessonStep):
+    """`quantize_adapter:` — a LoRA adapter at a few bits; distilled, with the base that it belongs to and a text."""
+
+    bits: int = 4
+    codebook: str = "l2"
+    scale: str = "component"
+    gauge: str | None = None
+    refit: bool = True
+    average_bits: float | None = None
+    base: str | None = None
+    of: str | None = None  # an input; by default what the step before made, or the only input
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        yield from (f"quantize_adapter: {problem}" for problem in self._options().problems())
+        yield from (f"quantize_adapter: {problem}" for problem in not_inputs([name for name in (self.base, self.of) if name], inputs))
+        if (self.base is None) != (self.calibration is None):
+            yield "quantize_adapter: to distil, give both a calibration text and the base that the adapter was trained on"
+
+    def _options(self) -> Any:
+        from quant.adapters.plan import QuantizeOptions
+
+        return QuantizeOptions(self.bits, self.codebook, self.scale, self.gauge, self.refit, self.average_bits)  # type: ignore[arg-type]  # which its `problems` says
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from quant.adapters.container import expanded, is_packed
+        from quant.adapters.plan import quantize_adapter
+        from quant.adapters.train import RELATIVE_LR
+
+        from ..adapters import read_adapter
+
+        others = {name: source for name, source in inputs.items() if name != self.base}
+        adapter = inputs[self.of] if self.of else only_input(others, previous, "quantize_adapter")
+        adapter = expanded(adapter) if is_packed(adapter) else adapter
+        base = inputs[self.base] if self.base else None
+        return quantize_adapter(read_adapter(adapter), self._options(), base, self.lesson(base, how, RELATIVE_LR) if base else None)
+
+
+class TrainAdapterStep(LessonStep):
+    """`train_adapter:` — a LoRA adapter trained for few bits from scratch."""
+
+    base: str
+    bits: int = 1
+    rank: int = 8
+    codebook: str = "l2"
+    scale: str = "component"
+    target: list[str] = Field(default_factory=list)
+    alpha: float = 2.0
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        yield from (f"train_adapter: {problem}" for problem in [*not_inputs([self.base], inputs), *self._options().problems()])
+        if self.calibration is None:
+            yield "train_adapter: give it a text to train on, `calibration:`"
+
+    def _options(self) -> Any:
+        from quant.adapters.train import TrainAdapterOptions
+
+        return TrainAdapterOptions(self.bits, self.rank, self.codebook, self.scale, tuple(self.target), self.alpha)  # type: ignore[arg-type]
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from quant.adapters.train import LR, train_adapter
+
+        return train_adapter(inputs[self.base], self.lesson(inputs[self.base], how, LR), self._options())
+
+
+class DeltaStep(LessonStep):
+    """`delta:` — the difference of a fine-tune at one bit a weight (BitDelta); its scales distilled, with a text."""
+
+    base: str
+    tuned: str
+    bits: int = 1
+    scale: str = "tensor"
+    save_rest: bool = True
+    exclude: list[str] = Field(default_factory=list)
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        yield from (f"delta: {problem}" for problem in [*not_inputs((self.base, self.tuned), inputs), *self._options().problems()])
+
+    def _options(self) -> Any:
+        from quant.adapters.delta import DeltaOptions
+
+        return DeltaOptions(self.bits, self.scale, self.save_rest, tuple(self.exclude))  # type: ignore[arg-type]
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from quant.adapters.delta import delta
+        from quant.adapters.train import RELATIVE_LR
+
+        base, tuned = inputs[self.base], inputs[self.tuned]
+        return delta(base, tuned, self._options(), self.lesson(tuned, how, RELATIVE_LR))

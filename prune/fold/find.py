@@ -1,0 +1,36 @@
+"""Which blocks of a checkpoint go: the model is loaded, and a text tells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mergekit_plus.checkpoint import Checkpoint
+from mergekit_plus.errors import OptionError
+from mergekit_plus.evaluate import load_model, windows
+from mergekit_plus.progress import Progress
+
+from .importance import Importance, blocks_of, importance
+from .surgery import stack_of
+
+
+def count_of(remove: float, blocks: int) -> int:
+    """How many blocks a number, or a share below 1, is. Errors: OptionError where none would be left."""
+    count = round(remove * blocks) if remove < 1 else int(remove)
+    if not 0 <= count < blocks or (remove >= 1 and count != remove):
+        raise OptionError(f"remove {remove:g}: a share below 1, or a number of the {blocks} blocks that leaves one at least")
+    return count
+
+
+def find(
+    checkpoint: Checkpoint, rows: Tensor, remove: float, by: str, *, pinned: Sequence[int] = (), seed: int = 0, device: str = "cpu", progress: Progress
+) -> Importance:
+    """The blocks that count least on a text, rows: int64 [windows, window]; the model is in memory in float32.
+
+    Errors: as `importance` and `stack_of`; CheckpointError for a model that predicts no next token.
+    """
+    count = count_of(remove, len(stack_of(checkpoint).layers))
+    model = load_model(checkpoint, progress=progress).to(device)
+    windows(model, rows.flatten(), rows.shape[1])  # refuses what the model cannot read
+    return importance(blocks_of(model, checkpoint), rows.to(device), count, by, pinned=pinned, seed=seed, progress=progress)
