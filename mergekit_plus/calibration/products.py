@@ -6,7 +6,7 @@ factors as they are multiplied, are those of what the layers see.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..checkpoint import TensorSpec
 
 def multiplies_in_bfloat16(weights: Iterable[TensorSpec], device: str) -> bool:
     """Whether these weights are stored in bfloat16, and it is a processor with instructions for it that works with them."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 does not tell
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 does not tell
     return device == "cpu" and bool(capabilities.get("avx512_bf16")) and all(spec.dtype == "BF16" for spec in weights)
 
 
