@@ -177,12 +177,16 @@ def _retrained(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpo
 
 def _rows(checkpoint: Checkpoint, options: RetrainOptions) -> tuple[Tensor, Tensor]:
     """The windows of the text to train on, and those held out, int64 [windows, window]."""
-    model, tokenizer = meta_model(checkpoint), load_tokenizer(checkpoint)
-    window = windows(model, torch.zeros(1 << 20, dtype=torch.int64), options.window, 1).shape[1]  # of any long text
-    rows = options.text if isinstance(options.text, Tensor) else read_text(options.text, tokenizer, ALL, window)
-    windows(model, rows.flatten(), window, 1)  # refuses what the model cannot read
+    model = meta_model(checkpoint)
+    if isinstance(options.text, Tensor):
+        rows = options.text
+    else:
+        window = windows(model, torch.zeros(1 << 20, dtype=torch.int64), options.window, 1).shape[1]  # of any long text
+        rows = read_text(options.text, load_tokenizer(checkpoint), ALL, window)
+    size = rows.shape[1]
+    windows(model, rows.flatten(), size, 1)  # refuses what the model cannot read
     if len(rows) < 2:
-        raise OptionError(f"the text is one window of {window} tokens; retraining needs one to train on and one to choose by: give a longer text")
+        raise OptionError(f"the text is one window of {size} tokens; retraining needs one to train on and one to choose by: give a longer text")
     count = max(1, min(HELD_OUT, len(rows) // 10))
     chosen = torch.zeros(len(rows), dtype=torch.bool)
     chosen[[(2 * number + 1) * len(rows) // (2 * count) for number in range(count)]] = True
