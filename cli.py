@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -33,6 +34,8 @@ app = typer.Typer(
 
 adapter = typer.Typer(help="Merge LoRA adapters, or extract one from a fine-tune; MODEL+ADAPTER is a model everywhere.", no_args_is_help=True)
 app.add_typer(adapter, name="adapter")
+
+_OWN_STEP = r"^compress ((?:adapter )?(\w+)): (?:step 1, )?\2(?:_adapters?)?: "  # what a command made of its arguments
 
 Model = Annotated[
     str, typer.Argument(help="a model folder, a .safetensors file, or org/name[@revision][/folder] on the Hub; MODEL+ADAPTER applies a LoRA adapter")
@@ -67,11 +70,12 @@ Windows = Annotated[int | None, typer.Option("--windows", min=1, help="use only 
 Calibrate = Annotated[
     list[str], typer.Option("--calibration", metavar="FILE", help="text for methods that look at the inputs of layers: .txt, .jsonl, a folder; may be repeated")
 ]
-CalibrationWindows = Annotated[int, typer.Option("--windows", min=1, help="windows of the calibration text, spread over it")]
-CalibrationWindow = Annotated[int, typer.Option("--window", min=2, help="tokens in a window of the calibration text")]
-CalibrationSeed = Annotated[int, typer.Option("--seed", help="moves the windows of the calibration text")]
+CalibrationWindows = Annotated[int | None, typer.Option("--windows", min=1, help="windows of the text, spread over it (default: 128)")]
+FewWindows = Annotated[int, typer.Option("--windows", min=1, help="windows of the text, spread over it")]
+CalibrationWindow = Annotated[int | None, typer.Option("--window", min=2, help="tokens in a window of the text (default: 256, or what the model takes)")]
+CalibrationSeed = Annotated[int | None, typer.Option("--seed", help="moves the windows of the text (default: 0)")]
 LessonText = Annotated[list[str], typer.Option("--text", "-t", metavar="FILE", help="text to train on: .txt, .jsonl, a folder; may be repeated")]
-LessonWindow = Annotated[int, typer.Option("--window", min=2, help="tokens in a window of the text")]
+LessonWindow = CalibrationWindow
 LessonSteps = Annotated[int, typer.Option("--steps", min=1, help="steps of the training")]
 LessonBatch = Annotated[int, typer.Option("--batch", min=1, help="windows that a step reads")]
 LessonRate = Annotated[float | None, typer.Option("--lr", help="learning rate; relative to the size of what trains, where that starts from something")]
@@ -239,7 +243,7 @@ def quantize_adapter(
     refit: Annotated[bool, typer.Option("--refit/--no-refit", help="fit codes and scales to the product B A")] = True,
     base: Annotated[str | None, typer.Option("--base", "-b", help="the model that it was trained on, to distil with --text")] = None,
     text: LessonText = [],  # noqa: B006
-    window: LessonWindow = 256,
+    window: LessonWindow = None,
     steps: LessonSteps = 200,
     batch: LessonBatch = 4,
     lr: LessonRate = None,
@@ -285,7 +289,7 @@ def train(
     target: Annotated[list[str], typer.Option("--target", metavar="PATTERN", help="modules, as in q_proj (default: all linear layers)")] = [],  # noqa: B006
     codebook: Annotated[str, typer.Option("--codebook", help="l2 (Lloyd-Max) or k-median (the 1-bit adapters of arXiv 2307.16867)")] = "l2",
     scale: Annotated[str, typer.Option("--scale", help="what shares a scale: tensor, component (row of A, column of B) or group (of 128)")] = "component",
-    window: LessonWindow = 256,
+    window: LessonWindow = None,
     steps: LessonSteps = 200,
     batch: LessonBatch = 4,
     lr: LessonRate = None,
@@ -313,7 +317,7 @@ def delta(
     save_rest: Annotated[bool, typer.Option("--save-rest/--leave-rest", help="store what changed and is no linear layer whole, or leave it")] = True,
     exclude: Exclude = [],  # noqa: B006
     text: LessonText = [],  # noqa: B006
-    window: LessonWindow = 256,
+    window: LessonWindow = None,
     steps: LessonSteps = 100,
     batch: LessonBatch = 4,
     lr: LessonRate = None,
@@ -362,12 +366,13 @@ def quantize(
     exclude: Exclude = [],  # noqa: B006
     include: Include = [],  # noqa: B006
     calibration: Calibrate = [],  # noqa: B006
-    windows: CalibrationWindows = 128,
-    window: CalibrationWindow = 256,
-    seed: CalibrationSeed = 0,
+    windows: CalibrationWindows = None,
+    window: CalibrationWindow = None,
+    seed: CalibrationSeed = None,
     order: Annotated[
-        Literal["block", "layer"], typer.Option("--order", help="layer: measure what stands behind other layers of a block again after these")
-    ] = "block",
+        Literal["block", "layer"] | None,
+        typer.Option("--order", help="layer: measure what stands behind other layers of a block again after these (default: block)"),
+    ] = None,
     norm_passes: Annotated[
         int, typer.Option("--norm-passes", min=0, help="passes over the text in which the norms of each block are tuned to the original's outputs")
     ] = 0,
@@ -382,7 +387,7 @@ def quantize(
     step = {
         "bits": 4 if (bits, scheme, allocation) == (None, None, None) else bits, "group_size": group_size, "symmetric": not asymmetric, "scheme": scheme,
         "allocation": allocation and str(allocation), "method": method, "format": format_, "exclude": exclude, "include": include, "rotate": rotate,
-        "norm_passes": norm_passes, "biases": biases, **_calibration(calibration, windows, window, seed, order=order), **_settings(set_),
+        "norm_passes": norm_passes, "biases": biases, **_calibration(calibration, windows=windows, window=window, seed=seed, order=order), **_settings(set_),
     }  # fmt: skip
     inputs = {"model": model}
     if moments is not None:
@@ -400,14 +405,14 @@ def calibrate(
     how: Writing,
     model: Model = ".",
     text: Annotated[list[str], typer.Option("--text", "-t", metavar="FILE", help="text to flow through the model: .txt, .jsonl, a folder; may be repeated")],
-    windows: CalibrationWindows = 128,
-    window: CalibrationWindow = 256,
-    seed: CalibrationSeed = 0,
+    windows: CalibrationWindows = None,
+    window: CalibrationWindow = None,
+    seed: CalibrationSeed = None,
 ) -> None:
     """Measure the inputs of a model's linear layers on a text, for any number of `compress quantize --moments`."""
     from mergekit_plus.recipe import check
 
-    step = _calibration(text, windows, window, seed)
+    step = {"text": _text(text, windows=windows, window=window, seed=seed)}
     recipe = check({"inputs": {"model": model}, "steps": [{"calibrate": step}]}, Path(), "compress calibrate")
     _carry_out(recipe, how, _beside(model, "moments", "file").with_suffix(".safetensors"))
 
@@ -422,9 +427,9 @@ def allocate(
     group_size: Annotated[int, typer.Option("--group-size", help="weights that share a scale; 0 for a whole output row")] = 128,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="with zero points")] = False,
     calibration: Calibrate = [],  # noqa: B006
-    windows: CalibrationWindows = 24,
-    window: CalibrationWindow = 256,
-    seed: CalibrationSeed = 0,
+    windows: FewWindows = 24,
+    window: CalibrationWindow = None,
+    seed: CalibrationSeed = None,
     sensitivity: Annotated[Literal["kl", "fisher", "gram"], typer.Option("--sensitivity", help="how a layer's loss is measured")] = "kl",
     reference: Annotated[
         str | None, typer.Option("--reference", help="the choice of all other layers while one is measured, or dense (default: the middle choice)")
@@ -455,9 +460,10 @@ def allocate(
         raise OptionError("allocate measures on a text: give one with --calibration FILE")
     if plot is not None:
         check_picture(plot)
-    text = CalibrationOptions(texts=calibration, windows=windows, window=window, seed=seed)
+    _check_device(device)
+    text = CalibrationOptions.model_validate(_text(calibration, windows=windows, window=window, seed=seed))
     for problem in text.problems(Path()):
-        raise OptionError(problem)
+        raise OptionError(f"--calibration: {problem}")
     dense = reference is None or reference == "dense"
     options = AllocateOptions(
         Budget(bits_per_weight, parse_size(size) if size else None, max_loss), parse_choices(choices, group_size, not asymmetric), text, sensitivity,
@@ -518,8 +524,8 @@ def prune(
     method: Annotated[str, typer.Option("--method", "-m", help="see `compress methods`")] = "magnitude",
     scope: Annotated[str | None, typer.Option("--scope", help="what is compared: row, tensor, block or global (default: the method's own)")] = None,
     calibration: Calibrate = [],  # noqa: B006
-    windows: CalibrationWindows = 128,
-    window: CalibrationWindow = 256,
+    windows: CalibrationWindows = None,
+    window: CalibrationWindow = None,
     allocate: Annotated[bool, typer.Option("--allocate", help="a sparsity for each layer, by what it costs the predictions on the text")] = False,
     reconstruct: Annotated[
         str | None, typer.Option("--reconstruct", metavar="block|sublayer|linear", help="train a little of each until it computes again what it did")
@@ -538,17 +544,20 @@ def prune(
     from mergekit_plus.recipe import check
     from prune import PRUNERS
 
+    if masks is not None and masks.exists() and not how.overwrite:
+        raise OptionError(f"{masks} exists already; name another file with --masks, or replace it with --overwrite")
     used = structured or reconstruct or allocate or (method in list(PRUNERS) and PRUNERS[method].calibrated)  # the text may be for --retrain alone
+    reading = {"windows": windows, "window": window, "seed": seed if calibration else None}
     step = {
         "sparsity": sparsity, "pattern": pattern, "method": method, "scope": scope, "seed": seed, "exclude": exclude, "include": include,
         "structured": _shares(structured), "mask": "mask" if mask else None, "of": "model", "reconstruct": reconstruct,
-        "allocate": allocate, **_calibration(calibration if used or not retrain else [], windows, window, seed), **_settings(set_),
+        "allocate": allocate, **(_calibration(calibration, **reading) if used or not retrain else {}), **_settings(set_),
     }  # fmt: skip
     steps: list[dict[str, Any]] = [{"prune": step}]
     if retrain is not None:
         if not calibration:
             raise OptionError("--retrain trains on a text: give it with --calibration")
-        steps.append({"retrain": {"train": retrain, "text": calibration, "seed": seed}})
+        steps.append({"retrain": {"train": retrain, "text": _text(calibration, window=window, seed=seed), "seed": seed}})
     recipe = check({"inputs": {"model": model, **({"mask": mask} if mask else {})}, "steps": steps}, Path(), "compress prune")
     default = _beside(model, "smaller" if structured else "pruned", "folder" if structured else "file")
     _carry_out(recipe, how, default, digests)
@@ -571,9 +580,9 @@ def fold(
     share: Annotated[int, typer.Option("--share", min=1, help="neighbouring blocks that share one set of linear weights")] = 1,
     parent: Annotated[Literal["first", "average"], typer.Option("--parent", help="whose weights those are: the first block's, or the mean")] = "first",
     calibration: Calibrate = [],  # noqa: B006
-    windows: CalibrationWindows = 64,
-    window: CalibrationWindow = 256,
-    seed: CalibrationSeed = 0,
+    windows: FewWindows = 64,
+    window: CalibrationWindow = None,
+    seed: CalibrationSeed = None,
 ) -> None:
     """Take out the blocks that count least, and let blocks share weights: `compress fold MODEL --remove 0.25 --calibration text.txt`."""
     digests = None if how.resume else _hash_early(model)
@@ -581,7 +590,7 @@ def fold(
 
     step = {
         "remove": remove, "by": by, "share": share, "parent": parent, "of": "model", **({"keep": _numbers("--keep", keep)} if keep is not None else {}),
-        **_calibration(calibration, windows, window, seed),
+        **(_calibration(calibration, windows=windows, window=window, seed=seed) if calibration else {}),
     }  # fmt: skip
     recipe = check({"inputs": {"model": model}, "steps": [{"fold": step}]}, Path(), "compress fold")
     _carry_out(recipe, how, _beside(model, "folded", "folder"), digests)
@@ -594,12 +603,12 @@ def retrain(
     how: Writing,
     model: Model = ".",
     train: Annotated[str, typer.Option("--train", metavar="VARIANT,...", help="what trains: biases, norms, head, mask_lora, ...; see `compress methods`")],
-    text: Annotated[list[Path], typer.Option("--text", "-t", help="text to train on; may be repeated")],
+    text: LessonText,
     steps: Annotated[int, typer.Option("--steps", help="steps of the optimiser")] = 200,
     lr: Annotated[float | None, typer.Option("--lr", help="largest learning rate (default 0.001)")] = None,
     tune_lr: Annotated[bool, typer.Option("--tune-lr", help="find the learning rate on a part of the text")] = False,
     rank: Annotated[int | None, typer.Option("--rank", help="rank of low-rank updates (default 16)")] = None,
-    window: Annotated[int | None, typer.Option("--window", min=2, help="tokens in a window (default 256, or what the model takes)")] = None,
+    window: LessonWindow = None,
     teacher: Annotated[str | None, typer.Option("--teacher", help="model whose predictions are the goal, as a rule the one before pruning")] = None,
     distill: Annotated[float, typer.Option("--distill", min=0, max=1, help="the teacher's part of the loss; the rest is the text's")] = 1.0,
     allow_densify: Annotated[bool, typer.Option("--allow-densify", help="allow a variant that brings pruned weights back")] = False,
@@ -611,7 +620,7 @@ def retrain(
     from mergekit_plus.recipe import check
 
     step = {
-        "train": train, "text": [str(path) for path in text], "window": window, "teacher": "teacher" if teacher else None, "distill": distill,
+        "train": train, "text": _text(text, window=window, seed=seed), "teacher": "teacher" if teacher else None, "distill": distill,
         "tune_lr": tune_lr, "allow_densify": allow_densify, "of": "model", "steps": steps, "seed": seed,
         **({"lr": lr} if lr is not None else {}), **({"rank": rank} if rank is not None else {}), **_settings(set_),
     }  # fmt: skip
@@ -796,11 +805,28 @@ def _execution(how: Writing, default: Path | None, digests: Digests | None) -> E
     from mergekit_plus.progress import on
     from mergekit_plus.steps import Execution
 
+    _check_device(how.device)
     save = SaveOptions(
         how.overwrite, parse_size(how.max_shard_size), parse_size(how.memory) if how.memory else None, how.workers, how.allow_nonfinite, on(), digests,
         resume=how.resume,
     )  # fmt: skip
     return Execution(save, how.device, how.out or default, how.cache, how.push, how.private)
+
+
+def _check_device(name: str) -> None:
+    """Refuse a device that is not here."""
+    if name == "cpu":
+        return
+    import torch
+
+    from mergekit_plus.errors import OptionError
+
+    try:
+        there = torch.device(name).type != "cuda" or (torch.device(name).index or 0) < torch.cuda.device_count()
+    except RuntimeError:
+        raise OptionError(f"--device {name}: no such device; write cpu, cuda or cuda:1") from None
+    if not there:
+        raise OptionError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices here; leave --device out to compute on the CPU")
 
 
 def _tokenizer(source: str | None, multiple: int | None, template: str | None, inputs: dict[str, str]) -> dict[str, Any] | None:
@@ -824,7 +850,7 @@ def _tokenizer(source: str | None, multiple: int | None, template: str | None, i
     return given if any(value is not None for value in given.values()) else None
 
 
-def _settings(assignments: list[str]) -> dict[str, Any]:
+def _settings(assignments: list[str], option: str = "-s") -> dict[str, Any]:
     """`name=value` pairs; values are read as YAML, commas make a list (one value for each model) where there is no table."""
     from mergekit_plus.errors import OptionError
     from mergekit_plus.safe_yaml import parse
@@ -833,15 +859,15 @@ def _settings(assignments: list[str]) -> dict[str, Any]:
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals or not name:
-            raise OptionError(f"-s {assignment}: write name=value")
+            raise OptionError(f"{option} {assignment}: write name=value")
         listed = "," in value and not value.startswith("{")
-        settings[name] = [parse(part, f"-s {name}") for part in value.split(",")] if listed else parse(value, f"-s {name}")
+        settings[name] = [parse(part, f"{option} {name}") for part in value.split(",")] if listed else parse(value, f"{option} {name}")
     return settings
 
 
 def _shares(given: str | None) -> dict[str, Any] | None:
     """`mlp=0.25,heads=0.5` by name."""
-    return None if given is None else _settings(given.split(","))
+    return None if given is None else _settings(given.split(","), "--structured")
 
 
 def _numbers(option: str, given: str) -> list[int]:
@@ -854,9 +880,18 @@ def _numbers(option: str, given: str) -> list[int]:
         raise OptionError(f"{option} {given}: write numbers with commas between, as in 0,1,5") from None
 
 
-def _calibration(texts: list[str], windows: int, window: int, seed: int, **more: Any) -> dict[str, Any]:
-    """The `calibration` key of a step; nothing where no text is given."""
-    return {"calibration": {"texts": texts, "windows": windows, "window": window, "seed": seed, **more}} if texts else {}
+def _text(texts: list[str], **how: Any) -> dict[str, Any]:
+    """A text as steps take it, with what is said of how it is read."""
+    return {"texts": texts, **{name: value for name, value in how.items() if value is not None}}
+
+
+def _calibration(texts: list[str], **how: Any) -> dict[str, Any]:
+    """The `calibration` key of a step; nothing where no text is given, of which nothing can be said then."""
+    from mergekit_plus.errors import OptionError
+
+    if not texts and (said := [f"--{name}" for name, value in how.items() if value is not None]):
+        raise OptionError(f"{' and '.join(said)} {'say' if len(said) > 1 else 'says'} how a text is read: give one with --calibration FILE")
+    return {"calibration": _text(texts, **how)} if texts else {}
 
 
 def _distinct(refs: list[str]) -> dict[str, str]:
@@ -891,10 +926,9 @@ def _beside(model: str, suffix: str, of_file: Literal["file", "folder"]) -> Path
     return Path(f"{name}-{suffix}")
 
 
-def _lesson(text: list[str], window: int, steps: int, batch: int, lr: float | None, seed: int) -> dict[str, Any]:
+def _lesson(text: list[str], window: int | None, steps: int, batch: int, lr: float | None, seed: int) -> dict[str, Any]:
     """The keys of a step that trains on a text; nothing where no text is given."""
-    calibration = {"texts": text, "window": window, "seed": seed}
-    return {"calibration": calibration, "steps": steps, "batch": batch, "lr": lr, "seed": seed} if text else {}
+    return {"text": _text(text, window=window, seed=seed), "steps": steps, "batch": batch, "lr": lr, "seed": seed} if text else {}
 
 
 def _print(data: dict[str, Any], text: list[str], as_json: bool) -> None:
@@ -912,7 +946,8 @@ def main() -> None:
     try:
         app()
     except CompressError as error:
-        print(printable(f"compress: {str(error).removeprefix('compress ')}"), file=sys.stderr)  # a recipe made of arguments goes by its command
+        message = re.sub(_OWN_STEP, r"\1: ", str(error)).removeprefix("compress ")  # a recipe made of arguments goes by its command
+        print(printable(f"compress: {message}"), file=sys.stderr)
         sys.exit(2)
     except CheckFailed as error:
         print(printable(f"compress: check failed: {error}"), file=sys.stderr)

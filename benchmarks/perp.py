@@ -52,8 +52,8 @@ Row = dict[str, Any]
 class Bench:
     """The model, the texts, and the results so far."""
 
-    def __init__(self, model: Path, texts: Path, results: Path) -> None:
-        self.checkpoint, self.results = Checkpoint.open(model), results
+    def __init__(self, model: Path, texts: Path, results: Path, training: TrainOptions) -> None:
+        self.checkpoint, self.results, self.training = Checkpoint.open(model), results, training
         tokenizer = load_tokenizer(self.checkpoint)
         self.calibration = read_text([texts / "general.train.txt"], tokenizer, 16, 256)
         self.rows = read_text([texts / "general.train.txt"], tokenizer, 1 << 30, WINDOW)
@@ -134,7 +134,7 @@ class Bench:
 
     def trained(self, pruner: str, level: str, variant: str, seed: int, rate: float) -> Row:
         def compute() -> Row:
-            model, facts = self.fit(pruner, level, variant, replace(TRAINING, lr=rate, seed=seed))
+            model, facts = self.fit(pruner, level, variant, replace(self.training, lr=rate, seed=seed))
             return {**facts, "ppl": self.measure(model)}
 
         return self.once({"pruner": pruner, "level": level, "retrained": variant, "seed": seed, "lr": rate}, compute)
@@ -272,6 +272,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--texts", type=Path)
     parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=TRAINING.steps)
+    parser.add_argument("--batch", type=int, default=TRAINING.batch, help="windows of 128 tokens")
     parser.add_argument("--render", type=Path)
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
@@ -281,7 +283,7 @@ def main() -> None:
         plot(read(given.results), given.plot)
     if not (given.render or given.plot):
         torch.set_num_threads(1)
-        Bench(given.model, given.texts, given.results).run()
+        Bench(given.model, given.texts, given.results, replace(TRAINING, steps=given.steps, batch=given.batch)).run()
 
 
 if __name__ == "__main__":

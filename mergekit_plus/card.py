@@ -24,10 +24,11 @@ def card(
     recipe: the text of it. table: what was measured, a row for each model, this one last. sparsity: the zeros of what was pruned.
     """
     operations = [operation for step in steps for operation in step]
-    quantized = "quantize" in operations or "convert" in operations
+    quantized = bool({"quantize", "convert", "quantize_adapter"} & set(operations))
     merged, pruned = "merge" in operations, "prune" in operations
     tags = ["mergekit-plus", *(tag for tag, does in (("merge", merged), ("pruned", pruned), ("quantized", quantized)) if does)]
-    front: dict[str, Any] = {"library_name": "transformers", "tags": tags}
+    adapter = bool(operations) and operations[-1].endswith(("_adapter", "_adapters"))
+    front: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "tags": tags}
     if models:
         relation = "quantized" if quantized else "merge" if merged else None
         front = {"base_model": list(dict.fromkeys(models)), **({"base_model_relation": relation} if relation else {}), **front}

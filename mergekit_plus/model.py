@@ -189,12 +189,12 @@ def quantized_reason(checkpoint: Checkpoint) -> str | None:
     if packed is None and (not declared or declared.get("format") == "dense"):
         return None
     if packed is None:
-        says = f"{checkpoint.label}: config.json says that it is quantised ({scheme or 'quantization_config'}), but its tensors are dense"
+        says = f"{checkpoint.label}: config.json says that it is quantized ({scheme or 'quantization_config'}), but its tensors are dense"
         return f"{says}; take the key 'quantization_config' out of config.json if they are right"
-    mend = "use the unquantised model that it was made from"
+    mend = "use the unquantized model that it was made from"
     if declared.get("quant_method") in ("compressed-tensors", "gptq", "awq"):
         mend = f"unpack it first with `compress dequantize {checkpoint.label}`"
-    return f"{checkpoint.label} is quantised already ({f'{scheme}, ' if scheme else ''}{packed}); {mend}"
+    return f"{checkpoint.label} is quantized already ({f'{scheme}, ' if scheme else ''}{packed}); {mend}"
 
 
 def adapter_reason(checkpoint: Checkpoint) -> str | None:

@@ -19,7 +19,7 @@ from .checkpoint.layout import DEFAULT_SHARD_SIZE
 from .checkpoint.references import split_reference
 from .checkpoint.upload import parse_target
 from .errors import CheckpointError, CompressError
-from .steps import PruneStep, calibrations
+from .steps import TEXT_KEYS, PruneStep, calibrations
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -123,10 +123,8 @@ def _plain_steps(recipe: Recipe, out: Path) -> list[dict[str, dict[str, Any]]]:
     steps = [{name: options.model_dump(mode="json", exclude_none=True) for name, options in step.items()} for step in recipe.steps]
     for step in steps:
         for options in step.values():
-            if "calibration" in options:
-                options["calibration"] = CalibrationOptions.model_validate(options["calibration"]).placed(recipe.folder).provenance(out)
-            if isinstance(texts := options.get("text"), list):
-                options["text"] = [_relative(str(recipe.folder / text), out) for text in texts]
+            for key in [key for key in TEXT_KEYS if isinstance(options.get(key), dict)]:
+                options[key] = CalibrationOptions.model_validate(options[key]).placed(recipe.folder).provenance(out)
     return steps
 
 

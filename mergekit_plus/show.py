@@ -60,7 +60,7 @@ def inspection_lines(facts: Mapping[str, Any]) -> list[str]:
     if facts["tied"]:
         lines.append("tied: " + ", ".join(" = ".join(names) for names in facts["tied"]))
     if facts["quantized"]:
-        lines.append(f"it {facts['quantized']}")
+        lines.append(facts["quantized"])
     if packed := facts["packed"]:
         coding = f"{packed['bits']} bit{'s' * (packed['bits'] > 1)}, {packed['codebook']}, a scale for each {packed['scale']}"
         lines.append(f"packed: {size(packed['bytes'])} on the disk, {coding}; above is what it expands to")

@@ -41,7 +41,7 @@ class RetrainOptions:
     """What trains on what. `distill` is the teacher's part of the loss; the rest is the cross entropy of the text."""
 
     train: tuple[str, ...]
-    text: tuple[Path, ...]
+    text: tuple[Path, ...] | Tensor  # files, or windows of them, int64 [windows, window]
     variant_options: Mapping[str, Any] = field(default_factory=dict)
     training: TrainOptions = field(default_factory=TrainOptions)
     window: int | None = None  # tokens; by default as for perplexity
@@ -77,6 +77,8 @@ def retrain(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpoint
     Errors: OptionError for options that cannot be, and where there is nothing to train; CheckpointError for what is quantised, no causal model, or
     unknown to transformers.
     """
+    if teacher is not None and (reason := quantized_reason(teacher) or adapter_reason(teacher)):
+        raise CheckpointError(reason)
     sites = _sites(checkpoint, options)
     chosen = chosen_sites(sites, options.train)
     specs = {site.name: TensorSpec(site.name, _dtype(checkpoint, site), site.shape) for site in chosen}
@@ -164,7 +166,7 @@ def _retrained(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpo
             keep_every=KEEP_EVERY, progress=work.progress,
         )  # fmt: skip
 
-    training = replace(options.training, lr=_tuned(adapted, options.training, run)) if options.tune_lr else options.training
+    training = replace(options.training, lr=_tuned(adapted, options.training, run, work)) if options.tune_lr else options.training
     record = run(training, "training")
     if record.stopped and record.best == 0:
         raise OptionError(f"{record.stopped}, and nothing was gained before; give a smaller --lr")
@@ -177,7 +179,7 @@ def _rows(checkpoint: Checkpoint, options: RetrainOptions) -> tuple[Tensor, Tens
     """The windows of the text to train on, and those held out, int64 [windows, window]."""
     model, tokenizer = meta_model(checkpoint), load_tokenizer(checkpoint)
     window = windows(model, torch.zeros(1 << 20, dtype=torch.int64), options.window, 1).shape[1]  # of any long text
-    rows = read_text(options.text, tokenizer, ALL, window)
+    rows = options.text if isinstance(options.text, Tensor) else read_text(options.text, tokenizer, ALL, window)
     windows(model, rows.flatten(), window, 1)  # refuses what the model cannot read
     if len(rows) < 2:
         raise OptionError(f"the text is one window of {window} tokens; retraining needs one to train on and one to choose by: give a longer text")
@@ -187,13 +189,14 @@ def _rows(checkpoint: Checkpoint, options: RetrainOptions) -> tuple[Tensor, Tens
     return rows[~chosen], rows[chosen]
 
 
-def _tuned(adapted: Adapted, training: TrainOptions, run: Any) -> float:
+def _tuned(adapted: Adapted, training: TrainOptions, run: Any, work: Work) -> float:
     """The rate that is best on what was held out, each having had a part of the steps from the same start."""
     start = {name: parameter.detach().clone() for name, parameter in adapted.parameters.items()}
     found: dict[float, float] = {}
     for rate in RATES:
         record = run(replace(training, lr=rate, steps=max(1, training.steps // TUNING), evaluations=1), f"lr-{rate:g}")
         found[rate] = record.value
+        work.progress.tell(f"a rate of {rate:g}: held-out loss {record.value:.4f}")
         with torch.no_grad():
             for name, parameter in adapted.parameters.items():
                 parameter.copy_(start[name])

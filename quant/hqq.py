@@ -30,7 +30,7 @@ Steps = Annotated[int, Field(ge=0, le=1000, description="times that the scale is
 
 @quantizer("hqq")
 def hqq(weight: Tensor, scheme: Scheme, *, steps: Steps = 20) -> Quantized:
-    """Fit each group's scale, and zero point, so that the sum of |error|^(3/4) is small (half-quadratic quantisation).
+    """Fit each group's scale, and zero point, so that the sum of |error|^(3/4) is small (half-quadratic quantization).
 
     weight: [rows, in], bfloat16, float16, float32 or float64, of a shape that the scheme fits. The scales have its dtype, and each weight goes to the
     nearest code for its scale as stored. `steps=0` is `rtn` with `clip=0`.

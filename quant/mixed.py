@@ -126,7 +126,7 @@ def budget_bits(
         return bits
     if budget.size is not None:
         if (smallest := file_size(packed(schemes(checkpoint, groups, choices, cheapest)))) > budget.size:
-            what = f"with the narrowest choices it is {smallest}, of which {least // 8} are quantised layers"
+            what = f"with the narrowest choices it is {smallest}, of which {least // 8} are quantized layers"
             raise OptionError(f"--size of {budget.size} bytes cannot be met: {what}")
         return least + 8 * (budget.size - smallest)
     return None

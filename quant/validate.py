@@ -63,7 +63,7 @@ def validate(checkpoint: Checkpoint) -> Validation:
         return found
     method = str(config.get("quant_method", "compressed-tensors"))
     if method not in METHODS:
-        found.warnings.append(f"quantised with '{method}', which is not known here: how it is described was not checked")
+        found.warnings.append(f"quantized with '{method}', which is not known here: how it is described was not checked")
         return found
     if method == "compressed-tensors":
         found.problems += _of_config(config)

@@ -46,6 +46,11 @@ inputs: {}
 """
 
 
+def test_an_adapter_is_for_peft() -> None:
+    told = front(card(["./a"], [], [{"train_adapter": {}}, {"quantize_adapter": {}}], "", []))
+    assert told == {"library_name": "peft", "tags": ["mergekit-plus", "quantized"]}
+
+
 def test_base_models_are_those_on_the_hub_each_once() -> None:
     assert front(card([], ["org/a", "org/b", "org/a"], MERGE, "", [])) == {
         "base_model": ["org/a", "org/b"], "base_model_relation": "merge", "library_name": "transformers", "tags": ["mergekit-plus", "merge"],

@@ -132,7 +132,7 @@ def test_a_model_is_quantized_where_one_stands(tmp_path: Path) -> None:
     dense = compress("quantize", folder, "--format", "dense", "-o", "dense", cwd=tmp_path)
     assert back.returncode == dense.returncode == 0, back.stderr + dense.stderr
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (tmp_path / "dense" / "model.safetensors").read_bytes()
-    refused(compress("merge", "base-4bit", "dense", cwd=tmp_path), "quantised already", "compress dequantize base-4bit")
+    refused(compress("merge", "base-4bit", "dense", cwd=tmp_path), "quantized already", "compress dequantize base-4bit")
 
 
 def test_a_packed_model_goes_into_another_format_and_back(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_an_error_while_reading_is_the_readers_own(tiny: Tiny) -> None:
 
 
 def test_a_quantised_checkpoint_is_refused(tiny: Tiny) -> None:
-    with pytest.raises(CheckpointError, match="quantised already"):
+    with pytest.raises(CheckpointError, match="quantized already"):
         load_model(changed(tiny("LlamaForCausalLM"), **{"a.weight_packed": torch.ones(2, 2, dtype=torch.int32)}))
 
 

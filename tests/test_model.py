@@ -256,7 +256,7 @@ def test_a_group_of_one_is_no_group() -> None:
 @pytest.mark.parametrize(
     ("tensors", "config", "reason"),
     [
-        ({"a.weight_packed": torch.ones(2, 2, dtype=torch.int32)}, {}, "quantised already (a.weight_packed)"),
+        ({"a.weight_packed": torch.ones(2, 2, dtype=torch.int32)}, {}, "quantized already (a.weight_packed)"),
         ({"a.qweight": torch.ones(2, 2, dtype=torch.int32)}, {"quant_method": "gptq"}, "(gptq, a.qweight)"),
         ({"a.weight": torch.ones(2, 2).to(torch.float8_e4m3fn)}, {}, "a.weight, F8_E4M3"),
         ({"a.weight": torch.ones(2, 2, dtype=torch.int8)}, {}, "a.weight, I8"),

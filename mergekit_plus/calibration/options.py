@@ -1,4 +1,4 @@
-"""The `calibration:` key of a recipe's step: a text, and how much of it is read.
+"""The `calibration:` key of a recipe's step, and `text:` of one that trains or measures: a text, and how much of it is read.
 
     calibration: text.txt
     calibration: {texts: [code.txt, docs/], windows: 128, window: 256}
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -16,19 +17,19 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
-from ..errors import CheckpointError
+from ..errors import CheckpointError, OptionError
 from ..evaluate import load_tokenizer
 from .text import WINDOW, WINDOWS, read_text, text_files
 
 
 class CalibrationOptions(BaseModel):
-    """A calibration text: files, folders of .txt and .jsonl, `.jsonl` with a "text" in each line."""
+    """A text that a step reads: files, folders of .txt and .jsonl, `.jsonl` with a "text" in each line."""
 
     model_config = ConfigDict(extra="forbid")
 
     texts: list[str] = Field(default_factory=list)
     windows: int = Field(WINDOWS, gt=0, description="of the text, spread evenly over it")
-    window: int = Field(WINDOW, gt=1, description="tokens")
+    window: int | None = Field(None, gt=1, description="tokens; by default 256, or what the model takes")
     seed: int = Field(0, description="moves the windows")
     order: Literal["block", "layer"] = Field("block", description="measure a block's layers once, or again what stands behind layers that were changed")
     sha256: dict[str, str] = Field(default_factory=dict, description="what the files must be")
@@ -57,10 +58,10 @@ class CalibrationOptions(BaseModel):
     def problems(self, folder: Path) -> Iterator[str]:
         """Everything wrong with it, a sentence each; texts are relative to `folder`."""
         if not self.texts:
-            yield "calibration: it names no text"
+            yield "it names no text"
         for path in self.placed(folder).paths:
             if not path.exists():
-                yield f"calibration: the text {path} is not there"
+                yield f"the text {path} is not there"
 
     def digests(self) -> dict[str, str]:
         """The SHA-256 of each file of the texts, by its name, with the number of the text before it where there are several."""
@@ -79,12 +80,16 @@ class CalibrationOptions(BaseModel):
         Errors: as `read_text`; CheckpointError for files that are not those of `sha256`, and for a model without a tokenizer.
         """
         if self.sha256 and (changed := sorted(dict(self.sha256.items() ^ self.digests().items()))):
-            raise CheckpointError(f"calibration: {changed[0]} is not the file that the recipe was made with (its SHA-256 differs)")
-        rows = read_text(self.paths, load_tokenizer(checkpoint), self.windows, self.window, self.seed)
-        fewer = f"the calibration text has {len(rows)} windows of {self.window} tokens, not {self.windows}; all of it is used"
+            raise CheckpointError(f"the text {changed[0]} is not the file that the recipe was made with (its SHA-256 differs)")
+        longest = (checkpoint.config.get("text_config") or checkpoint.config).get("max_position_embeddings") or sys.maxsize
+        window = self.window or min(WINDOW, longest)
+        if window > longest:
+            raise OptionError(f"a window of {window} tokens: the model takes {longest} at most; give a smaller --window")
+        rows = read_text(self.paths, load_tokenizer(checkpoint), self.windows, window, self.seed)
+        fewer = f"the text has {len(rows)} windows of {window} tokens, not {self.windows}; all of it is used"
         return rows, [fewer] * (len(rows) < self.windows)
 
     def provenance(self, out: Path) -> dict[str, Any]:
         """As the recipe in an output holds it: paths relative to the output, and the digests of the files."""
         texts = [os.path.relpath(os.path.abspath(path), os.path.realpath(out)) for path in self.paths]
-        return {"texts": texts, **self.model_dump(mode="json", exclude={"texts", "sha256"}), "sha256": self.digests()}
+        return {"texts": texts, **self.model_dump(mode="json", exclude={"texts", "sha256"}, exclude_none=True), "sha256": self.digests()}

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checkpoint import Checkpoint, Plan, Step, TensorSpec, copy_step
 from ..checkpoint.deferred import Deferred, Work
 from ..errors import CheckpointError
-from ..model import describe
+from ..model import adapter_reason, describe, quantized_reason
 from .block import Block
 from .walk import memory, walk
 
@@ -27,8 +27,10 @@ FACTS = "calibration"
 def calibrate(checkpoint: Checkpoint, ids: Tensor, text: Mapping[str, Any], device: str = "cpu") -> Checkpoint:
     """The moments of all linear layers of the blocks of a model, as it is, on a text: int64 ids [windows, window]. Nothing is computed yet.
 
-    text: what to say of the text beside the moments. Errors: CheckpointError for a model without linear layers in blocks.
+    text: what to say of the text beside the moments. Errors: CheckpointError for a model without linear layers in blocks, or packed, and for an adapter.
     """
+    if reason := quantized_reason(checkpoint) or adapter_reason(checkpoint):
+        raise CheckpointError(reason)
     roles = describe(checkpoint)
     names = [name for block in roles.blocks.values() for name in block if roles.tensors[name].role == "linear" and roles.tensors[name].parameter is not None]
     if not names:

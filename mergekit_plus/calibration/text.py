@@ -25,11 +25,11 @@ def read_text(refs: Sequence[Path], tokenizer: Any, windows: int = WINDOWS, wind
     """
     ids = torch.cat([torch.empty(0, dtype=torch.int64), *(tokenize(tokenizer, text) for ref in refs for text in _texts(Path(ref)))])
     if window < 2 or windows < 1:
-        raise OptionError(f"{windows} windows of {window} tokens: calibration needs at least one window of two tokens")
+        raise OptionError(f"{windows} windows of {window} tokens: give at least one window of two tokens")
     found = len(ids) // window
     if not found:
         names = ", ".join(str(ref) for ref in refs) or "no file"
-        raise OptionError(f"calibration text ({names}) has {len(ids)} tokens, a window is {window}; give a longer text or a smaller --window")
+        raise OptionError(f"the text ({names}) has {len(ids)} tokens, a window is {window}; give a longer text or a smaller --window")
     taken = min(windows, found)
     generator = torch.Generator().manual_seed(seed)
     bounds = [number * found // taken for number in range(taken + 1)]

@@ -18,8 +18,8 @@ from .pruning import FoldStep, PruneStep, RetrainStep
 from .quantizing import CalibrateStep, ConvertStep, DequantizeStep, QuantizeStep
 
 __all__ = [
-    "OPERATIONS", "Execution", "FoldStep", "MergeStep", "PruneStep", "StepOptions", "Strict", "calibrations", "only_input", "order_problems", "parse_step",
-    "parse_steps", "schema_problems", "with_allocations",
+    "OPERATIONS", "TEXT_KEYS", "Execution", "FoldStep", "MergeStep", "PruneStep", "StepOptions", "Strict", "calibrations", "only_input", "order_problems",
+    "parse_step", "parse_steps", "schema_problems", "with_allocations",
 ]  # fmt: skip
 
 StepOptions = (
@@ -56,6 +56,7 @@ OPERATIONS: dict[str, type[StepOptions]] = {
     "fold": FoldStep,
     "retrain": RetrainStep,
 }
+TEXT_KEYS = ("calibration", "text")  # of steps, as the flags of commands: what methods look at; what trains, or is measured on
 FIRST = (MergeStep, MergekitStep, MoeStep, ExtractAdapterStep, TrainAdapterStep, DeltaStep)  # they read inputs, not what a step before them made
 
 
@@ -99,9 +100,9 @@ def with_allocations(steps: Sequence[object], folder: Path) -> tuple[list[object
 
 
 def calibrations(steps: Sequence[Mapping[str, StepOptions]]) -> list[tuple[str, CalibrationOptions]]:
-    """The calibration texts of steps, each with the name of its operation."""
-    named = [(name, getattr(options, "calibration", None)) for step in steps for name, options in step.items()]
-    return [(name, text) for name, text in named if text is not None]
+    """The texts that steps read, each with the name of its operation and of its key."""
+    found = [(f"{name}: {key}", getattr(options, key, None)) for step in steps for name, options in step.items() for key in TEXT_KEYS]
+    return [(name, text) for name, text in found if isinstance(text, CalibrationOptions)]
 
 
 def order_problems(steps: Sequence[Mapping[str, StepOptions]], inputs: Mapping[str, object]) -> list[str]:

@@ -12,7 +12,7 @@ from ..checkpoint import Checkpoint
 from ..checkpoint.dtypes import parse_float_dtype
 from ..errors import not_inputs
 from ..merge.plan import MergeOptions
-from .base import Execution, Strict, dtype_problems, only_input
+from .base import Execution, Strict, dtype_problems, lesson_rows, only_input, with_lesson
 from .merging import MergeStep
 
 
@@ -76,7 +76,7 @@ class ExtractAdapterStep(Strict):
 class LessonStep(Strict):
     """A step that may train on a text: for so many steps of so many windows, at a rate that has a default of its own."""
 
-    calibration: CalibrationOptions | None = None
+    text: CalibrationOptions | None = None
     steps: int = 200
     batch: int = 4
     lr: float | None = None
@@ -88,12 +88,15 @@ class LessonStep(Strict):
 
         from ..training import TrainOptions
 
-        if self.calibration is None:
+        if self.text is None:
             return None
-        windows = max(self.calibration.windows, self.steps * self.batch + HELD_OUT)
-        ids, _ = self.calibration.model_copy(update={"windows": windows}).placed(how.folder).read(model)
+        ids = lesson_rows(self.text, self.steps * self.batch + HELD_OUT, model, how)
         training = TrainOptions(self.steps, lr if self.lr is None else self.lr, self.batch, schedule="cosine", warmup=0.05, clip=None, seed=self.seed)
         return Lesson(ids, training)
+
+    def told(self, made: Checkpoint, lesson: Any) -> Checkpoint:
+        """What it made, with a note on how long that trains."""
+        return with_lesson(made, self.steps, self.batch, lesson.ids) if lesson else made
 
 
 class QuantizeAdapterStep(LessonStep):
@@ -111,8 +114,8 @@ class QuantizeAdapterStep(LessonStep):
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
         yield from (f"quantize_adapter: {problem}" for problem in self._options().problems())
         yield from (f"quantize_adapter: {problem}" for problem in not_inputs([name for name in (self.base, self.of) if name], inputs))
-        if (self.base is None) != (self.calibration is None):
-            yield "quantize_adapter: to distil, give both a calibration text and the base that the adapter was trained on"
+        if (self.base is None) != (self.text is None):
+            yield "quantize_adapter: to distil, give both a text and the base that the adapter was trained on"
 
     def _options(self) -> Any:
         from quant.adapters.plan import QuantizeOptions
@@ -130,7 +133,8 @@ class QuantizeAdapterStep(LessonStep):
         adapter = inputs[self.of] if self.of else only_input(others, previous, "quantize_adapter")
         adapter = expanded(adapter) if is_packed(adapter) else adapter
         base = inputs[self.base] if self.base else None
-        return quantize_adapter(read_adapter(adapter), self._options(), base, self.lesson(base, how, RELATIVE_LR) if base else None)
+        lesson = self.lesson(base, how, RELATIVE_LR) if base else None
+        return self.told(quantize_adapter(read_adapter(adapter), self._options(), base, lesson), lesson)
 
 
 class TrainAdapterStep(LessonStep):
@@ -146,8 +150,8 @@ class TrainAdapterStep(LessonStep):
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
         yield from (f"train_adapter: {problem}" for problem in [*not_inputs([self.base], inputs), *self._options().problems()])
-        if self.calibration is None:
-            yield "train_adapter: give it a text to train on, `calibration:`"
+        if self.text is None:
+            yield "train_adapter: give it a text to train on"
 
     def _options(self) -> Any:
         from quant.adapters.train import TrainAdapterOptions
@@ -157,7 +161,8 @@ class TrainAdapterStep(LessonStep):
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
         from quant.adapters.train import LR, train_adapter
 
-        return train_adapter(inputs[self.base], self.lesson(inputs[self.base], how, LR), self._options())
+        lesson = self.lesson(inputs[self.base], how, LR)
+        return self.told(train_adapter(inputs[self.base], lesson, self._options()), lesson)
 
 
 class DeltaStep(LessonStep):
@@ -183,4 +188,5 @@ class DeltaStep(LessonStep):
         from quant.adapters.train import RELATIVE_LR
 
         base, tuned = inputs[self.base], inputs[self.tuned]
-        return delta(base, tuned, self._options(), self.lesson(tuned, how, RELATIVE_LR))
+        lesson = self.lesson(tuned, how, RELATIVE_LR)
+        return self.told(delta(base, tuned, self._options(), lesson), lesson)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
 
+from ..calibration.options import CalibrationOptions
 from ..checkpoint import Checkpoint, SaveOptions
 from ..checkpoint.dtypes import parse_float_dtype
 from ..errors import OptionError, RecipeError, nearest
@@ -40,6 +42,17 @@ def only_input(inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, op
     if len(inputs) == 1:
         return next(iter(inputs.values()))
     raise RecipeError(f"{operation}: say which input it works on, with `of:`; there are {len(inputs)}")
+
+
+def lesson_rows(text: CalibrationOptions, windows: int, model: Checkpoint, how: Execution) -> Tensor:
+    """What a step trains on: at least as many windows as it reads, where the text has so many, int64 [windows, window]."""
+    return text.model_copy(update={"windows": max(text.windows, windows)}).placed(how.folder).read(model)[0]
+
+
+def with_lesson(made: Checkpoint, steps: int, batch: int, rows: Tensor) -> Checkpoint:
+    """The same, with a note on how long it will train."""
+    note = f"trains for {steps} steps of {batch} windows of {rows.shape[1]} tokens; {len(rows)} windows of the text are read"
+    return replace(made, notes=(*made.notes, note))
 
 
 def dtype_problems(operation: str, *dtypes: str | None) -> Iterator[str]:

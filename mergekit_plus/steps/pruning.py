@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ..calibration.options import CalibrationOptions
 from ..checkpoint import Checkpoint
 from ..errors import nearest, not_inputs
-from .base import Execution, Strict, only_input
+from .base import Execution, Strict, lesson_rows, only_input, with_lesson
 
 
 class RepairOptions(BaseModel):
@@ -129,15 +129,14 @@ class RetrainStep(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     train: list[str]
-    text: list[str]
-    window: int | None = Field(default=None, ge=2)
+    text: CalibrationOptions
     teacher: str | None = None  # an input
     distill: float = Field(default=1.0, ge=0, le=1)
     tune_lr: bool = False
     allow_densify: bool = False
     of: str | None = None
 
-    @field_validator("train", "text", mode="before")
+    @field_validator("train", mode="before")
     @classmethod
     def _one_or_several(cls, value: object) -> object:
         return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
@@ -150,18 +149,18 @@ class RetrainStep(BaseModel):
         yield from (f"retrain: {problem}" for problem in not_inputs([name for name in (self.of, self.teacher) if name is not None], inputs))
         if self.tune_lr and "lr" in (self.model_extra or {}):
             yield "retrain: tune_lr finds the rate; leave out lr, or tune_lr"
-        if not self.text:
-            yield "retrain: give it a text"
 
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
-        from prune.retrain import RetrainOptions, retrain, split_options
+        from prune.retrain import HELD_OUT, RetrainOptions, retrain, split_options
 
         training, variant_options, _ = split_options(self.model_extra or {}, self.train)
+        source = inputs[self.of] if self.of else only_input(inputs, previous, "retrain")
+        rows = lesson_rows(self.text, training.steps * training.batch + HELD_OUT, source, how)
         options = RetrainOptions(
-            tuple(self.train), tuple(how.folder / text for text in self.text), variant_options, training, self.window, self.distill, self.tune_lr,
-            self.allow_densify, how.device,
+            tuple(self.train), rows, variant_options, training, distill=self.distill, tune_lr=self.tune_lr, allow_densify=self.allow_densify, device=how.device,
         )  # fmt: skip
-        return retrain(inputs[self.of] if self.of else only_input(inputs, previous, "retrain"), options, inputs[self.teacher] if self.teacher else None)
+        made = retrain(source, options, inputs[self.teacher] if self.teacher else None)
+        return with_lesson(made, training.steps, training.batch, rows)
 
 
 class FoldStep(Strict):

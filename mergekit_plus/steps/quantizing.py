@@ -91,7 +91,7 @@ class QuantizeStep(BaseModel):
 class CalibrateStep(Strict):
     """`calibrate:` — the moments of the inputs of linear layers on a text."""
 
-    calibration: CalibrationOptions
+    text: CalibrationOptions
     of: str | None = None
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
@@ -102,7 +102,7 @@ class CalibrateStep(Strict):
         from ..calibration.statistics import calibrate
 
         source = inputs[self.of] if self.of else only_input(inputs, previous, "calibrate")
-        text = self.calibration.placed(how.folder)
+        text = self.text.placed(how.folder)
         ids, notes = text.read(source)
         made = calibrate(source, ids, {"seed": text.seed, "sha256": text.digests()}, how.device)
         return replace(made, notes=(*made.notes, *notes))

@@ -115,9 +115,11 @@ def _trained(base: Checkpoint, latents: Mapping[str, Latent], lesson: Lesson, wo
     rows, held = lesson.parts()
     with attached(model, latents) as parameters:
         loss: Loss = distillation(Teacher(model, latents)) if teach else next_token
-        return train(
+        record = train(
             model, parameters, loss, rows, lesson.training, evaluate=lambda: loss_on(model, held, loss, batch=4), folder=work.folder, progress=work.progress
         )
+    work.progress.tell(f"held-out loss {record.evaluations[0][1]:.4f} before, {record.value:.4f} after {record.best} steps")
+    return record
 
 
 def refuse_failure(record: TrainRecord) -> None:

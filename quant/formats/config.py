@@ -196,7 +196,7 @@ def unreadable(what: str) -> CheckpointError:
     """The error for a quantization_config that cannot be read."""
     return CheckpointError(
         f"quantization_config: {what}; what can be read is compressed-tensors (pack-quantized as 0.18 and later store it, int-, naive- and"
-        " float-quantized, nvfp4 and mxfp4), gptq of 2, 3, 4 and 8 bits and awq (gemm). Start from the model that it was made of, or dequantise it"
+        " float-quantized, nvfp4 and mxfp4), gptq of 2, 3, 4 and 8 bits and awq (gemm). Start from the model that it was made of, or dequantize it"
         " first with the library that wrote it."
     )
 

@@ -38,4 +38,4 @@ def config(layers: Mapping[str, AnyScheme], ignore: Sequence[str]) -> None:
     return None
 
 
-FORMATS.register("dense", Format("dense", specs, encode, fixed, row_unit, config, "the dequantised weights; no bytes are saved"))
+FORMATS.register("dense", Format("dense", specs, encode, fixed, row_unit, config, "the dequantized weights; no bytes are saved"))

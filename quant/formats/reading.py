@@ -42,7 +42,7 @@ def stored_as(config_json: Mapping[str, Any]) -> Callable[[str], Stored | None]:
         return lambda module: None
     method = str(found.get("quant_method", "compressed-tensors"))
     if method not in METHODS:
-        raise config.unreadable(f"quantised with '{method}'")
+        raise config.unreadable(f"quantized with '{method}'")
     try:
         return METHODS[method](found)
     except (TypeError, ValueError, KeyError, AttributeError, re.error) as error:

@@ -141,8 +141,8 @@ def test_problems_of_the_steps_are_told(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         check({"inputs": {"base": "base"}, "steps": steps}, tmp_path, "r")
     for problem in (
-        "train_adapter: bits=7", "train_adapter: give it a text to train on, `calibration:`", "quantize_adapter: bits=6",
-        "quantize_adapter: 'bsae' is not an input. Did you mean 'base'?", "to distil, give both a calibration text and the base",
+        "train_adapter: bits=7", "train_adapter: give it a text to train on", "quantize_adapter: bits=6",
+        "quantize_adapter: 'bsae' is not an input. Did you mean 'base'?", "to distil, give both a text and the base",
         "delta: 't' is not an input", "delta: scale='group': tensor or row", "step 3, delta: it reads inputs, not the step before it",
     ):  # fmt: skip
         assert problem in str(caught.value)

@@ -54,7 +54,7 @@ def test_folders_lines_of_json_and_several_texts_follow_each_other(tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("short.txt", b"abc", r"calibration text \(.*short.txt\) has 3 tokens, a window is 4; give a longer text or a smaller --window"),
+        ("short.txt", b"abc", r"the text \(.*short.txt\) has 3 tokens, a window is 4; give a longer text or a smaller --window"),
         ("latin.txt", b"\xff\xfe", "latin.txt: not UTF-8 text"),
         ("lines.jsonl", b'{"text": "abcd"}\n{"txt": "a"}', r'lines.jsonl, line 2: not a JSON object with a "text" that is a string'),
         ("lines.jsonl", b'["text"]', r"lines.jsonl, line 1: not a JSON object"),
@@ -84,13 +84,13 @@ def test_a_text_that_is_not_that_of_the_recipe_is_refused(tmp_path: Path) -> Non
     assert told.texts == ["../a.txt"]
     assert torch.equal(told.read(model)[0], options.read(model)[0])
     write(tmp_path / "a.txt", "another text " * 100)
-    with pytest.raises(CheckpointError, match=r"calibration: a.txt is not the file that the recipe was made with \(its SHA-256 differs\)"):
+    with pytest.raises(CheckpointError, match=r"the text a.txt is not the file that the recipe was made with \(its SHA-256 differs\)"):
         told.read(model)
 
 
 def test_fewer_windows_than_asked_for_are_noted(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", "a text " * 20)
     rows, notes = CalibrationOptions(texts=["a.txt"], windows=900, window=16).placed(tmp_path).read(Checkpoint.open(BASE))
-    assert notes == [f"the calibration text has {len(rows)} windows of 16 tokens, not 900; all of it is used"]
-    assert list(CalibrationOptions(texts=["b.txt"]).problems(tmp_path)) == [f"calibration: the text {tmp_path / 'b.txt'} is not there"]
-    assert list(CalibrationOptions().problems(tmp_path)) == ["calibration: it names no text"]
+    assert notes == [f"the text has {len(rows)} windows of 16 tokens, not 900; all of it is used"]
+    assert list(CalibrationOptions(texts=["b.txt"]).problems(tmp_path)) == [f"the text {tmp_path / 'b.txt'} is not there"]
+    assert list(CalibrationOptions().problems(tmp_path)) == ["it names no text"]

@@ -209,7 +209,7 @@ def test_of_tied_models_no_head_is_written() -> None:
 def test_quantized_models_are_refused_with_what_to_do() -> None:
     codes = torch.zeros(2, 2).to(torch.float8_e4m3fn)
     eight = of("deepseek", q__weight=codes, q__weight_scale_inv=torch.ones(1, 1))
-    with pytest.raises(CheckpointError, match=r"deepseek is quantised already \(q.weight_scale_inv\); use the unquantised model"):
+    with pytest.raises(CheckpointError, match=r"deepseek is quantized already \(q.weight_scale_inv\); use the unquantized model"):
         merge([eight, eight], "linear")
     from quant import Scheme
     from quant.plan import quantize

@@ -51,7 +51,7 @@ def test_a_quantised_input_is_refused() -> None:
     llama("b", 2)
     name = "model.layers.0.mlp.up_proj.weight"
     changed("a", **{name: torch.ones(6, 4).to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1, 1)})
-    with pytest.raises(CheckpointError, match=r"a is quantised already \(model.layers.0.mlp.up_proj.weight_scale_inv\); use the unquantised model"):
+    with pytest.raises(CheckpointError, match=r"a is quantized already \(model.layers.0.mlp.up_proj.weight_scale_inv\); use the unquantized model"):
         result_of(mean("a", "b", dtype="bfloat16"))
 
 

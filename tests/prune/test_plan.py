@@ -172,7 +172,7 @@ def test_nothing_to_prune_is_refused() -> None:
 
 
 def test_a_quantised_model_and_a_method_without_its_text_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="quantised already"):
+    with pytest.raises(CheckpointError, match="quantized already"):
         prune(quantize(a_model(), Scheme(4, 8)), HALF)
     with pytest.raises(OptionError, match="wanda looks at the inputs of layers: give it a text"):
         prune(a_model(), HALF, "wanda")

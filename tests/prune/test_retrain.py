@@ -164,7 +164,7 @@ def test_quantized_models_are_refused(small: Path, text: Path, tmp_path: Path) -
     from quant.plan import quantize
 
     save(quantize(Checkpoint.open(small), Scheme(4, 32)), tmp_path / "packed")
-    with pytest.raises(CheckpointError, match="is quantised already"):
+    with pytest.raises(CheckpointError, match="is quantized already"):
         retrain(Checkpoint.open(tmp_path / "packed"), options_for(text, "norms"))
 
 
@@ -207,12 +207,18 @@ def test_a_tied_head_becomes_a_matrix_of_its_own(text: Path, tmp_path: Path) -> 
 def test_a_recipe_retrains_and_the_one_in_the_output_runs_again(small: Path, text: Path, compress: Program, tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "code.txt").write_text(text.read_text())
-    step = {"train": ["norms"], "text": "code.txt", "window": 48, "steps": 2, "batch": 2, "lr": 0.01}
+    step = {"train": ["norms"], "text": {"texts": "code.txt", "window": 48}, "steps": 2, "batch": 2, "lr": 0.01}
     (tmp_path / "here" / "recipe.yaml").write_text(yaml.safe_dump({"inputs": {"model": str(small)}, "steps": [{"retrain": step}], "out": "out"}))
     assert compress("run", "here/recipe.yaml").returncode == 0
     ended = compress("run", "out/recipe.yaml", "-o", "again")
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
+    told = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["steps"][0]["retrain"]["text"]
+    assert (told["texts"], told["window"], list(told["sha256"])) == (["../here/code.txt"], 48, ["code.txt"])
+    dry = compress("run", "out/recipe.yaml", "-o", "third", "--dry-run").stdout
+    assert "trains for 2 steps of 2 windows of 48 tokens; " in dry
+    (tmp_path / "here" / "code.txt").write_text("another text " * 100)
+    assert "the text code.txt is not the file that the recipe was made with" in compress("run", "out/recipe.yaml", "-o", "third", "--dry-run").line
     shown = json.loads(compress("methods", "mask_lora", "--json").stdout)["mask_lora"]
     assert [option["name"] for option in shown["options"]] == ["rank", "alpha"]
 

@@ -61,8 +61,20 @@ def test_moments_are_measured_once_and_used_for_any_scheme(compress: Program, te
 def test_mistakes_are_told_before_anything_is_read(compress: Program, text: Path) -> None:
     assert "gptq looks at the inputs of layers: give a text with --calibration FILE" in compress("quantize", BASE, *SMALL).line
     assert "rtn looks at weights only" in compress("quantize", BASE, "--calibration", "text.txt").line
-    assert "the text none.txt is not there" in compress("quantize", BASE, *SMALL, "--calibration", "none.txt").line
+    assert "quantize: calibration: the text none.txt is not there" in compress("quantize", BASE, *SMALL, "--calibration", "none.txt").line
     both = compress("quantize", BASE, *SMALL, "--calibration", "text.txt", "--moments", "text.txt")
     assert "give a calibration text, or moments that were measured on one, not both" in both.line
     long = compress("quantize", BASE, *SMALL, "--calibration", "text.txt", "--window", 100000)
-    assert "give a longer text or a smaller --window" in long.line
+    assert "a window of 100000 tokens: the model takes 512 at most; give a smaller --window" in long.line
+    text.write_text("short")
+    assert "the text (text.txt) has" in compress("quantize", BASE, *SMALL, "--calibration", "text.txt", "--dry-run").line
+    without = compress("quantize", BASE, "--windows", 4, "--order", "layer").line
+    assert without == "compress: --windows and --order say how a text is read: give one with --calibration FILE"
+    assert "--device tpuu: no such device; write cpu, cuda or cuda:1" in compress("quantize", BASE, "--device", "tpuu").line
+    assert compress("quantize", BASE, "--bits", 9).line == "compress: quantize: bits=9: a weight has 2 to 8 bits"
+
+
+def test_moments_of_a_packed_model_are_refused_with_the_way_out(compress: Program, text: Path) -> None:
+    assert compress("quantize", BASE, "-o", "packed").returncode == 0
+    assert "packed is quantized already" in compress("calibrate", "packed", "--text", "text.txt").line
+    assert "\npacked is quantized already (compressed-tensors pack-quantized" in compress("inspect", "packed").stdout

@@ -138,7 +138,7 @@ def test_a_name_goes_before_a_regex_and_a_regex_before_linear() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"quant_method": "bitsandbytes"}, "quantised with 'bitsandbytes'"),
+        ({"quant_method": "bitsandbytes"}, "quantized with 'bitsandbytes'"),
         ({"format": "marlin-24"}, "format 'marlin-24'"),
         ({"format": "float-quantized"}, "weights of type 'int' with 4 bits and strategy 'group' in format 'float-quantized'"),
         ({"strategy": "tensor", "group_size": None}, "strategy 'tensor'"),

@@ -282,7 +282,7 @@ def test_a_group_size_that_does_not_divide_is_refused_with_one_that_does() -> No
 
 def test_a_quantized_model_is_not_quantized_again() -> None:
     once = quantize(bare(), Scheme(4, 32))
-    with pytest.raises(CheckpointError, match="is quantised already .*; unpack it first with `compress dequantize"):
+    with pytest.raises(CheckpointError, match="is quantized already .*; unpack it first with `compress dequantize"):
         quantize(once, Scheme(4, 32))
     with pytest.raises(CheckpointError, match=r"m holds no packed weights \(….weight_packed, ….qweight\); there is nothing to dequantize"):
         dequantize(bare())

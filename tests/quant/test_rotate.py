@@ -124,7 +124,7 @@ def test_a_bare_file_an_unknown_tensor_and_a_quantised_model_are_refused(tmp_pat
     extra = Checkpoint.from_tensors({**{name: base.read(name) for name in base.specs}, "model.layers.0.self_attn.gate.weight": torch.ones(4)}, "m")
     with pytest.raises(CheckpointError, match=r"m cannot be rotated: what model.layers.0.self_attn.gate.weight does to the residual stream is not known"):
         rotate(Checkpoint(extra.label, extra.source, base.files))
-    with pytest.raises(CheckpointError, match="quantised already"):
+    with pytest.raises(CheckpointError, match="quantized already"):
         rotate(quantize(base, Scheme(4, 32)))
 
 

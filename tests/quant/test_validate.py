@@ -183,7 +183,7 @@ def test_packed_tensors_without_a_config_and_a_config_without_packed_tensors() -
     dense = Checkpoint.open(BASE).with_config(quantization_config=packed.config["quantization_config"])
     assert validate(dense).problems == ["config.json has a quantization_config, but no tensor is packed; take it out if the tensors are right"]
     other = validate(packed.with_config(quantization_config={"quant_method": "hqq"}))
-    assert (other.problems, other.warnings) == ([], ["quantised with 'hqq', which is not known here: how it is described was not checked"])
+    assert (other.problems, other.warnings) == ([], ["quantized with 'hqq', which is not known here: how it is described was not checked"])
     for malformed in ([1], {"group_0": ["Linear"]}, {"group_0": {"weights": 3}}, 3):
         assert len(validate(packed.with_config(quantization_config={"quantization_status": "compressed", "config_groups": malformed})).problems) == 1
 
