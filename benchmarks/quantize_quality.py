@@ -7,8 +7,9 @@ A method is a name of the registry, after `rotate+` for a rotated model, with op
 are of the calibration, `asymmetric=true` is of the scheme). A peer whose interpreter is not given is left out; each has a driver in benchmarks/peers and runs
 with its own defaults. Everybody quantizes the linear layers of the blocks, symmetric but for HQQ, in groups of the same size, and calibrates on the same
 windows of token ids, drawn anew for each draw. Each result is decoded to dense weights, a peer's by the peer, and measured by `evaluate.perplexity`.
-Seconds are those of quantizing alone, of the processor and, in the JSON, of the clock; ours hold reading, packing and writing the file as well. Every
-result goes into the cache at once, and what is there is not computed again.
+Seconds are those of quantizing alone, of the processor and, in the JSON, of the clock; ours hold reading, packing and writing the file as well. What
+calibrates here, and llm-compressor, has quantized on two windows before, so that no imports are among them. Every result goes into the cache at once, and
+what is there is not computed again.
 """
 
 from __future__ import annotations

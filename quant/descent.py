@@ -83,13 +83,13 @@ class _Descent:
             self._tell_back(first, middle, last)
             return
         here, scale, low, high = slice(first, last), self.scale[group], self.low[group], self.high[group]
-        steps, moved, pull = self.steps[here], self.moved[here], self.pull[here, here]
-        best = torch.div(self.wish[here], scale).add_(steps)  # of each column, in steps: where it wants to be, until it is gone through
-        for k, wanted, old, change, row in zip(range(first, last), best, steps.clone(), moved, pull, strict=True):
-            torch.clamp(wanted.round_(), low, high, out=steps[k - first])
+        steps, moved, pull, before = self.steps[here], self.moved[here], self.pull[here, here], self.steps[here].clone()
+        best = torch.div(self.wish[here], scale).add_(steps)  # where each column wants to be, in steps, until it is gone through
+        for w, new, old, change, row, fixed in zip(best, steps, before, moved, pull, self.fixed[here], strict=True):
+            torch.clamp(w.round_(), low, high, out=new)
             if self.pruned:
-                torch.where(self.fixed[k], old, steps[k - first], out=steps[k - first])
-            torch.sub(old, steps[k - first], out=change)
+                torch.where(fixed, old, new, out=new)
+            torch.sub(old, new, out=change)
             best.addr_(row, change)
         moved.mul_(scale)
         self.wish[here].addmm_(pull.T, moved)
