@@ -251,10 +251,13 @@ def compare(
 
 def log_probabilities(model: Any, rows: Tensor) -> Iterator[Tensor]:
     """What a model expects after each token of a window but the last, float32 [window - 1, vocabulary], a window at a time."""
-    with torch.inference_mode():
-        for part in torch.split(rows, _batch(model, rows)):
-            for logits in _logits(model, part):
-                yield logits[:-1].log_softmax(-1)
+    for part in torch.split(rows, _batch(model, rows)):
+        with torch.inference_mode():
+            found = list(_logits(model, part))
+        for logits in found:
+            with torch.inference_mode():  # not around the yield: whoever takes it keeps gradients as they were
+                expected = logits[:-1].log_softmax(-1)
+            yield expected
 
 
 def windows(model: Any, ids: Tensor, window: int | None = None, limit: int | None = None) -> Tensor:

@@ -69,9 +69,10 @@ class Block:
 
     def outputs(self) -> Iterator[Tensor]:
         """What the module as it is now makes of its inputs, batch by batch."""
-        with torch.no_grad():
-            for number, states in enumerate(self.inputs):
-                yield self.forward(number, states)
+        for number, states in enumerate(self.inputs):
+            with torch.no_grad():  # not around the yield: whoever takes the states keeps gradients as they were
+                output = self.forward(number, states)
+            yield output
 
     def forward_dense(self, number: int) -> Tensor:
         """What this block as it was makes of a batch of hidden states of the model that nothing was done to; in a walk with `cross`."""
@@ -82,9 +83,10 @@ class Block:
 
     def dense_outputs(self) -> Iterator[Tensor]:
         """As `outputs`, of the block as it was, in the model that nothing was done to."""
-        with torch.no_grad():
-            for number in range(len(self.inputs)):
-                yield self.forward_dense(number)
+        for number in range(len(self.inputs)):
+            with torch.no_grad():
+                output = self.forward_dense(number)
+            yield output
 
     def moments(self, names: Collection[str] | None = None, cross: bool = False) -> dict[str, Moments]:
         """The moments of what reaches these linear weights (all by default): one pass of the inputs through the module as it is now.

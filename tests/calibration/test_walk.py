@@ -222,3 +222,15 @@ def test_ids_that_the_model_cannot_take_are_refused(tiny: Tiny, tmp_path: Path) 
         walk(tiny("LlamaForCausalLM"), torch.full((1, 8), 64), lambda block: {}, Work(tmp_path))
     with pytest.raises(OptionError, match="a window of 65 tokens: the model takes 64 at most; give a smaller --window"):
         walk(tiny("LlamaForCausalLM"), torch.ones((1, 65), dtype=torch.int64), lambda block: {}, Work(tmp_path))
+
+
+def test_whoever_takes_a_blocks_outputs_keeps_gradients_as_they_were(tiny: Tiny, tmp_path: Path) -> None:
+    def process(block: Block) -> dict[str, Tensor]:
+        first = next(outputs := block.outputs())
+        assert torch.is_grad_enabled()
+        assert not first.requires_grad
+        del outputs
+        return {}
+
+    walk(tiny("LlamaForCausalLM"), IDS, process, Work(tmp_path))
+    assert torch.is_grad_enabled()
