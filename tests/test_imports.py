@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 # Each part may import what stands on lower lines, and its neighbours on the line; not so merge, quant and prune: they do not know each other.
 LAYERS = [
     [
-        "cli", "mergekit_plus.__main__", "mergekit_plus.show", "mergekit_plus.listing", "mergekit_plus.report", "mergekit_plus.compare",
+        "cli", "mergekit_plus.__main__", "mergekit_plus.commands", "mergekit_plus.show", "mergekit_plus.listing", "mergekit_plus.report",
+        "mergekit_plus.compare",
         "mergekit_plus.bits_plot",
     ],
     [

@@ -1,0 +1,176 @@
+"""Doors to pruning, folding and retraining. Heavy things are imported where they are used."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from .common import (
+    Calibrate,
+    CalibrationSeed,
+    CalibrationWindow,
+    CalibrationWindows,
+    Exclude,
+    FewWindows,
+    Include,
+    LessonText,
+    LessonWindow,
+    Model,
+    Set,
+    Writing,
+    app,
+    beside,
+    calibration_key,
+    carry_out,
+    execution_of,
+    hash_early,
+    open_model,
+    settings,
+    text_key,
+    writes,
+)
+
+
+@app.command()
+@writes()
+def prune(
+    *,
+    how: Writing,
+    model: Model = ".",
+    sparsity: Annotated[float | None, typer.Option("--sparsity", help="share of zeros, as in 0.5")] = None,
+    pattern: Annotated[str | None, typer.Option("--pattern", metavar="N:M", help="at most n weights that are not zero in every m inputs, as in 2:4")] = None,
+    structured: Annotated[
+        str | None, typer.Option("--structured", metavar="mlp=SHARE,heads=SHARE", help="take neurons and heads out whole: a smaller ordinary model")
+    ] = None,
+    mask: Annotated[str | None, typer.Option("--mask", help="zeros where this has them: masks saved by --masks, or a pruned model")] = None,
+    masks: Annotated[Path | None, typer.Option("--masks", help="write the masks too, one bit a weight, to this .safetensors file")] = None,
+    method: Annotated[str, typer.Option("--method", "-m", help="see `compress methods`")] = "magnitude",
+    scope: Annotated[str | None, typer.Option("--scope", help="what is compared: row, tensor, block or global (default: the method's own)")] = None,
+    calibration: Calibrate = [],  # noqa: B006
+    windows: CalibrationWindows = None,
+    window: CalibrationWindow = None,
+    allocate: Annotated[bool, typer.Option("--allocate", help="a sparsity for each layer, by what it costs the predictions on the text")] = False,
+    reconstruct: Annotated[
+        str | None, typer.Option("--reconstruct", metavar="block|sublayer|linear", help="train a little of each until it computes again what it did")
+    ] = None,
+    retrain: Annotated[
+        str | None, typer.Option("--retrain", metavar="VARIANT,...", help="then retrain these on the calibration text, as `compress retrain` does")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="of the method that draws at random; moves the windows of the calibration text")] = 0,
+    set_: Set = [],  # noqa: B006
+    exclude: Exclude = [],  # noqa: B006
+    include: Include = [],  # noqa: B006
+) -> None:
+    """Set the least important weights to zero, or take out neurons and heads: `compress prune MODEL --sparsity 0.5`."""
+    digests = None if how.resume else hash_early(model)
+    from mergekit_plus.errors import OptionError
+    from mergekit_plus.recipe import check
+    from prune import PRUNERS
+
+    if masks is not None and masks.exists() and not how.overwrite:
+        raise OptionError(f"{masks} exists already; name another file with --masks, or replace it with --overwrite")
+    used = structured or reconstruct or allocate or (method in list(PRUNERS) and PRUNERS[method].calibrated)  # the text may be for --retrain alone
+    reading = {"windows": windows, "window": window, "seed": seed if calibration else None}
+    step = {
+        "sparsity": sparsity, "pattern": pattern, "method": method, "scope": scope, "seed": seed, "exclude": exclude, "include": include,
+        "structured": _shares(structured), "mask": "mask" if mask else None, "of": "model", "reconstruct": reconstruct,
+        "allocate": allocate, **(calibration_key(calibration, **reading) if used or not retrain else {}), **settings(set_),
+    }  # fmt: skip
+    steps: list[dict[str, Any]] = [{"prune": step}]
+    if retrain is not None:
+        if not calibration:
+            raise OptionError("--retrain trains on a text: give it with --calibration")
+        steps.append({"retrain": {"train": retrain, "text": text_key(calibration, window=window, seed=seed), "seed": seed}})
+    recipe = check({"inputs": {"model": model, **({"mask": mask} if mask else {})}, "steps": steps}, Path(), "compress prune")
+    default = beside(model, "smaller" if structured else "pruned", "folder" if structured else "file")
+    carry_out(recipe, how, default, digests)
+    if masks is not None and not how.dry_run:
+        from mergekit_plus.checkpoint import SaveOptions, save
+        from prune.plan import PruneOptions, masks_of
+
+        save(masks_of(open_model(str(how.out or default)), PruneOptions(tuple(exclude))), masks, SaveOptions(how.overwrite))
+
+
+@app.command()
+@writes()
+def fold(
+    *,
+    how: Writing,
+    model: Model = ".",
+    remove: Annotated[float, typer.Option("--remove", help="blocks to take out: a share such as 0.25, or a number")] = 0,
+    keep: Annotated[str | None, typer.Option("--keep", metavar="N,N,...", help="blocks that stay, in order, in place of --remove")] = None,
+    by: Annotated[str, typer.Option("--by", help="what tells which blocks go: leave-one-out, gates or influence")] = "leave-one-out",
+    share: Annotated[int, typer.Option("--share", min=1, help="neighbouring blocks that share one set of linear weights")] = 1,
+    parent: Annotated[Literal["first", "average"], typer.Option("--parent", help="whose weights those are: the first block's, or the mean")] = "first",
+    calibration: Calibrate = [],  # noqa: B006
+    windows: FewWindows = 64,
+    window: CalibrationWindow = None,
+    seed: CalibrationSeed = None,
+) -> None:
+    """Take out the blocks that count least, and let blocks share weights: `compress fold MODEL --remove 0.25 --calibration text.txt`."""
+    digests = None if how.resume else hash_early(model)
+    from mergekit_plus.recipe import check
+
+    step = {
+        "remove": remove, "by": by, "share": share, "parent": parent, "of": "model", **({"keep": _numbers("--keep", keep)} if keep is not None else {}),
+        **(calibration_key(calibration, windows=windows, window=window, seed=seed) if calibration else {}),
+    }  # fmt: skip
+    recipe = check({"inputs": {"model": model}, "steps": [{"fold": step}]}, Path(), "compress fold")
+    carry_out(recipe, how, beside(model, "folded", "folder"), digests)
+
+
+@app.command()
+@writes()
+def retrain(
+    *,
+    how: Writing,
+    model: Model = ".",
+    train: Annotated[str, typer.Option("--train", metavar="VARIANT,...", help="what trains: biases, norms, head, mask_lora, ...; see `compress methods`")],
+    text: LessonText,
+    steps: Annotated[int, typer.Option("--steps", help="steps of the optimiser")] = 200,
+    lr: Annotated[float | None, typer.Option("--lr", help="largest learning rate (default 0.001)")] = None,
+    tune_lr: Annotated[bool, typer.Option("--tune-lr", help="find the learning rate on a part of the text")] = False,
+    rank: Annotated[int | None, typer.Option("--rank", help="rank of low-rank updates (default 16)")] = None,
+    window: LessonWindow = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", help="model whose predictions are the goal, as a rule the one before pruning")] = None,
+    distill: Annotated[float, typer.Option("--distill", min=0, max=1, help="the teacher's part of the loss; the rest is the text's")] = 1.0,
+    allow_densify: Annotated[bool, typer.Option("--allow-densify", help="allow a variant that brings pruned weights back")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="seed of the start and of the order of the text")] = 0,
+    set_: Set = [],  # noqa: B006
+) -> None:
+    """Retrain a few parameters of a pruned model, which stays as sparse: `compress retrain MODEL --train norms,mask_lora --text FILE`."""
+    digests = None if how.resume else hash_early(model, *([teacher] if teacher else []))
+    from mergekit_plus.recipe import check
+
+    step = {
+        "train": train, "text": text_key(text, window=window, seed=seed), "teacher": "teacher" if teacher else None, "distill": distill,
+        "tune_lr": tune_lr, "allow_densify": allow_densify, "of": "model", "steps": steps, "seed": seed,
+        **({"lr": lr} if lr is not None else {}), **({"rank": rank} if rank is not None else {}), **settings(set_),
+    }  # fmt: skip
+    recipe = check({"inputs": {"model": model, **({"teacher": teacher} if teacher else {})}, "steps": [{"retrain": step}]}, Path(), "compress retrain")
+    if (local := os.environ.get("LOCAL_RANK")) and how.device == "cuda":  # torchrun: a card for each process
+        how = replace(how, device=f"cuda:{local}")
+    if int(os.environ.get("RANK", 0)):
+        from mergekit_plus.recipe import help_with
+
+        return None if how.dry_run else help_with(recipe, execution_of(how, None, digests))
+    carry_out(recipe, how, beside(model, "retrained", "folder"), digests)
+
+
+def _shares(given: str | None) -> dict[str, Any] | None:
+    """`mlp=0.25,heads=0.5` by name."""
+    return None if given is None else settings(given.split(","), "--structured")
+
+
+def _numbers(option: str, given: str) -> list[int]:
+    """`0,1,5` as numbers."""
+    from mergekit_plus.errors import OptionError
+
+    try:
+        return [int(part) for part in given.split(",")]
+    except ValueError:
+        raise OptionError(f"{option} {given}: write numbers with commas between, as in 0,1,5") from None
