@@ -123,7 +123,8 @@ def _plain_steps(recipe: Recipe, out: Path) -> list[dict[str, dict[str, Any]]]:
     steps = [{name: options.model_dump(mode="json", exclude_none=True) for name, options in step.items()} for step in recipe.steps]
     for step in steps:
         for options in step.values():
-            for key in [key for key in TEXT_KEYS if isinstance(options.get(key), dict)]:
+            texts = [key for key in TEXT_KEYS if isinstance(options, dict) and isinstance(options.get(key), dict)]  # mergekit's documents are a list
+            for key in texts:
                 options[key] = CalibrationOptions.model_validate(options[key]).placed(recipe.folder).provenance(out)
     return steps
 

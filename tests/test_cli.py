@@ -158,7 +158,7 @@ def test_a_scheme_goes_by_its_name(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     config = json.loads((tmp_path / "base-nvfp4" / "config.json").read_text())
     assert config["quantization_config"]["format"] == "nvfp4-pack-quantized"
-    refused(compress("quantize", MODELS / "base", "--scheme", "FP8", "--bits", "8", cwd=tmp_path), "how many bits, or one scheme by its name", "not both")
+    refused(compress("quantize", MODELS / "base", "--scheme", "FP8", "--bits", "8", cwd=tmp_path), "give bits, or a scheme by its name", "one of these")
     refused(compress("quantize", MODELS / "base", "--scheme", "FP8", "--asymmetric", cwd=tmp_path), "the scheme FP8 has groups and zero points of its own")
 
 
