@@ -13,6 +13,7 @@ DistributedDataParallel averages the gradients, so that the result is that of on
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 import os
@@ -308,6 +309,7 @@ def several_processes(device: str) -> Iterator[None]:
     try:
         yield
     finally:
+        gc.collect()  # what still holds the group in a circle of references: its threads must not outlive it
         distributed.destroy_process_group()
 
 

@@ -57,8 +57,13 @@ def test_no_module_unpickles_evaluates_or_renders_what_it_reads() -> None:
     forbidden = r"(torch\.|np\.|numpy\.|yaml\.|\w*pickle\.)(load|loads|load_all|unsafe_load|full_load|Loader|UnsafeLoader|FullLoader)"
     forbidden += r"|eval|exec|compile|__import__|os\.(system|popen|exec\w*)|subprocess\.\w+|\w+\.apply_chat_template|Template|Environment"
     forbidden += r"|yaml\.(safe_load|safe_load_all)"  # safe_yaml bounds what they do not
-    found = [f"{name}: {called}" for name, _, called in calls() if re.fullmatch(forbidden, called)]
+    found = [f"{name}: {called}" for name, call, called in calls() if re.fullmatch(forbidden, called) and not _of_weights_only(call, called)]
     assert found == []
+
+
+def _of_weights_only(call: ast.Call, called: str) -> bool:
+    """A training's own state in the output's partial folder, read by torch's restricted unpickler, which makes nothing but tensors and plain containers."""
+    return called == "torch.load" and any(keyword.arg == "weights_only" and ast.unparse(keyword.value) == "True" for keyword in call.keywords)
 
 
 def test_transformers_is_never_told_to_trust_remote_code() -> None:
