@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from .common import (
+    CalibrationWindow,
     Dtype,
     Exclude,
     LessonText,
-    LessonWindow,
     Set,
     Writing,
     adapter,
@@ -26,10 +26,8 @@ from .common import (
     writes,
 )
 
-if TYPE_CHECKING:
-    pass
-
-
+Codebook = Annotated[str, typer.Option("--codebook", help="l2 (Lloyd-Max) or k-median (the 1-bit adapters of arXiv 2307.16867)")]
+FactorScale = Annotated[str, typer.Option("--scale", help="what shares a scale: tensor, component (row of A, column of B) or group (of 128)")]
 LessonSteps = Annotated[int, typer.Option("--steps", min=1, help="steps of the training")]
 LessonBatch = Annotated[int, typer.Option("--batch", min=1, help="windows that a step reads")]
 LessonRate = Annotated[float | None, typer.Option("--lr", help="learning rate; relative to the size of what trains, where that starts from something")]
@@ -94,14 +92,14 @@ def quantize_adapter(
     how: Writing,
     adapter: Annotated[str, typer.Argument(help="a LoRA adapter: a folder as peft writes it, or org/name")],
     bits: Annotated[int, typer.Option("--bits", help="1, 2, 3, 4 or 8 bits for each number in the factors")] = 4,
-    codebook: Annotated[str, typer.Option("--codebook", help="l2 (Lloyd-Max) or k-median (the 1-bit adapters of arXiv 2307.16867)")] = "l2",
-    scale: Annotated[str, typer.Option("--scale", help="what shares a scale: tensor, component (row of A, column of B) or group (of 128)")] = "component",
+    codebook: Codebook = "l2",
+    scale: FactorScale = "component",
     average_bits: Annotated[float | None, typer.Option("--average-bits", help="a width for each component, so many bits on the average")] = None,
     gauge: Annotated[str | None, typer.Option("--gauge", help="how B A is shared out before it is coded: balanced, svd, or none (as it is)")] = None,
     refit: Annotated[bool, typer.Option("--refit/--no-refit", help="fit codes and scales to the product B A")] = True,
     base: Annotated[str | None, typer.Option("--base", "-b", help="the model that it was trained on, to distil with --text")] = None,
     text: LessonText = [],  # noqa: B006
-    window: LessonWindow = None,
+    window: CalibrationWindow = None,
     steps: LessonSteps = 200,
     batch: LessonBatch = 4,
     lr: LessonRate = None,
@@ -145,9 +143,9 @@ def train(
     bits: Annotated[int, typer.Option("--bits", help="1, 2, 3, 4 or 8 bits for each number in the factors; 16 trains a plain LoRA")] = 1,
     rank: Annotated[int, typer.Option("--rank", min=1, help="rank of every module")] = 8,
     target: Annotated[list[str], typer.Option("--target", metavar="PATTERN", help="modules, as in q_proj (default: all linear layers)")] = [],  # noqa: B006
-    codebook: Annotated[str, typer.Option("--codebook", help="l2 (Lloyd-Max) or k-median (the 1-bit adapters of arXiv 2307.16867)")] = "l2",
-    scale: Annotated[str, typer.Option("--scale", help="what shares a scale: tensor, component (row of A, column of B) or group (of 128)")] = "component",
-    window: LessonWindow = None,
+    codebook: Codebook = "l2",
+    scale: FactorScale = "component",
+    window: CalibrationWindow = None,
     steps: LessonSteps = 200,
     batch: LessonBatch = 4,
     lr: LessonRate = None,
@@ -175,7 +173,7 @@ def delta(
     save_rest: Annotated[bool, typer.Option("--save-rest/--leave-rest", help="store what changed and is no linear layer whole, or leave it")] = True,
     exclude: Exclude = [],  # noqa: B006
     text: LessonText = [],  # noqa: B006
-    window: LessonWindow = None,
+    window: CalibrationWindow = None,
     steps: LessonSteps = 100,
     batch: LessonBatch = 4,
     lr: LessonRate = None,

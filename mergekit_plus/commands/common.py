@@ -62,7 +62,6 @@ FewWindows = Annotated[int, typer.Option("--windows", min=1, help="windows of th
 CalibrationWindow = Annotated[int | None, typer.Option("--window", min=2, help="tokens in a window of the text (default: 256, or what the model takes)")]
 CalibrationSeed = Annotated[int | None, typer.Option("--seed", help="moves the windows of the text (default: 0)")]
 LessonText = Annotated[list[str], typer.Option("--text", "-t", metavar="FILE", help="text to train on: .txt, .jsonl, a folder; may be repeated")]
-LessonWindow = CalibrationWindow
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
@@ -128,8 +127,7 @@ def carry_out(recipe: Recipe, how: Writing, default: Path | None = None, digests
 
 def outcome_of(recipe: Recipe, how: Writing, default: Path | None, digests: Digests | None = None) -> Outcome | None:
     """What came of a recipe; None where only its plan was to be shown."""
-    from mergekit_plus.recipe import plan
-    from mergekit_plus.recipe import run as carry_out
+    from mergekit_plus.recipe import plan, run
     from mergekit_plus.show import plan_lines
 
     execution = execution_of(how, default, digests)
@@ -138,7 +136,7 @@ def outcome_of(recipe: Recipe, how: Writing, default: Path | None, digests: Dige
         print_result(facts, plan_lines(facts), how.as_json)
         return None
     try:
-        return carry_out(recipe, execution)
+        return run(recipe, execution)
     except KeyboardInterrupt as interrupt:
         print("; ".join(["compress: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         raise typer.Exit(130) from None
