@@ -36,13 +36,11 @@ Note = Callable[[str, str], None]  # takes down the name of a finished file and 
 
 
 class Work:
-    """What a computation is given: a folder that outlives a kill, the memory that it may fill, and somebody to tell how far it is."""
+    """What a computation is given: a folder that outlives a kill, and somebody to tell how far it is."""
 
-    def __init__(
-        self, folder: Path, progress: Progress | None = None, memory: int | None = None, known: Mapping[str, str] | None = None, note: Note | None = None
-    ) -> None:
+    def __init__(self, folder: Path, progress: Progress | None = None, known: Mapping[str, str] | None = None, note: Note | None = None) -> None:
         """`known`: the SHA-256 of the files that an interrupted run had finished."""
-        self.folder, self.progress, self.memory = folder, progress or quiet(), memory
+        self.folder, self.progress = folder, progress or quiet()
         self.parts: list[str] = []
         self._known, self._note = dict(known or {}), note
         folder.mkdir(parents=True, exist_ok=True)

@@ -160,7 +160,7 @@ def _write_all(checkpoint: Checkpoint, inputs: Mapping[str, Sequence[Blob]], lay
                 for number, each in enumerate(layout.before):
                     if isinstance(each, Deferred):
                         torch.set_num_threads(threads_before)
-                        each.run(_work(str(number), stage, layout, options.progress))
+                        each.run(_work(str(number), stage, options.progress))
                         torch.set_num_threads(1)
                         continue
                     with options.progress.phase(each.label or "measuring", None):
@@ -255,12 +255,12 @@ def _recall(measurement: str, stage: Stage) -> Recall:
     return recall
 
 
-def _work(computation: str, stage: Stage, layout: Layout, progress: Progress) -> Work:
+def _work(computation: str, stage: Stage, progress: Progress) -> Work:
     """Where a long computation keeps what it has finished."""
     journal, prefix = stage.journal, f"{computation}/"
     known = {name.removeprefix(prefix): digest for name, digest in stage.done.work.items() if name.startswith(prefix)}
     note = None if journal is None else lambda name, digest: journal.add(work=prefix + name, sha256=digest)
-    return Work(stage.work / computation, progress, layout.memory, known, note)
+    return Work(stage.work / computation, progress, known, note)
 
 
 def _input_digest(blob: Blob, digests: Digests, stage: Stage) -> Future[str]:
