@@ -24,9 +24,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .checkpoint.checkpoint import Checkpoint
-from .checkpoint.deferred import Deferred
-from .checkpoint.layout import preparations
-from .checkpoint.plan import Plan, Step, execute, steps_of
+from .checkpoint.layout import computations
+from .checkpoint.plan import Plan, Step, execute
 from .errors import CheckpointError, CompressError, OptionError
 from .model import architecture, quantized_reason, silent_transformers
 from .progress import Progress, quiet
@@ -87,9 +86,8 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, progr
     if reason := quantized_reason(checkpoint):
         raise CheckpointError(reason)
     progress = progress or quiet()
-    for each in preparations(steps_of(checkpoint)):
-        if isinstance(each, Deferred):
-            each.run(progress=progress)
+    for computation in computations(checkpoint):
+        computation.run(progress=progress)
     with silent_transformers(), progress.phase(f"loading {checkpoint.label}", checkpoint.nbytes):
         model_class, config = architecture(checkpoint)
         reader = Reader(checkpoint, progress)

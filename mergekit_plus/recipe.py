@@ -27,7 +27,7 @@ from .checkpoint import Checkpoint, Deferred, Manifest, SaveOptions, save, steps
 from .checkpoint.folder import ADAPTER_CONFIG, DELTA_QUANT
 from .checkpoint.hub import HubFile
 from .checkpoint.inputs import check_target, input_files
-from .checkpoint.layout import MANIFEST, plan_save, preparations
+from .checkpoint.layout import MANIFEST, computations, plan_save
 from .checkpoint.plan import is_copy
 from .checkpoint.references import split_reference
 from .checkpoint.shards import parse_size
@@ -45,11 +45,11 @@ from .steps import (
     StepOptions,
     Strict,
     calibrations,
-    only_input,
     order_problems,
     parse_step,
     parse_steps,
     schema_problems,
+    source_of,
     with_allocations,
 )
 
@@ -213,7 +213,7 @@ def build(recipe: Recipe, how: Execution | None = None, inputs: dict[str, Checkp
     for number, step in enumerate(recipe.steps, 1):
         for name, options in step.items():
             stages[f"after step {number}, {name}"] = result = options.build(inputs, result, how)
-    return Built(inputs, dict(list(stages.items())[:-1]), result if result is not None else only_input(inputs, None, "recipe"))
+    return Built(inputs, dict(list(stages.items())[:-1]), result if result is not None else source_of(None, inputs, None, "recipe"))
 
 
 def with_found(recipe: Recipe, inputs: Mapping[str, Checkpoint], how: Execution) -> Recipe:
@@ -251,9 +251,8 @@ def run(recipe: Recipe, how: Execution | None = None) -> Outcome:
 
 def help_with(recipe: Recipe, how: Execution) -> None:
     """Take part in the long computations of a recipe that another process of the same torchrun carries out; write nothing."""
-    for each in preparations(steps_of(build(recipe, how).result)):
-        if isinstance(each, Deferred):
-            each.run()
+    for computation in computations(build(recipe, how).result):
+        computation.run()
 
 
 def _run(recipe: Recipe, how: Execution, out: Path, upload: Upload | None) -> Outcome:

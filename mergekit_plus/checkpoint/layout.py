@@ -99,6 +99,7 @@ def plan_save(checkpoint: Checkpoint, out: Path, options: SaveOptions) -> Layout
     units = [(step, rows) for step in steps for rows in _units(step, share)]
     before = preparations(steps)
     found = [each for each in before if isinstance(each, Measured)]
+    deferred = [each for each in before if isinstance(each, Deferred)]
     scanned = [(step, step.slabs()[0]) for measured in found for step in measured.steps]
     first = {id(step): (step, rows) for step, rows in reversed(units)}  # the later units of a step are no larger
     largest, culprit = max(((cost(step, rows), step) for step, rows in (*first.values(), *scanned)), key=lambda pair: pair[0], default=(0, None))
@@ -107,12 +108,12 @@ def plan_save(checkpoint: Checkpoint, out: Path, options: SaveOptions) -> Layout
             f"--memory {memory / 1e6:.0f} MB is too little: "
             f"{culprit.writes[0].name} needs {largest / 1e6:.0f} MB at once; give at least {'a third more than ' * bool(ahead)}that"
         )
-    greedy = max((each for each in before if isinstance(each, Deferred)), key=lambda each: each.memory, default=None)
-    if greedy is not None and greedy.memory > memory:
-        raise OptionError(f"--memory {memory / 1e6:.0f} MB is too little: a block at a time takes {greedy.memory / 1e6:.0f} MB; give at least that")
+    least = max((each.memory for each in deferred), default=0)
+    if least > memory:
+        raise OptionError(f"--memory {memory / 1e6:.0f} MB is too little: a block at a time takes {least / 1e6:.0f} MB; give at least that")
     read = sum(_bytes_read(step) for step in steps)
     measured = sum(each.passes * _bytes_read(step) for each in found for step in each.steps)
-    measured += sum(each.passes * _bytes_read(step) for each in before if isinstance(each, Deferred) for part in each.reads for step in steps_of(part))
+    measured += sum(each.passes * _bytes_read(step) for each in deferred for part in each.reads for step in steps_of(part))
     written = sum(shard.size for shard in shards)
     return Layout(shards, units, before, read, measured, written, largest, memory, ahead, workers, _from_hub(units, found, ahead))
 
@@ -222,6 +223,11 @@ def preparations(steps: Iterable[Step]) -> list[Measured | Deferred]:
     for step in steps:
         visit(step)
     return list(found.values())
+
+
+def computations(checkpoint: Checkpoint) -> list[Deferred]:
+    """The long computations behind a checkpoint, those that others build on first."""
+    return [each for each in preparations(steps_of(checkpoint)) if isinstance(each, Deferred)]
 
 
 def _single(checkpoint: Checkpoint, out: Path) -> str:

@@ -12,14 +12,14 @@ from quant.bits_file import read as read_allocation
 from ..calibration.options import CalibrationOptions
 from ..errors import CompressError, nearest
 from .adapters import DeltaStep, ExtractAdapterStep, MergeAdaptersStep, QuantizeAdapterStep, TrainAdapterStep
-from .base import Execution, Strict, only_input, schema_problems
+from .base import Execution, Strict, schema_problems, source_of
 from .merging import MergekitStep, MergeStep, MoeStep
 from .pruning import FoldStep, PruneStep, RetrainStep
 from .quantizing import CalibrateStep, ConvertStep, DequantizeStep, QuantizeStep
 
 __all__ = [
-    "OPERATIONS", "TEXT_KEYS", "Execution", "FoldStep", "MergeStep", "PruneStep", "StepOptions", "Strict", "calibrations", "only_input", "order_problems",
-    "parse_step", "parse_steps", "schema_problems", "with_allocations",
+    "OPERATIONS", "TEXT_KEYS", "Execution", "FoldStep", "MergeStep", "PruneStep", "StepOptions", "Strict", "calibrations", "order_problems", "parse_step",
+    "parse_steps", "schema_problems", "source_of", "with_allocations",
 ]  # fmt: skip
 
 StepOptions = (

@@ -12,7 +12,7 @@ from ..checkpoint import Checkpoint
 from ..checkpoint.dtypes import parse_float_dtype
 from ..errors import not_inputs
 from ..merge.plan import MergeOptions
-from .base import Execution, Strict, dtype_problems, lesson_rows, only_input, with_lesson
+from .base import Execution, Strict, dtype_problems, lesson_rows, source_of, with_lesson
 from .merging import MergeStep
 
 
@@ -129,8 +129,7 @@ class QuantizeAdapterStep(LessonStep):
 
         from ..adapters import read_adapter
 
-        others = {name: source for name, source in inputs.items() if name != self.base}
-        adapter = inputs[self.of] if self.of else only_input(others, previous, "quantize_adapter")
+        adapter = source_of(self.of, inputs, previous, "quantize_adapter", aside=self.base)
         adapter = expanded(adapter) if is_packed(adapter) else adapter
         base = inputs[self.base] if self.base else None
         lesson = self.lesson(base, how, RELATIVE_LR) if base else None

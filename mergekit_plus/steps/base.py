@@ -35,13 +35,18 @@ class Execution:
     folder: Path = Path()  # what the texts of steps are relative to: the recipe's
 
 
-def only_input(inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, operation: str) -> Checkpoint:
-    """What a step works on that names nothing: what the step before it made, or the one input. Errors: RecipeError."""
+def source_of(
+    of: str | None, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, operation: str, aside: str | None = None
+) -> Checkpoint:
+    """What a step works on: the input that it names, or what the step before it made, or the one input there is beside `aside`. Errors: RecipeError."""
+    if of:
+        return inputs[of]
     if previous is not None:
         return previous
-    if len(inputs) == 1:
-        return next(iter(inputs.values()))
-    raise RecipeError(f"{operation}: say which input it works on, with `of:`; there are {len(inputs)}")
+    models = [model for name, model in inputs.items() if name != aside]
+    if len(models) == 1:
+        return models[0]
+    raise RecipeError(f"{operation}: say which input it works on, with `of:`; there are {len(models)}")
 
 
 def lesson_rows(text: CalibrationOptions, windows: int, model: Checkpoint, how: Execution) -> Tensor:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ..calibration.options import CalibrationOptions
 from ..checkpoint import Checkpoint
 from ..errors import nearest, not_inputs
-from .base import Execution, Strict, lesson_rows, only_input, with_lesson
+from .base import Execution, Strict, lesson_rows, source_of, with_lesson
 
 
 class RepairOptions(BaseModel):
@@ -96,7 +96,7 @@ class PruneStep(BaseModel):
         from prune.plan import PruneOptions, apply_masks, prune
         from prune.structured import shrink
 
-        source = inputs[self.of] if self.of else only_input({name: model for name, model in inputs.items() if name != self.mask}, previous, "prune")
+        source = source_of(self.of, inputs, previous, "prune", aside=self.mask)
         options = PruneOptions(tuple(self.exclude), tuple(self.include), self.seed, how.device, how.save.allow_nonfinite)
         if self.mask is not None:
             return apply_masks(source, inputs[self.mask], options)
@@ -154,7 +154,7 @@ class RetrainStep(BaseModel):
         from prune.retrain import HELD_OUT, RetrainOptions, retrain, split_options
 
         training, variant_options, _ = split_options(self.model_extra or {}, self.train)
-        source = inputs[self.of] if self.of else only_input(inputs, previous, "retrain")
+        source = source_of(self.of, inputs, previous, "retrain")
         rows = lesson_rows(self.text, training.steps * training.batch + HELD_OUT, source, how)
         options = RetrainOptions(
             tuple(self.train), rows, variant_options, training, distill=self.distill, tune_lr=self.tune_lr, allow_densify=self.allow_densify, device=how.device,
@@ -199,7 +199,7 @@ class FoldStep(Strict):
         """The same step with the blocks that stay."""
         from prune.fold import find
 
-        source = inputs[self.of] if self.of else only_input(inputs, previous, "fold")
+        source = source_of(self.of, inputs, previous, "fold")
         assert self.calibration is not None
         rows, _ = self.calibration.placed(how.folder).read(source)
         found = find(
@@ -211,7 +211,7 @@ class FoldStep(Strict):
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
         from prune.fold import Fold, count_of, folded, stack_of
 
-        source = inputs[self.of] if self.of else only_input(inputs, previous, "fold")
+        source = source_of(self.of, inputs, previous, "fold")
         blocks = len(stack_of(source).layers)
         keep = self.keep if self.keep is not None else range(blocks - count_of(self.remove, blocks))  # as many as there will be
         return folded(source, Fold.of(keep, self.share, self.parent))

@@ -12,7 +12,7 @@ from quant.bits_file import GroupScheme
 from ..calibration.options import CalibrationOptions
 from ..checkpoint import Checkpoint
 from ..errors import nearest, not_inputs
-from .base import Execution, Strict, only_input
+from .base import Execution, Strict, source_of
 
 
 class QuantizeStep(BaseModel):
@@ -68,7 +68,7 @@ class QuantizeStep(BaseModel):
         from quant.quantized import Scheme
         from quant.rotate import rotate
 
-        source = inputs[self.of] if self.of else only_input({name: model for name, model in inputs.items() if name != self.moments}, previous, "quantize")
+        source = source_of(self.of, inputs, previous, "quantize", aside=self.moments)
         source = rotate(source) if self.rotate else source
         scheme: AnyScheme | Mapping[str, AnyScheme]
         scheme, layout = PRESETS[self.scheme] if self.scheme else (Scheme(self.bits or 4, self.group_size, self.symmetric), "pack-quantized")
@@ -101,7 +101,7 @@ class CalibrateStep(Strict):
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
         from ..calibration.statistics import calibrate
 
-        source = inputs[self.of] if self.of else only_input(inputs, previous, "calibrate")
+        source = source_of(self.of, inputs, previous, "calibrate")
         text = self.text.placed(how.folder)
         ids, notes = text.read(source)
         made = calibrate(source, ids, {"seed": text.seed, "sha256": text.digests()}, how.device)
@@ -120,7 +120,7 @@ class DequantizeStep(Strict):
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
         from quant.plan import dequantize
 
-        return dequantize(inputs[self.of] if self.of else only_input(inputs, previous, "dequantize"))
+        return dequantize(source_of(self.of, inputs, previous, "dequantize"))
 
 
 class ConvertStep(Strict):
@@ -140,4 +140,4 @@ class ConvertStep(Strict):
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
         from quant.convert import convert
 
-        return convert(inputs[self.of] if self.of else only_input(inputs, previous, "convert"), self.to)
+        return convert(source_of(self.of, inputs, previous, "convert"), self.to)
