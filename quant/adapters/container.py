@@ -298,10 +298,14 @@ class Expand:
         self.entry, self.label = entry, label
 
     def __call__(self, tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
-        entry, (codes, stats, checksum, *levels) = self.entry, tensors
+        return (expand(self.entry, *self.checked(tensors)),)
+
+    def checked(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        """Codes, stats, and the levels of each width, of what the step reads. Errors: CheckpointError where the checksum differs."""
+        codes, stats, checksum, *levels = tensors
         if not torch.equal(_checksum(codes, stats), checksum.flatten()):
-            raise CheckpointError(f"{self.label}: the codes of {entry.name} are not those that were written (checksum); get the file again")
-        return (expand(entry, codes, stats, dict(zip(widths_of([entry]), levels, strict=True))),)
+            raise CheckpointError(f"{self.label}: the codes of {self.entry.name} are not those that were written (checksum); get the file again")
+        return codes, stats, dict(zip(widths_of([self.entry]), levels, strict=True))
 
 
 def expand(entry: Entry, codes: Tensor, stats: Tensor, tables: Mapping[int, Tensor]) -> Tensor:
