@@ -106,7 +106,7 @@ def _packed(latents: Sequence[Latent], entries: Sequence[Entry]) -> dict[str, Te
     with torch.no_grad():
         factors = [rows for latent in latents for rows in latent.rows()]
         coded = [encode(rows, entry.coding) for rows, entry in zip(factors, entries, strict=True)]
-    return {spec.name: tensor for spec, tensor in zip(packed_specs(entries), packed_tensors(coded), strict=True)}
+    return {spec.name: tensor for spec, tensor in zip(packed_specs(entries), packed_tensors(entries, coded), strict=True)}
 
 
 def _trained(base: Checkpoint, latents: Mapping[str, Latent], lesson: Lesson, work: Work, teach: bool) -> TrainRecord:
