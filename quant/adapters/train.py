@@ -73,7 +73,7 @@ def distilled(adapter: Adapter, base: Checkpoint, lesson: Lesson, entries: Seque
     """
     apply(base, [adapter])  # refuses what does not fit
     for module in adapter.lowrank.values():
-        if module.magnitude or module.bias or module.embedding or len(adapter.checkpoint.specs[module.a].shape) > 2:
+        if not module.plain or len(adapter.checkpoint.specs[module.a].shape) > 2:
             raise CheckpointError(
                 f"{adapter.label}: {module.module} is more than a product B A beside a linear layer, which cannot be distilled; leave --text out"
             )
