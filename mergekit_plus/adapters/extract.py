@@ -7,6 +7,7 @@ adapter can be laid out before it is computed; and one that computes it. `kept` 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -190,9 +191,7 @@ class _Truncate:
 
 def _modules(roles: Mapping[str, Meaning]) -> dict[str, str]:
     """The module of every tensor, as transformers names it; as the checkpoint does where several tensors are one parameter there (experts)."""
-    shared: dict[str | None, int] = {}
-    for meaning in roles.values():
-        shared[meaning.parameter] = shared.get(meaning.parameter, 0) + 1
+    shared = Counter(meaning.parameter for meaning in roles.values())
     return {name: (meaning.parameter if meaning.parameter and shared[meaning.parameter] == 1 else name).rpartition(".")[0] for name, meaning in roles.items()}
 
 

@@ -45,6 +45,11 @@ class LowRank:
     magnitude: str | None = None
     bias: str | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is a product beside a module that is no embedding, and no more."""
+        return not (self.magnitude or self.bias or self.embedding)
+
 
 @dataclass(frozen=True)
 class Adapter:

@@ -93,10 +93,14 @@ class MergeMethod:
         return self.takes_base and type(None) not in get_args(get_type_hints(self.function)["base"])
 
     @cached_property
+    def statistic_takes(self) -> frozenset[str]:
+        """The arguments of the statistic, by their names."""
+        return frozenset(inspect.signature(self.statistic).parameters if self.statistic else ())
+
+    @cached_property
     def measured_by(self) -> frozenset[str]:
         """The options that the statistic depends on."""
-        named = inspect.signature(self.statistic).parameters if self.statistic else {}
-        return frozenset(name for name, option in self.options.table.items() if option.keyword in named)
+        return frozenset(name for name, option in self.options.table.items() if option.keyword in self.statistic_takes)
 
     @property
     def random(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -177,8 +176,7 @@ class _Bound:
 
     def __init__(self, method: MergeMethod, arguments: dict[str, Any], models: int, how: MergeOptions, with_base: bool) -> None:
         self.method, self.arguments, self.how, self.with_base = method, arguments, how, with_base
-        names = set(inspect.signature(method.statistic).parameters) if method.statistic else set()
-        self.statistic_arguments = {name: value for name, value in {"models": models, **arguments}.items() if name in names}
+        self.statistic_arguments = {name: value for name, value in {"models": models, **arguments}.items() if name in method.statistic_takes}
 
     def measure(self, scan: Scan) -> Any:
         assert self.method.statistic is not None

@@ -23,10 +23,9 @@ from torch.nn import functional
 
 from mergekit_plus.adapters import read_adapter
 from mergekit_plus.checkpoint import Checkpoint, Plan
-from mergekit_plus.checkpoint.plan import execute
 from mergekit_plus.errors import CheckpointError, OptionError, nearest
 
-from .container import Entry, Expand, expand, widths_of
+from .container import Entry, Expand, expand
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class AdapterBank:
         Errors: CheckpointError for one that is not packed, is more than products beside linear layers, or does not fit the model.
         """
         adapter = read_adapter(opened)
-        if adapter.whole or any(module.magnitude or module.bias or module.embedding for module in adapter.lowrank.values()):
+        if adapter.whole or not all(module.plain for module in adapter.lowrank.values()):
             raise CheckpointError(f"{opened.label} is more than products B A beside linear layers; expand it, and apply it with peft")
         codes, stats, tables = list[Tensor](), list[Tensor](), dict[int, Tensor]()
         at = scale = 0
@@ -84,8 +83,9 @@ class AdapterBank:
             return found
 
         layout = {module.module: (place(module.a), place(module.b), module.scale) for module in adapter.lowrank.values()}
+        owners = dict(self.model.named_modules())
         for module, (a, b, _) in layout.items():
-            owner = self._modules().get(module)
+            owner = owners.get(module)
             shape = tuple(owner.weight.shape) if isinstance(owner, nn.Linear) else None
             if shape != (b.entry.shape[0], a.entry.shape[1]):
                 raise CheckpointError(f"{opened.label}: {module} is a linear layer {(b.entry.shape[0], a.entry.shape[1])}, in the model {shape or 'none'}")
@@ -104,7 +104,7 @@ class AdapterBank:
             raise OptionError(f"the bank has no adapter '{unknown}'.{nearest(unknown, self.adapters)}")
         wanted = {name: torch.tensor([row for row, own in enumerate(names) if own == name]) for name in dict.fromkeys(names) if name is not None}
         modules = {module for name in wanted for module in self.adapters[name].layout}
-        handles = [self._modules()[module].register_forward_hook(partial(self._add, module, wanted)) for module in modules]
+        handles = [self.model.get_submodule(module).register_forward_hook(partial(self._add, module, wanted)) for module in modules]
         try:
             yield
         finally:
@@ -122,15 +122,10 @@ class AdapterBank:
                 output[rows] += functional.linear(functional.linear(x, a), b) * scale
         return output
 
-    def _modules(self) -> dict[str, nn.Module]:
-        return dict(self.model.named_modules())
-
 
 def _stored(opened: Checkpoint, name: str) -> tuple[Entry, Tensor, Tensor, dict[int, Tensor]]:
     """A factor of an opened packed adapter as it is stored: how it is coded, codes, scales, and codebooks."""
     step = opened.source.step_of[name] if isinstance(opened.source, Plan) else None
     if step is None or not isinstance(step.run, Expand):
         raise CheckpointError(f"{opened.label}: {name} is not packed; `compress adapter quantize` packs an adapter")
-    execute(step)  # raises where the checksum differs
-    codes, stats, _, *levels = (part.read(tensor) for part, tensor in step.reads)
-    return step.run.entry, codes, stats, dict(zip(widths_of([step.run.entry]), levels, strict=True))
+    return step.run.entry, *step.run.checked([part.read(tensor) for part, tensor in step.reads])

@@ -91,31 +91,32 @@ def rows_of(tensor: Tensor, axis: int) -> Tensor:
     return tensor.movedim(axis, 0).flatten(1)
 
 
-def payload_bytes(entries: Sequence[Entry]) -> int:
-    """Bytes of everything in the packed file but its header and what is not coded:
-    the sum of `rows * ceil(width * bits / 8) + 4 * columns * scales + 8` over the tensors, and `4 * 2^bits` for each width that occurs."""
-    return sum(spec.nbytes for spec in packed_specs(entries))
-
-
 def widths_of(entries: Sequence[Entry]) -> list[int]:
     """The widths that occur."""
     return sorted({bits for entry in entries for bits in entry.bits})
 
 
 def packed_specs(entries: Sequence[Entry]) -> list[TensorSpec]:
-    """The tensors of the packed file, but for what is not coded."""
+    """The tensors of the packed file, but for what is not coded.
+
+    Their bytes are the sum of `rows * ceil(width * bits / 8) + 4 * columns * scales + 8` over what is coded, and `4 * 2^bits` for each width that occurs.
+    """
     columns = entries[0].coding.columns
     return [
         TensorSpec(CODES, "U8", (sum(entry.code_bytes for entry in entries),)),
         TensorSpec(STATS, "F32", (sum(entry.scales for entry in entries), columns)),
         TensorSpec(CHECKSUMS, "U8", (len(entries), CHECKSUM)),
-        *level_specs(entries),
+        *_level_specs(entries),
     ]
 
 
-def level_specs(entries: Sequence[Entry]) -> list[TensorSpec]:
+def _level_specs(entries: Sequence[Entry]) -> list[TensorSpec]:
     """The codebooks."""
     return [TensorSpec(f"levels.{bits}", "F32", (1 << bits,)) for bits in widths_of(entries)]
+
+
+def _level_tensors(entries: Sequence[Entry]) -> list[Tensor]:
+    return [table(entries[0].coding.codebook, bits).clone() for bits in widths_of(entries)]
 
 
 def apart_specs(entry: Entry) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
@@ -139,18 +140,16 @@ def packed_step(entries: Sequence[Entry], reads: Sequence[Read], code: Code) -> 
 
     def run(tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
         with torch.no_grad():
-            return packed_tensors(code(tensors))
+            return packed_tensors(entries, code(tensors))
 
     return Step(tuple(reads), tuple(packed_specs(entries)), run)
 
 
-def packed_tensors(coded: Sequence[Coded]) -> list[Tensor]:
+def packed_tensors(entries: Sequence[Entry], coded: Sequence[Coded]) -> list[Tensor]:
     """The tensors of the packed file, in the order of `packed_specs`."""
     codes = [_packed_rows(each) for each in coded]
     sums = [_checksum(rows, each.stats) for rows, each in zip(codes, coded, strict=True)]
-    widths = sorted({bits for each in coded for bits in each.coding.widths(len(each.codes))})
-    levels = [table(coded[0].coding.codebook, bits).clone() for bits in widths]
-    return [torch.cat(codes), torch.cat([each.stats for each in coded]), torch.stack(sums), *levels]
+    return [torch.cat(codes), torch.cat([each.stats for each in coded]), torch.stack(sums), *_level_tensors(entries)]
 
 
 def _packed_rows(coded: Coded) -> Tensor:
@@ -168,8 +167,8 @@ def apart_tensors(coded: Coded) -> tuple[Tensor, Tensor, Tensor]:
 
 def levels_step(entries: Sequence[Entry]) -> Step:
     """The step that writes the codebooks."""
-    tensors = [table(entries[0].coding.codebook, bits).clone() for bits in widths_of(entries)]
-    return Step((), tuple(level_specs(entries)), lambda _, first_row, measured: tensors)
+    tensors = _level_tensors(entries)
+    return Step((), tuple(_level_specs(entries)), lambda _, first_row, measured: tensors)
 
 
 def _checksum(codes: Tensor, stats: Tensor) -> Tensor:
@@ -213,13 +212,19 @@ def entries_of(packed: Checkpoint, name: str = ADAPTER_QUANT) -> list[Entry]:
             raise ValueError("no tensors")
     except (KeyError, TypeError, ValueError, AttributeError, OptionError) as error:
         raise CheckpointError(f"{where} is not what a packed file is described by ({error})") from None
-    wanted = packed_specs(entries) if name == ADAPTER_QUANT else [*(spec for entry in entries for spec in apart_specs(entry)), *level_specs(entries)]
-    for spec in wanted:
+    for spec in _stored_specs(entries, name):
         found = packed.specs.get(spec.name)
         if found is None or (found.dtype, found.shape) != (spec.dtype, spec.shape):
             there = "is missing" if found is None else f"is {found.dtype} {found.shape}"
             raise CheckpointError(f"{where} does not fit its tensors: {spec.name} {there}, but must be {spec.dtype} {spec.shape}")
     return entries
+
+
+def _stored_specs(entries: Sequence[Entry], name: str) -> list[TensorSpec]:
+    """The tensors that a sidecar of this name speaks of."""
+    if name == ADAPTER_QUANT:
+        return packed_specs(entries)
+    return [*(spec for entry in entries for spec in apart_specs(entry)), *_level_specs(entries)]
 
 
 def _entry(name: str, facts: Mapping[str, Any], coding: Coding) -> Entry:
@@ -247,13 +252,11 @@ def expanded(packed: Checkpoint, name: str = ADAPTER_QUANT) -> Checkpoint:
     A tensor's checksum is compared when it is read, and a CheckpointError names it where it differs.
     """
     entries = entries_of(packed, name)
-    coded = {spec.name for spec in level_specs(entries)}
     steps = []
     for entry, reads in zip(entries, _apart(packed, entries) if name == DELTA_QUANT else _together(packed, entries), strict=True):
-        coded |= {tensor for part, tensor in reads if part is packed}
         levels = [(packed, f"levels.{bits}") for bits in widths_of([entry])]
         steps.append(Step((*reads, *levels), (entry.spec,), Expand(entry, packed.label)))
-    coded |= {CODES, STATS, CHECKSUMS} if name == ADAPTER_QUANT else set()
+    coded = {spec.name for spec in _stored_specs(entries, name)}
     steps += [copy_step(packed, tensor) for tensor in packed.specs if tensor not in coded]
     files = {file: content for file, content in packed.files.items() if file != ADAPTER_QUANT}
     return Checkpoint(packed.label, Plan(steps), files, packed.notes, packed.pinned)
@@ -277,8 +280,8 @@ def _together(packed: Checkpoint, entries: Sequence[Entry]) -> list[list[Read]]:
 
 
 def is_packed(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint holds codes, and not what they stand for."""
-    return CODES in checkpoint.specs and (ADAPTER_QUANT in checkpoint.files or DELTA_QUANT in checkpoint.files)
+    """Whether a checkpoint holds the codes of an adapter, and not what they stand for."""
+    return CODES in checkpoint.specs and ADAPTER_QUANT in checkpoint.files
 
 
 def _part(packed: Checkpoint, name: str, to: str, rows: slice) -> Checkpoint:
@@ -298,10 +301,14 @@ class Expand:
         self.entry, self.label = entry, label
 
     def __call__(self, tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
-        entry, (codes, stats, checksum, *levels) = self.entry, tensors
+        return (expand(self.entry, *self.checked(tensors)),)
+
+    def checked(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        """Codes, stats, and the levels of each width, of what the step reads. Errors: CheckpointError where the checksum differs."""
+        codes, stats, checksum, *levels = tensors
         if not torch.equal(_checksum(codes, stats), checksum.flatten()):
-            raise CheckpointError(f"{self.label}: the codes of {entry.name} are not those that were written (checksum); get the file again")
-        return (expand(entry, codes, stats, dict(zip(widths_of([entry]), levels, strict=True))),)
+            raise CheckpointError(f"{self.label}: the codes of {self.entry.name} are not those that were written (checksum); get the file again")
+        return codes, stats, dict(zip(widths_of([self.entry]), levels, strict=True))
 
 
 def expand(entry: Entry, codes: Tensor, stats: Tensor, tables: Mapping[int, Tensor]) -> Tensor:

@@ -25,7 +25,6 @@ from mergekit_plus.checkpoint.spec import matches
 from mergekit_plus.errors import CheckpointError, OptionError
 from mergekit_plus.evaluate import load_model
 from mergekit_plus.model import describe
-from mergekit_plus.training import loss_on, train
 
 from .coding import Coded, Coding, decode, encode, levels_of, nearest
 from .container import Entry, apart_specs, apart_tensors, expanded, levels_step, sidecar
@@ -103,7 +102,8 @@ def _step(entry: Entry, base: Checkpoint, place: str, tuned: Checkpoint, scales:
 
 def encode_difference(before: Tensor, after: Tensor, coding: Coding) -> Coded:
     """`after - before`, taken in float32, as codes: a block of rows at a time, which changes nothing."""
-    blocks = [slice(first, first + max(1, BLOCK // before.shape[1])) for first in range(0, len(before), max(1, BLOCK // before.shape[1]))]
+    size = max(1, BLOCK // before.shape[1])
+    blocks = [slice(first, first + size) for first in range(0, len(before), size)]
 
     def difference(rows: slice) -> Tensor:
         return after[rows].float() - before[rows].float()
@@ -168,7 +168,6 @@ class _Distil:
             scaled = _Scaled(decode(coded), entry.scales)
             parametrize.register_parametrization(model.get_submodule(owner), leaf, scaled)
             trained[entry.name], starts[entry.name] = scaled.factor, coded.stats
-        rows, held = self.lesson.parts()
 
         def loss(student: Any, batch: Tensor) -> Tensor:
             with torch.no_grad():
@@ -176,8 +175,5 @@ class _Distil:
             error: Tensor = student(input_ids=batch, use_cache=False).logits - wanted
             return error.square().mean()
 
-        record = train(
-            model, trained, loss, rows, self.lesson.training, evaluate=lambda: loss_on(model, held, loss, batch=4), folder=work.folder, progress=work.progress
-        )
-        refuse_failure(record)
+        refuse_failure(self.lesson.train(model, trained, loss, work))
         return found | {name: starts[name] * factor.detach() for name, factor in trained.items()}

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from mergekit_plus.adapters import apply
 from mergekit_plus.adapters.extract import task_of
 from mergekit_plus.adapters.layout import Product, adapter_of
-from mergekit_plus.adapters.peft import Adapter, LowRank
+from mergekit_plus.adapters.peft import Adapter
 from mergekit_plus.checkpoint import Checkpoint, Deferred, Work, copy_step
 from mergekit_plus.checkpoint.folder import ADAPTER_QUANT
 from mergekit_plus.checkpoint.spec import matches, natural_order
@@ -50,12 +51,19 @@ class Lesson:
         """Everything wrong with it, a sentence each."""
         return self.training.problems() + (["training needs two windows of text or more"] if len(self.ids) < 2 else [])
 
-    def parts(self) -> tuple[Tensor, Tensor]:
+    def _parts(self) -> tuple[Tensor, Tensor]:
         """The windows to train on, and those that are held out."""
         held = min(HELD_OUT, max(1, len(self.ids) // 8))
         out = torch.zeros(len(self.ids), dtype=torch.bool)
         out[torch.arange(held) * len(self.ids) // held] = True
         return self.ids[~out], self.ids[out]
+
+    def train(self, model: Any, parameters: Mapping[str, nn.Parameter], loss: Loss, work: Work) -> TrainRecord:
+        """Train parameters of a model on it; the model is left in the state that is best on the windows held out."""
+        rows, held = self._parts()
+        return train(
+            model, parameters, loss, rows, self.training, evaluate=lambda: loss_on(model, held, loss, batch=4), folder=work.folder, progress=work.progress
+        )
 
 
 def distilled(adapter: Adapter, base: Checkpoint, lesson: Lesson, entries: Sequence[Entry], gauge: Gauge, refit: bool) -> Checkpoint:
@@ -65,7 +73,7 @@ def distilled(adapter: Adapter, base: Checkpoint, lesson: Lesson, entries: Seque
     """
     apply(base, [adapter])  # refuses what does not fit
     for module in adapter.lowrank.values():
-        if module.magnitude or module.bias or module.embedding or len(adapter.checkpoint.specs[module.a].shape) > 2:
+        if not module.plain or len(adapter.checkpoint.specs[module.a].shape) > 2:
             raise CheckpointError(
                 f"{adapter.label}: {module.module} is more than a product B A beside a linear layer, which cannot be distilled; leave --text out"
             )
@@ -74,12 +82,13 @@ def distilled(adapter: Adapter, base: Checkpoint, lesson: Lesson, entries: Seque
     def compute(work: Work) -> None:
         def made() -> Mapping[str, Tensor]:
             modules = list(adapter.lowrank.values())
-            check_trained(adapter.checkpoint, modules, [adapter.checkpoint.read(name) for name in factor_names(modules)])
+            factors = [adapter.checkpoint.read(name) for name in factor_names(modules)]
+            check_trained(adapter.checkpoint, modules, factors)
             latents = {
-                module.module: _of_product(adapter.checkpoint, module, entry.coding, gauge, refit) for module, entry in zip(modules, entries[::2], strict=True)
+                module.module: _of_product(a, b, module.scale, entry.coding, gauge, refit)
+                for module, a, b, entry in zip(modules, factors[::2], factors[1::2], entries[::2], strict=True)
             }
-            record = _trained(student, latents, lesson, work, teach=True)
-            refuse_failure(record)
+            _train(student, latents, lesson, work, teach=True)
             return _packed(list(latents.values()), entries)
 
         work.part("adapter", made)
@@ -87,13 +96,13 @@ def distilled(adapter: Adapter, base: Checkpoint, lesson: Lesson, entries: Seque
     return Checkpoint(adapter.label, Deferred(packed_specs(entries), [adapter.checkpoint, student], compute, memory=memory_of(student)))
 
 
-def _of_product(part: Checkpoint, module: LowRank, coding: Coding, gauge: Gauge, refit: bool) -> Latent:
-    plain = rows_of(part.read(module.a), 0).float(), rows_of(part.read(module.b), 1).float()
+def _of_product(a: Tensor, b: Tensor, scale: float, coding: Coding, gauge: Gauge, refit: bool) -> Latent:
+    plain = rows_of(a, 0).float(), rows_of(b, 1).float()
     a, b = turned(plain[0], plain[1].T, gauge)
     rows_b = b.T
     if refit:
         a, rows_b = wanted(a, rows_b, encode_pair(a, b, coding, "none"))
-    latent = Latent(a, rows_b, module.scale, coding, (_size(a), _size(rows_b)))
+    latent = Latent(a, rows_b, scale, coding, (_size(a), _size(rows_b)))
     latent.plain = plain
     return latent
 
@@ -106,20 +115,16 @@ def _packed(latents: Sequence[Latent], entries: Sequence[Entry]) -> dict[str, Te
     with torch.no_grad():
         factors = [rows for latent in latents for rows in latent.rows()]
         coded = [encode(rows, entry.coding) for rows, entry in zip(factors, entries, strict=True)]
-    return {spec.name: tensor for spec, tensor in zip(packed_specs(entries), packed_tensors(coded), strict=True)}
+    return {spec.name: tensor for spec, tensor in zip(packed_specs(entries), packed_tensors(entries, coded), strict=True)}
 
 
-def _trained(base: Checkpoint, latents: Mapping[str, Latent], lesson: Lesson, work: Work, teach: bool) -> TrainRecord:
+def _train(base: Checkpoint, latents: Mapping[str, Latent], lesson: Lesson, work: Work, teach: bool) -> None:
     """Train latents on a model of this base."""
     model = load_model(base, progress=work.progress)
-    rows, held = lesson.parts()
     with attached(model, latents) as parameters:
-        loss: Loss = distillation(Teacher(model, latents)) if teach else next_token
-        record = train(
-            model, parameters, loss, rows, lesson.training, evaluate=lambda: loss_on(model, held, loss, batch=4), folder=work.folder, progress=work.progress
-        )
+        record = lesson.train(model, parameters, distillation(Teacher(model, latents)) if teach else next_token, work)
     work.progress.tell(f"held-out loss {record.evaluations[0][1]:.4f} before, {record.value:.4f} after {record.best} steps")
-    return record
+    refuse_failure(record)
 
 
 def refuse_failure(record: TrainRecord) -> None:
@@ -182,7 +187,7 @@ def train_adapter(base: Checkpoint, lesson: Lesson, options: TrainAdapterOptions
         def made() -> Mapping[str, Tensor]:
             generator = torch.Generator().manual_seed(lesson.training.seed)
             latents = {product.module: _fresh(product, coding, options.alpha, generator) for product in products}
-            refuse_failure(_trained(base, latents, lesson, work, teach=False))
+            _train(base, latents, lesson, work, teach=False)
             if coding is not None:
                 return _packed(list(latents.values()), entries)
             with torch.no_grad():

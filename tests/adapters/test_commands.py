@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from adapter_toys import adapted, model_of, saved
+from program import Ended, Program
 from safetensors.torch import load_file
 
 from mergekit_plus.adapters.extract import ExtractOptions, extract, kept
@@ -19,12 +18,6 @@ from mergekit_plus.errors import CheckpointError, OutputError, RecipeError
 from mergekit_plus.recipe import check, load, plan, run
 from mergekit_plus.show import kept_lines
 from mergekit_plus.steps import Execution
-
-
-def compress(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run `compress` in a folder."""
-    command = [sys.executable, "-m", "mergekit_plus", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, check=False)
 
 
 @pytest.fixture
@@ -37,8 +30,8 @@ def toys(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_extract_merge_and_apply(toys: Path) -> None:
-    found = compress("adapter", "extract", "base", "tuned", "--rank", "4", "--json", cwd=toys)
+def test_extract_merge_and_apply(toys: Path, compress: Program) -> None:
+    found = compress("adapter", "extract", "base", "tuned", "--rank", "4", "--json")
     assert found.returncode == 0, found.stderr
     facts = json.loads(found.stdout)
     assert facts["out"] == "tuned-adapter"
@@ -47,8 +40,8 @@ def test_extract_merge_and_apply(toys: Path) -> None:
     assert sorted(path.name for path in (toys / "tuned-adapter").iterdir()) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json", "recipe.yaml"
     ]  # fmt: skip
-    assert compress("adapter", "merge", "tuned-adapter", "two", "-s", "weight=1,0", cwd=toys).stdout.startswith("wrote merged-adapter")
-    assert compress("merge", "base+merged-adapter", "tuned", "-o", "same", cwd=toys).returncode == 0
+    assert compress("adapter", "merge", "tuned-adapter", "two", "-s", "weight=1,0").stdout.startswith("wrote merged-adapter")
+    assert compress("merge", "base+merged-adapter", "tuned", "-o", "same").returncode == 0
     same, tuned = (load_file(toys / name / "model.safetensors") for name in ("same", "tuned"))
     assert all(torch.allclose(same[name], tuned[name], atol=1e-5) for name in tuned)
 
@@ -61,17 +54,17 @@ def test_a_report_names_what_is_left_out(toys: Path) -> None:
     assert out[4].endswith("over all that changed; 2 changed tensors are left out (--save-rest stores them)")
 
 
-def refused(found: subprocess.CompletedProcess[str], *words: str) -> None:
+def refused(found: Ended, *words: str) -> None:
     """Exit code 2 and one line on stderr that says all of this."""
     assert (found.returncode, found.stdout, len(found.stderr.splitlines())) == (2, "", 1), found.stderr
     assert all(word in found.stderr for word in words), found.stderr
 
 
-def test_mistakes_are_one_line(toys: Path) -> None:
+def test_mistakes_are_one_line(toys: Path, compress: Program) -> None:
     saved(model_of(hidden_size=32), toys / "wide")
-    refused(compress("merge", "wide+one", "base", cwd=toys), "one does not fit wide", "mlp.down_proj: (16, 32) in the adapter, (32, 32) in the base")
-    refused(compress("quantize", "one", cwd=toys), "one is an adapter, not a model", "MODEL+one", "compress adapter merge")
-    refused(compress("adapter", "merge", "one", "base", cwd=toys), "base is a model, not an adapter")
+    refused(compress("merge", "wide+one", "base"), "one does not fit wide", "mlp.down_proj: (16, 32) in the adapter, (32, 32) in the base")
+    refused(compress("quantize", "one"), "one is an adapter, not a model", "MODEL+one", "compress adapter merge")
+    refused(compress("adapter", "merge", "one", "base"), "base is a model, not an adapter")
 
 
 def test_an_adapter_is_a_folder(toys: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import peft
 import pytest
 import torch
 from adapter_toys import adapted, load, model_of, saved
+from program import Program
 from safetensors.torch import load_file
 
 from mergekit_plus.adapters import open_adapter, read_adapter
@@ -148,24 +147,23 @@ def test_problems_of_the_steps_are_told(tmp_path: Path) -> None:
         assert problem in str(caught.value)
 
 
-def test_train_quantize_expand_peft_merge(tmp_path: Path) -> None:
+def test_train_quantize_expand_peft_merge(compress: Program, tmp_path: Path) -> None:
     """The whole way, as a user goes it, on a real small model."""
 
-    def compress(*arguments: object) -> str:
-        command = [sys.executable, "-m", "mergekit_plus", *map(str, arguments)]
-        found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
-        assert found.returncode == 0, found.stderr
-        return found.stdout
+    def printed(*arguments: object) -> str:
+        ended = compress(*arguments)
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
 
     base, text = MODELS / "base", MODELS / "text" / "docs.val.txt"
     short = ["--text", text, "--window", 32, "--steps", 3]
-    compress("adapter", "train", base, "--bits", 16, "--rank", 2, *short, "-o", "lora")
-    compress("adapter", "quantize", "lora", "--bits", 1, "--base", base, *short, "-o", "packed")
-    assert "packed: " in compress("inspect", "packed")
-    compress("adapter", "expand", "packed", "-o", "expanded")
-    compress("adapter", "merge", "packed", "lora", "-s", "weight=1,0", "-o", "both")
-    compress("merge", f"{base}+packed", "-o", "merged")
-    facts = json.loads(compress("verify", "packed", "--inputs", "--json"))
+    printed("adapter", "train", base, "--bits", 16, "--rank", 2, *short, "-o", "lora")
+    printed("adapter", "quantize", "lora", "--bits", 1, "--base", base, *short, "-o", "packed")
+    assert "packed: " in printed("inspect", "packed")
+    printed("adapter", "expand", "packed", "-o", "expanded")
+    printed("adapter", "merge", "packed", "lora", "-s", "weight=1,0", "-o", "both")
+    printed("merge", f"{base}+packed", "-o", "merged")
+    facts = json.loads(printed("verify", "packed", "--inputs", "--json"))
     assert not facts["problems"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -19,7 +19,7 @@ from mergekit_plus.checkpoint import Checkpoint, Plan, save, steps_of
 from mergekit_plus.errors import CheckpointError, OptionError
 from quant.adapters.codebooks import BITS, Codebook
 from quant.adapters.coding import Coded, Coding, Scale, decode, table
-from quant.adapters.container import Entry, apart_tensors, expanded, is_packed, packed_specs, packed_step, packed_tensors, payload_bytes, sidecar
+from quant.adapters.container import Entry, apart_tensors, expanded, is_packed, packed_specs, packed_step, packed_tensors, sidecar
 from quant.adapters.modules import factor_entries, factor_names
 from quant.adapters.packing import pack
 from quant.adapters.plan import QuantizeOptions, quantize_adapter
@@ -88,7 +88,7 @@ def test_the_file_is_as_long_as_the_formula(tmp_path: Path) -> None:
     for bits, codebook, scale in product(BITS, get_args(Codebook), get_args(Scale)):
         columns, scales = (2 if codebook == "k-median" else 1), (1 if scale == "tensor" else 3)
         formula = sum(count * ((width * bits + 7) // 8) + 4 * columns * scales + 8 for count, width in rows) + 4 * 2**bits
-        assert payload_bytes(factor_entries(specs, [Coding(bits, codebook, scale)] * 4)) == formula
+        assert sum(spec.nbytes for spec in packed_specs(factor_entries(specs, [Coding(bits, codebook, scale)] * 4))) == formula
         folder = packed(tmp_path / "lora", f"{bits}-{codebook}-{scale}", bits=bits, codebook=codebook, scale=scale, refit=False)
         raw = (folder / "adapter_model.packed.safetensors").read_bytes()
         assert len(raw) == 8 + int.from_bytes(raw[:8], "little") + formula
@@ -129,7 +129,7 @@ def test_rows_may_have_widths_of_their_own() -> None:
     codes = torch.stack([torch.randint(0, 1 << width, (11,), generator=generator) for width in bits]).to(torch.uint8)
     coded = Coded(codes, torch.rand((5, 1), generator=generator), coding)
     assert entry.code_bytes == 11 + 2 * 5 + 2
-    tensors = dict(zip([spec.name for spec in packed_specs([entry])], packed_tensors([coded]), strict=True))
+    tensors = dict(zip([spec.name for spec in packed_specs([entry])], packed_tensors([entry], [coded]), strict=True))
     whole = expanded(Checkpoint("packed", Checkpoint.from_tensors(tensors).source, {"adapter_quant.json": sidecar([entry])}))
     alone = [decode(Coded(codes[k : k + 1], coded.stats[k : k + 1], Coding((width,)))) for k, width in enumerate(bits)]
     assert torch.equal(whole.read("lora_B.weight"), torch.cat(alone).T)

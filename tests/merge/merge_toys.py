@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -82,8 +81,7 @@ def merged(
 
     def measure(scan: MemoryScan) -> Any:
         assert chosen.statistic is not None
-        wanted = inspect.signature(chosen.statistic).parameters
-        return chosen.statistic(scan, **{name: value for name, value in {"models": len(models), **arguments}.items() if name in wanted})
+        return chosen.statistic(scan, **{name: value for name, value in {"models": len(models), **arguments}.items() if name in chosen.statistic_takes})
 
     def alone(name: str) -> MemoryScan:
         return MemoryScan([{name: model[name]} for model in models], base and {name: base[name]}, rows, workers, chosen.unit)
