@@ -1,8 +1,11 @@
-"""Weights, and texts whose inputs are correlated like those of a real layer: a few directions hold most of the power."""
+"""Weights, drawn and real, and texts whose inputs are correlated like those of a real layer: a few directions hold most of the power."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from mergekit_plus.moments import Moments
@@ -11,6 +14,15 @@ from quant import Quantized
 
 def a_weight(rows: int, width: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
     return (torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) / 50).to(dtype)
+
+
+def real_weights() -> list[Tensor]:
+    """The MLP's of the small trained Llama in tests/models."""
+    found = []
+    for path in sorted((Path(__file__).parents[1] / "models" / "base").glob("*.safetensors")):
+        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+            found += [file.get_tensor(name) for name in file.keys() if ".mlp." in name]  # noqa: SIM118
+    return found
 
 
 def a_text(width: int, tokens: int = 1000, seed: int = 0) -> Tensor:
