@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mergekit_plus.moments import Moments
-from quant import Quantized
+from quant import Quantized, dequantize
 
 
 def a_weight(rows: int, width: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
@@ -43,3 +43,16 @@ def same(one: Quantized, two: Quantized) -> bool:
     """Whether codes, scales and zero points are the same."""
     zeros = [torch.empty(0) if quantized.zero_point is None else quantized.zero_point for quantized in (one, two)]
     return torch.equal(one.codes, two.codes) and torch.equal(one.scale, two.scale) and torch.equal(*zeros)
+
+
+def output_error(weight: Tensor, quantized: Quantized, moments: Moments) -> float:
+    """The mean over tokens of the squared error of the layer's output, summed over outputs: tr((W - Q) H (W - Q)^T).
+
+    With `moments.cross`, of the output for that of the dense model; less a term that the weight has no part in, so that it may be negative.
+    """
+    gram = moments.gram.double()
+    w, q = weight.double(), dequantize(quantized).double()
+    if moments.cross is None:
+        e = w - q
+        return float((e @ gram * e).sum())
+    return float((q @ gram * q).sum() - 2 * (w @ moments.cross.double() * q).sum() + (w @ gram * w).sum())
