@@ -12,7 +12,7 @@ the best known total, so that neither a solver's tolerances nor the order of a s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Literal
@@ -103,20 +103,12 @@ def _check_budget(losses: Numbers, costs: Counts, budget: int) -> None:
 
 def _least_loss(losses: Numbers, costs: Counts, budget: int, seconds: float) -> Solution:
     floors = [min(row) for row in losses]
-    cheapest = [min(row) for row in costs]
-    unit = reduce(math.gcd, (int(cost) - low for row, low in zip(costs, cheapest, strict=True) for cost in row), 0) or 1
-    capacity = (budget - sum(map(int, cheapest))) // unit
+    base, unit = _base_and_unit(costs)
+    capacity = (budget - base) // unit
 
     def items(spread: float) -> tuple[list[Item], int]:
-        """Integers: losses above the item's least in units of which `spread` has 2^51, costs above the cheapest in units of their common divisor."""
         shift = _shift(spread)
-        found = []
-        for row, floor, prices_, low in zip(losses, floors, costs, cheapest, strict=True):
-            index = [number for number, loss in enumerate(row) if loss - floor <= spread]
-            value = [round(math.ldexp(row[number] - floor, shift)) for number in index]
-            weight = [(int(prices_[number]) - int(low)) // unit for number in index]
-            found.append(item_of(*(np.array(part, dtype=np.int64) for part in (value, weight, index))))
-        return found, shift
+        return [item_of(loss, cost, index) for loss, cost, index in _integers(losses, costs, spread, shift, unit)], shift
 
     spread = sum(max(loss for loss in row if loss < math.inf) - floor for row, floor in zip(losses, floors, strict=True))
     relaxed = -math.inf
@@ -146,33 +138,40 @@ def _least_loss(losses: Numbers, costs: Counts, budget: int, seconds: float) -> 
 
 
 def _cheapest(losses: Numbers, costs: Counts, max_loss: float, seconds: float) -> Solution:
-    floors = [min(row) for row in losses]
-    least = math.fsum(floors)
+    least = math.fsum(map(min, losses))
     if max_loss < least:
         raise OptionError(f"a loss of {max_loss:g} cannot be met: the best choices lose {least:g}")
-    cheapest = [min(row) for row in costs]
-    unit = reduce(math.gcd, (int(cost) - low for row, low in zip(costs, cheapest, strict=True) for cost in row), 0) or 1
+    base, unit = _base_and_unit(costs)
     room = max(max_loss - least, 0.0)
     shift = _shift(room)
-    parts = []
-    for row, floor, prices_, low in zip(losses, floors, costs, cheapest, strict=True):
-        index = [number for number, loss in enumerate(row) if loss - floor <= room or loss == floor]
-        weight = [round(math.ldexp(row[number] - floor, shift)) for number in index]
-        value = [(int(prices_[number]) - int(low)) // unit for number in index]
-        parts.append(item_of(*(np.array(part, dtype=np.int64) for part in (value, weight, index))))
+    parts = [item_of(cost, loss, index) for loss, cost, index in _integers(losses, costs, room, shift, unit)]
     capacity = math.floor(math.ldexp(room, shift)) + len(parts)  # each loss was rounded to a unit of 2^-51 of the room
-    relaxation = relax(parts, capacity)
     kernel = minimise(parts, capacity)
     choices, by = kernel.choices, _by(kernel)
-    base = sum(map(int, cheapest))
     bound = base + unit * kernel.bound
     if not kernel.proven:
         choices, extra = _branch_core(kernel, parts, capacity, seconds)
         bound, by = max(bound, base + unit * math.ceil(extra - 1e-6)), "branching"
     cost = _cost(costs, choices)
     bound = float(cost) if kernel.proven else min(float(cost), bound)
-    relaxed = min(base + unit * relaxation.value, bound)
+    relaxed = min(base + unit * kernel.core.relaxed.value, bound)
     return Solution(tuple(choices), _loss(losses, choices), cost, None, float(cost), bound, relaxed, cost - bound < unit, kernel.fixed, by)
+
+
+def _base_and_unit(costs: Counts) -> tuple[int, int]:
+    """What the cheapest choices cost together, and the common divisor of what others cost more."""
+    cheapest = [int(min(row)) for row in costs]
+    return sum(cheapest), reduce(math.gcd, (int(cost) - low for row, low in zip(costs, cheapest, strict=True) for cost in row), 0) or 1
+
+
+def _integers(losses: Numbers, costs: Counts, most: float, shift: int, unit: int) -> Iterator[tuple[Ints, Ints, Ints]]:
+    """Of each item the choices that lose at most `most` more than its least: losses above that in units of 2^-shift, costs above the cheapest, their places."""
+    for row, own in zip(losses, costs, strict=True):
+        floor, low = min(row), int(min(own))
+        index = [number for number, loss in enumerate(row) if loss - floor <= most]
+        loss = [round(math.ldexp(row[number] - floor, shift)) for number in index]
+        cost = [(int(own[number]) - low) // unit for number in index]
+        yield np.array(loss, dtype=np.int64), np.array(cost, dtype=np.int64), np.array(index, dtype=np.int64)
 
 
 def _branch_core(kernel: Kernel, items: Sequence[Item], capacity: int, seconds: float) -> tuple[list[int], float]:

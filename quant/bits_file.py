@@ -94,7 +94,7 @@ def schemes_of(groups: Sequence[GroupScheme], checkpoint: Checkpoint, label: str
     Errors: OptionError for a module that the model lacks, one of the model that no group names, and one that stands in two.
     """
     roles = describe(checkpoint)
-    modules = [roles.tensors[name].module for name in roles.linears]
+    modules = dict.fromkeys(roles.tensors[name].module for name in roles.linears)
     found: dict[str, Scheme | None] = {}
     lost: list[str] = []
     for group in groups:

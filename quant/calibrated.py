@@ -28,7 +28,7 @@ from mergekit_plus.moments import Moments
 from .inner import Inner, inner_parameters
 from .layer import UNSEEN, Layer, Rows
 from .norms import tweak_norms
-from .quantized import Quantized, dequantize
+from .quantized import dequantize
 from .quantizer import QUANTIZERS, Quantizer
 from .tuning import bias_correction, centred
 
@@ -65,12 +65,12 @@ def calibration_problem(quantizer: Quantizer, given: bool) -> str | None:
 
 
 def tuned_parameters(
-    checkpoint: Checkpoint, roles: ModelMap, layers: Collection[str], free: Collection[str], calibration: Calibration | None
+    checkpoint: Checkpoint, roles: ModelMap, layers: Collection[str], free: Sequence[str], calibration: Calibration | None
 ) -> dict[str, Inner]:
-    """The norms of the blocks, and the biases of these layers, that the calibration is to change; of those tensors that are `free` to be."""
+    """The norms of the blocks, and the biases of these layers, that the calibration is to change; of those tensors that are `free` to be, in their order."""
     biases = {f"{name.removesuffix('weight')}bias" for name in layers} if calibration and calibration.biases else set()
     norms = calibration is not None and calibration.norm_passes
-    found = inner_parameters(checkpoint, roles, [name for name in checkpoint.specs if name in free])
+    found = inner_parameters(checkpoint, roles, free)
     return {name: inner for name, inner in found.items() if (inner.role == "norm" and norms) or (inner.role == "bias" and name in biases)}
 
 
@@ -99,7 +99,8 @@ def steps_for(
         assert calibration.ids is not None
         windows, window = calibration.ids.shape
         notes.append(f"{len(roles.blocks)} blocks, one after another, on {windows} windows of {window} tokens")
-    rest = [layer for layer in layers if layer not in seen]
+    names = {layer.name for layer in seen}
+    rest = [layer for layer in layers if layer.name not in names]
     steps += [Step(((checkpoint, layer.name),), layer.writes, Rows(layer, device), layer.method.layout.row_unit(layer.scheme)) for layer in rest]
     if rest:
         notes.append(f"{len(rest)} layer{'s' * (len(rest) > 1)} ('{rest[0].name}'): {UNSEEN}")
@@ -133,7 +134,6 @@ def block_by_block(
                 stored = checkpoint.read(name).to(device) if weight is None else weight.to(TORCH_DTYPES[layer.spec.dtype])
                 bias = tuned.get(f"{name.removesuffix('weight')}bias")
                 quantized = layer.quantize(stored, centred(moments) if bias and moments else moments)
-                assert isinstance(quantized, Quantized)  # floats are rounded without a text
                 found |= layer.encode(quantized)
                 if bias:
                     parameter = block.module.get_parameter(bias.inside)

@@ -17,7 +17,6 @@ from mergekit_plus.model import describe
 
 from . import FORMATS
 from .formats import Format, Module, modules_of
-from .formats.reading import SCALES
 from .plan import constant, dense_modules, with_quantization
 from .validate import refuse
 
@@ -42,7 +41,6 @@ def convert(checkpoint: Checkpoint, to: str) -> Checkpoint:
     taken: set[str] = set()
     changes = _Changes()
     for module in modules:
-        parts = tuple(part for part in module.specs if part != "weight_shape")
         dtype = _scale_dtype(checkpoint, layout, module)
         changes.look(checkpoint, module, dtype)
         weight = TensorSpec(f"{module.name}.weight", TAGS[dtype], module.shape)
@@ -50,8 +48,8 @@ def convert(checkpoint: Checkpoint, to: str) -> Checkpoint:
         writes = layout.specs(weight, module.stored.scheme)
         rows = tuple(write for write in writes if write.name not in fixed)
         units = module.reader.row_unit(module.stored.scheme), layout.row_unit(module.stored.scheme)
-        reads = tuple((checkpoint, f"{module.name}.{part}") for part in parts)
-        steps.append(Step(reads, rows, _Convert(checkpoint.label, module, parts, layout, dtype), lcm(*units) if all(units) else 0))
+        reads = tuple((checkpoint, f"{module.name}.{part}") for part in module.row_parts)
+        steps.append(Step(reads, rows, _Convert(checkpoint.label, module, layout, dtype), lcm(*units) if all(units) else 0))
         steps += [constant(write, fixed[write.name]) for write in writes if write.name in fixed]
         taken.update(module.tensors)
     steps += [copy_step(checkpoint, name) for name in checkpoint.specs if name not in taken]
@@ -64,11 +62,11 @@ def convert(checkpoint: Checkpoint, to: str) -> Checkpoint:
 class _Convert:
     """Decode rows of one weight and encode them anew."""
 
-    def __init__(self, label: str, module: Module, parts: tuple[str, ...], layout: Format, dtype: torch.dtype) -> None:
-        self.label, self.module, self.parts, self.layout, self.dtype = label, module, parts, layout, dtype
+    def __init__(self, label: str, module: Module, layout: Format, dtype: torch.dtype) -> None:
+        self.label, self.module, self.layout, self.dtype = label, module, layout, dtype
 
     def __call__(self, tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
-        named = dict(zip(self.parts, tensors, strict=True))
+        named = dict(zip(self.module.row_parts, tensors, strict=True))
         try:
             codes = self.module.decode(named)
         except CheckpointError as error:
@@ -82,8 +80,7 @@ class _Convert:
 def _scale_dtype(checkpoint: Checkpoint, layout: Format, module: Module) -> torch.dtype:
     """The format's own; else that of the model, in which servers hold them; else the one they have."""
     named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    own = next(spec.dtype for part, spec in module.specs.items() if part in SCALES)
-    return layout.dtype or TORCH_DTYPES[parse_float_dtype(named) if isinstance(named, str) and named != "auto" else own]
+    return layout.dtype or TORCH_DTYPES[parse_float_dtype(named) if isinstance(named, str) and named != "auto" else module.specs[module.scale].dtype]
 
 
 class _Changes:
@@ -93,14 +90,13 @@ class _Changes:
         self.largest, self.small, self.unseen, self.dtype = 0.0, 0, False, torch.float32
 
     def look(self, checkpoint: Checkpoint, module: Module, dtype: torch.dtype) -> None:
-        part, spec = next((part, spec) for part, spec in module.specs.items() if part in SCALES)
-        if torch.promote_types(TORCH_DTYPES[spec.dtype], dtype) == dtype:
+        if torch.promote_types(TORCH_DTYPES[module.specs[module.scale].dtype], dtype) == dtype:
             return  # which holds all of them
         self.dtype = dtype
         if isinstance(checkpoint.source, Plan):
             self.unseen = True
             return
-        scale = checkpoint.read(f"{module.name}.{part}").double()
+        scale = checkpoint.read(f"{module.name}.{module.scale}").double()
         change = (scale.to(dtype).double() - scale).abs()
         normal = scale.abs() >= torch.finfo(dtype).tiny
         self.largest = max(self.largest, float((change / scale.abs())[normal].amax()) if bool(normal.any()) else 0.0)

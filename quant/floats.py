@@ -21,6 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .quantized import no_matrix
+from .rtn import least_scale
+
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by its lower three bits; the fourth is the sign
@@ -42,10 +45,8 @@ class FloatScheme:
 
     def fits(self, shape: Sequence[int]) -> str | None:
         """Why a weight of this shape cannot have this scheme, or None where it can."""
-        if len(shape) != 2:
-            return f"has {len(shape)} dimensions; only a matrix [out, in] is quantized"
-        if 0 in shape:
-            return f"is empty: {list(shape)}"
+        if reason := no_matrix(shape):
+            return reason
         if self.bits == 4 and shape[1] % self.inputs:
             return f"has {shape[1]} inputs, which groups of {self.inputs} do not divide; {self.name} has no other"
         return None
@@ -92,8 +93,7 @@ def round_floats(weight: Tensor, scheme: FloatScheme, above: Tensor | None = Non
         codes, scale = _nvfp4(groups, above) if above is not None else _mxfp4(groups)
         return QuantizedFloats(codes.flatten(-2), scale, above, scheme, weight.dtype)
     largest = _blocks(x, scheme).abs().amax((1, 3))  # of `scheme.scales`
-    tiny = 2.0**-24 if weight.dtype == torch.float16 else torch.finfo(weight.dtype).tiny
-    scale = (largest / E4M3_MAX).clamp_(min=tiny).to(weight.dtype)
+    scale = (largest / E4M3_MAX).clamp_(min=least_scale(weight.dtype)).to(weight.dtype)
     codes = (x / _spread(scale.float(), scheme, x.shape)).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
     return QuantizedFloats(codes, scale, None, scheme, weight.dtype)
 

@@ -1,4 +1,4 @@
-"""What the Gram matrix of a layer's inputs says of its weight: the error of the output, its factor, and what to aim at behind layers that err already.
+"""What the Gram matrix of a layer's inputs says of its weight: its factor, and what to aim at behind layers that err already.
 
 H is the mean of x x^T over the inputs x of a calibration text. The mean squared error of the outputs of Q for those of W is tr((W - Q) H (W - Q)^T).
 """
@@ -10,21 +10,6 @@ from torch import Tensor
 
 from mergekit_plus.errors import CheckpointError
 from mergekit_plus.moments import Moments
-
-from .quantized import Quantized, dequantize
-
-
-def output_error(weight: Tensor, quantized: Quantized, moments: Moments) -> float:
-    """The mean over tokens of the squared error of the layer's output, summed over outputs: tr((W - Q) H (W - Q)^T).
-
-    With `moments.cross`, of the output for that of the dense model; less a term that the weight has no part in, so that it may be negative.
-    """
-    gram = moments.gram.double()
-    w, q = weight.double(), dequantize(quantized).double()
-    if moments.cross is None:
-        e = w - q
-        return float((e @ gram * e).sum())
-    return float((q @ gram * q).sum() - 2 * (w @ moments.cross.double() * q).sum() + (w @ gram * w).sum())
 
 
 def damped(gram: Tensor, damp: float) -> Tensor:

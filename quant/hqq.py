@@ -37,18 +37,18 @@ def hqq(weight: Tensor, scheme: Scheme, *, steps: Steps = 20) -> Quantized:
     """
     rows, width = weight.shape
     if rows * scheme.groups(width) == 1:  # torch splits a sum that is alone among its threads, and rounds it otherwise
-        pair = hqq(weight.expand(2, width), scheme, steps=steps)
-        return Quantized(pair.codes[:1], pair.scale[:1], None if pair.zero_point is None else pair.zero_point[:1], scheme.bits)
+        return hqq(weight.expand(2, width), scheme, steps=steps).rows(slice(1))
     found = rtn(weight, scheme, clip=0)
     step = max(2, BLOCK // width)
     for start in range(0, max(1, rows - 1), step):
         block = slice(start, start + step if start + step < rows - 1 else rows)  # no row alone
-        _fit_block(weight[block], scheme, steps, found.codes[block], found.scale[block], None if found.zero_point is None else found.zero_point[block])
+        _fit_block(weight[block], scheme, steps, found.rows(block))
     return found
 
 
-def _fit_block(weight: Tensor, scheme: Scheme, steps: int, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
+def _fit_block(weight: Tensor, scheme: Scheme, steps: int, found: Quantized) -> None:
     """Fit these rows, in place, from what min-max makes of them."""
+    codes, scale, zero_point = found.codes, found.scale, found.zero_point
     unit = scale.float().unsqueeze(-1)  # [rows, groups, 1], as are all below that have no group
     x = weight.float().view(*scale.shape, -1) / unit  # [rows, groups, group]
     zero = torch.zeros_like(unit) if zero_point is None else zero_point.float().unsqueeze(-1)

@@ -20,7 +20,6 @@ from .calibrated import Calibration, calibration_problem, steps_for, tuned_param
 from .floats import FP8, FP8_BLOCK, MXFP4, NVFP4, FloatScheme, global_scale
 from .formats import AnyScheme, Format, Module, holds_codes, modules_of
 from .formats.fp4 import GLOBAL
-from .formats.reading import SCALES
 from .layer import Layer, Method, Rows
 from .validate import refuse
 
@@ -157,11 +156,9 @@ def dequantize(checkpoint: Checkpoint) -> Checkpoint:
     steps: list[Step] = []
     done: set[str] = set()
     for module in modules_of(checkpoint):
-        parts = tuple(part for part in module.specs if part != "weight_shape")
-        reads = tuple((checkpoint, f"{module.name}.{part}") for part in parts)
-        scale = next(spec for part, spec in module.specs.items() if part in SCALES)
-        spec = TensorSpec(f"{module.name}.weight", module.reader.dtype or scale.dtype, module.shape)
-        steps.append(Step(reads, (spec,), _Unpack(checkpoint.label, module, parts), module.reader.row_unit(module.stored.scheme)))
+        reads = tuple((checkpoint, f"{module.name}.{part}") for part in module.row_parts)
+        spec = TensorSpec(f"{module.name}.weight", module.reader.dtype or module.specs[module.scale].dtype, module.shape)
+        steps.append(Step(reads, (spec,), _Unpack(checkpoint.label, module), module.reader.row_unit(module.stored.scheme)))
         done.update(module.tensors)
     steps += [copy_step(checkpoint, name) for name in checkpoint.specs if name not in done]
     return with_quantization(Checkpoint(f"{checkpoint.label}, dequantized", Plan(steps), checkpoint.files, checkpoint.notes), FORMATS["dense"], None)
@@ -174,12 +171,12 @@ def _global_scale(tensors: Sequence[Tensor], first_row: int, measured: Any) -> S
 class _Unpack:
     """Decode rows of one weight."""
 
-    def __init__(self, label: str, module: Module, parts: tuple[str, ...]) -> None:
-        self.label, self.module, self.parts = label, module, parts
+    def __init__(self, label: str, module: Module) -> None:
+        self.label, self.module = label, module
 
     def __call__(self, tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
         try:
-            return [self.module.values(dict(zip(self.parts, tensors, strict=True)))]
+            return [self.module.values(dict(zip(self.module.row_parts, tensors, strict=True)))]
         except CheckpointError as error:
             raise CheckpointError(f"{self.label}: {self.module.name}: {error}") from None
 
@@ -196,7 +193,7 @@ def _choose(
     check_patterns("--exclude", exclude, checkpoint.specs)
     wanted = [name for name in roles.linears if name in kept and not matches(name, exclude)]
     if isinstance(scheme, Mapping):
-        modules = [roles.tensors[name].module for name in roles.linears]
+        modules = dict.fromkeys(roles.tensors[name].module for name in roles.linears)
         if unknown := next((module for module in scheme if module not in modules), None):
             raise OptionError(f"{checkpoint.label} has no linear layer '{unknown}' to quantize.{nearest(unknown, modules)}")
         wanted = [name for name in wanted if roles.tensors[name].module in scheme]

@@ -22,7 +22,7 @@ from mergekit_plus.model import describe
 from mergekit_plus.progress import Progress, quiet
 
 from .quantized import Scheme
-from .replay import BATCH
+from .replay import batches
 from .sensitivity import Group, Loader, Make, Sensitivities, parameters_of, standard_error
 
 SEED = 0  # of the labels that are drawn
@@ -48,7 +48,7 @@ def measure(
     windows: list[Tensor] = []  # of each batch, [windows, groups, choices]
     draw = torch.Generator(device).manual_seed(SEED)
     with progress.phase(f"sensitivities ({kind})", rows.numel(), " tokens"):
-        for batch in torch.split(rows, max(1, BATCH // rows.shape[1])):
+        for batch in batches(rows):
             found = torch.zeros(len(batch), len(groups), len(choices), dtype=torch.float64)
             sums = [torch.zeros(len(choices), *batch.shape, device=device) for _ in groups]
             handles = [model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())]

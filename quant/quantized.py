@@ -51,10 +51,8 @@ class Scheme:
 
         compressed-tensors and the engines that read it know whole groups only.
         """
-        if len(shape) != 2:
-            return f"has {len(shape)} dimensions; only a matrix [out, in] is quantized"
-        if 0 in shape:
-            return f"is empty: {list(shape)}"
+        if reason := no_matrix(shape):
+            return reason
         if self.group_size and shape[1] % self.group_size:
             return f"has {shape[1]} inputs, which groups of {self.group_size} do not divide; give a group size that does, or 0"
         return None
@@ -62,6 +60,13 @@ class Scheme:
     def __str__(self) -> str:
         groups = f"groups of {self.group_size}" if self.group_size else "one scale a row"
         return f"{self.bits} bits, {groups}, {'symmetric' if self.symmetric else 'asymmetric'}"
+
+
+def no_matrix(shape: Sequence[int]) -> str | None:
+    """Why a tensor of this shape cannot be quantised, whatever the scheme; None where it can."""
+    if len(shape) != 2:
+        return f"has {len(shape)} dimensions; only a matrix [out, in] is quantized"
+    return f"is empty: {list(shape)}" if 0 in shape else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,11 @@ class Quantized:
     zero_point: Tensor | None  # int8 [out, groups], signed like the codes; None where symmetric
     bits: int
     note: str = ""  # what a user should know of how it was made, such as damping that had to be raised
+
+    def rows(self, rows: slice) -> Quantized:
+        """These of its rows, as views."""
+        zero_point = None if self.zero_point is None else self.zero_point[rows]
+        return Quantized(self.codes[rows], self.scale[rows], zero_point, self.bits, self.note)
 
 
 def dequantize(quantized: Quantized) -> Tensor:

@@ -20,6 +20,11 @@ from mergekit_plus.model import layer_of
 BATCH = 4096  # tokens in a forward pass
 
 
+def batches(rows: Tensor) -> tuple[Tensor, ...]:
+    """Windows [windows, window] in the portions that flow at a time."""
+    return torch.split(rows, max(1, BATCH // rows.shape[1]))
+
+
 class Replay:
     """A model in memory, a text in windows [windows, window], and what the dense model predicts for it.
 
@@ -27,7 +32,7 @@ class Replay:
     """
 
     def __init__(self, model: Any, rows: Tensor) -> None:
-        self.model, self.batches = model, torch.split(rows, max(1, BATCH // rows.shape[1]))
+        self.model, self.batches = model, batches(rows)
         self.parameters: dict[str, Tensor] = model.state_dict()
         with torch.inference_mode():
             self.targets = [self._predict(batch) for batch in self.batches]  # of the model as it is now: dense

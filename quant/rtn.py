@@ -50,8 +50,7 @@ def rtn(weight: Tensor, scheme: Scheme, *, clip: Clip = 6) -> Quantized:
     rows, width = weight.shape
     groups = scheme.groups(width)
     if rows * groups == 1:  # torch splits a sum that is alone among its threads, and rounds it otherwise
-        pair = rtn(weight.expand(2, width), scheme, clip=clip)
-        return Quantized(pair.codes[:1], pair.scale[:1], None if pair.zero_point is None else pair.zero_point[:1], scheme.bits)
+        return rtn(weight.expand(2, width), scheme, clip=clip).rows(slice(1))
     codes = torch.empty((rows, width), dtype=torch.int8, device=weight.device)
     scale = torch.empty((rows, groups), dtype=weight.dtype, device=weight.device)
     zero_point = None if scheme.symmetric else torch.empty((rows, groups), dtype=torch.int8, device=weight.device)
@@ -142,9 +141,16 @@ def _agreement(
 
 def storable(scale: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
     """The scale as `dtype` holds it, in float32: never zero, and small enough for every code to have a finite value."""
-    limits = torch.finfo(dtype if dtype.itemsize < 4 else torch.float32)
-    least = 2.0**-24 if dtype == torch.float16 else limits.tiny  # float16 scales may be subnormal: multiples of 2^-24
-    bound = limits.max / -scheme.low if scheme.symmetric else limits.max / (scheme.high - scheme.low + 1)
-    size = scale.abs().clamp_(least, bound).to(dtype).to(torch.float32)
+    most = _limits(dtype).max
+    bound = most / -scheme.low if scheme.symmetric else most / (scheme.high - scheme.low + 1)
+    size = scale.abs().clamp_(least_scale(dtype), bound).to(dtype).to(torch.float32)
     return torch.where(scale < 0, -size, size)
 
+
+def least_scale(dtype: torch.dtype) -> float:
+    """The least scale that `dtype` is to hold, where they are computed in float32; those of float16 may be subnormal: multiples of 2^-24."""
+    return 2.0**-24 if dtype == torch.float16 else _limits(dtype).tiny
+
+
+def _limits(dtype: torch.dtype) -> torch.finfo:
+    return torch.finfo(dtype if dtype.itemsize < 4 else torch.float32)

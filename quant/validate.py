@@ -18,9 +18,9 @@ from mergekit_plus.model import describe, fused_groups
 
 from .floats import FloatScheme
 from .formats import READERS, AnyScheme, Module, holds_codes, stored_as
-from .formats.config import DENSE_SINCE, NAME, SAME_IN_ALL_VERSIONS, Stored, target_matches, version_of
+from .formats.config import NAME, Stored, in_old_words, reordered, target_matches
 from .formats.gptq import zero_points
-from .formats.reading import METHODS, declared, is_symmetric, lacking, misfit, shape_of
+from .formats.reading import METHODS, declared, is_symmetric, lacking, misfit, parts_of, shape_of
 from .quantized import Scheme
 
 _WEIGHT_KEYS = {
@@ -97,11 +97,11 @@ def _of_config(config: Mapping[str, Any]) -> list[str]:
             problems.append(f"config.json: {group} has no format, and neither has the whole; name it in both, as in '{NAME}'")
         if unknown := sorted(set(weights) - _WEIGHT_KEYS):
             problems.append(f"config.json: {group} has the key '{unknown[0]}' inside 'weights', which compressed-tensors refuses; take it out")
-        if weights.get("actorder") in (True, "group", "dynamic"):
+        if reordered(weights):
             order = f"config.json: {group} has actorder {weights['actorder']!r}"
             problems.append(f"{order}, which compressed-tensors dropped in 0.19; dequantize it with an older one, and quantize anew")
         bits, version = weights.get("num_bits"), str(config.get("version") or "unknown")
-        if weights.get("type", "int") == "int" and bits not in SAME_IN_ALL_VERSIONS and version_of(version) < DENSE_SINCE and layout == NAME:
+        if weights.get("type", "int") == "int" and layout == NAME and in_old_words(bits, version):
             problems.append(f"config.json: {bits} bits with version '{version}': before 0.18 words were laid out otherwise; write the version that packed it")
     return problems
 
@@ -144,7 +144,7 @@ def _of_tensors(found: Validation, checkpoint: Checkpoint, lookup: Lookup, packe
         if (stored := lookup(module)) is None:
             continue
         reader = READERS[stored.layout]
-        have = {part: checkpoint.specs[f"{module}.{part}"] for part in reader.parts if f"{module}.{part}" in checkpoint.specs}
+        have = parts_of(checkpoint, module, stored)
         if part := lacking(stored, have):
             missing.setdefault(part, []).append(module)
             continue

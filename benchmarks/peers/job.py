@@ -35,6 +35,7 @@ class Job:
         self.group_size: int = given["group_size"]
         self.options: dict[str, Any] = given.get("options", {})
         self.ids = load_file(given["tokens"])["ids"]
+        self.rows = [{"input_ids": row, "attention_mask": row.new_ones(len(row))} for row in self.ids]  # as tokenizers hand them out
         self.dtype = getattr(torch, given["dtype"])
         self.packed = self.out / "packed"
         self.facts: dict[str, Any] = {}

@@ -10,10 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 job = Job()
 model = AutoModelForCausalLM.from_pretrained(job.model, dtype=job.dtype)
 tokenizer = AutoTokenizer.from_pretrained(job.model)
-rows = [{"input_ids": row, "attention_mask": row.new_ones(len(row))} for row in job.ids]
 batch = 8
 peer = AutoRound(
-    model, tokenizer, bits=job.bits, group_size=job.group_size, sym=True, dataset=DataLoader(rows, batch_size=batch), nsamples=len(rows),
+    model, tokenizer, bits=job.bits, group_size=job.group_size, sym=True, dataset=DataLoader(job.rows, batch_size=batch), nsamples=len(job.rows),
     seqlen=job.ids.shape[1], batch_size=batch, device_map="cpu", **job.options,
 )  # fmt: skip
 with job.timed():

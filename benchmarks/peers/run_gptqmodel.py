@@ -7,10 +7,9 @@ from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from job import Job
 
 job = Job()
-rows = [{"input_ids": row, "attention_mask": row.new_ones(len(row))} for row in job.ids]
 model = GPTQModel.load(job.model, QuantizeConfig(bits=job.bits, group_size=job.group_size, sym=True, device="cpu"), dtype=job.dtype)
 with job.timed():
-    model.quantize(rows, calibration_sort=None)
+    model.quantize(job.rows, calibration_sort=None)
 model.save(str(job.packed))
 loaded = GPTQModel.load(str(job.packed), device="cpu", backend=BACKEND.TORCH)
 decoded = {f"{name}.weight": module.dequantize_weight().T for name, module in loaded.model.named_modules() if isinstance(module, BaseQuantLinear)}

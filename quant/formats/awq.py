@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mergekit_plus.checkpoint.spec import TensorSpec
 
-from ..quantized import Quantized, Scheme, dequantize
+from ..quantized import Quantized, Scheme
 from .config import Stored, unreadable
 from .format import READERS, Reader
 from .pack_quantized import prefix_of
@@ -65,6 +65,6 @@ READERS.register(
     "awq",
     Reader(
         ("qweight", "qzeros", "scales"), specs, lambda specs, read, scheme: (8 * specs["qweight"].shape[1], specs["qweight"].shape[0]),
-        decode, lambda tensors, scheme, shape: dequantize(decode(tensors, scheme, shape)), lambda scheme: 0,
+        decode, lambda scheme: 0,
     ),
 )  # fmt: skip

@@ -167,14 +167,14 @@ def _read_group(group: str, entry: Mapping[str, Any], whole: Mapping[str, Any]) 
     strategy = weights.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
     what = f"{group}: weights of type '{kind}' with {bits} bits and strategy '{strategy}' in format '{layout}'"
     activations = bool(entry.get("input_activations") or entry.get("output_activations"))
-    if weights.get("actorder") in (True, "group", "dynamic"):
+    if reordered(weights):
         raise unreadable(f"{group}: inputs in the order of their activations (actorder '{weights['actorder']}')")
     if weights.get("dynamic") or layout not in _LAYOUTS:
         raise unreadable(what)
     integer = Scheme(bits, int(size or 0) if strategy == "group" else 0, bool(weights.get("symmetric", True))) if kind == "int" and bits in BITS else None
     if layout == NAME and integer and strategy in ("group", "channel"):
         version = str(whole.get("version") or "unknown")
-        if bits not in SAME_IN_ALL_VERSIONS and version_of(version) < DENSE_SINCE:
+        if in_old_words(bits, version):
             raise unreadable(f"{group}: {bits} bits in the layout that compressed-tensors {version} had before 0.18")
         return Stored(layout, integer, activations)
     if layout in ("int-quantized", "naive-quantized") and integer and strategy in ("group", "channel", "tensor"):
@@ -201,6 +201,11 @@ def unreadable(what: str) -> CheckpointError:
     )
 
 
-def version_of(text: str) -> tuple[int, ...]:
-    """Major and minor version."""
-    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
+def reordered(weights: Mapping[str, Any]) -> bool:
+    """Whether inputs stand in the order of their activations, by what a config group says of its weights."""
+    return weights.get("actorder") in (True, "group", "dynamic")
+
+
+def in_old_words(bits: Any, version: str) -> bool:
+    """Whether this version of compressed-tensors packed codes of so many bits otherwise than it does now."""
+    return bits not in SAME_IN_ALL_VERSIONS and tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < DENSE_SINCE

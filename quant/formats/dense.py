@@ -8,9 +8,7 @@ from torch import Tensor
 
 from mergekit_plus.checkpoint.spec import TensorSpec
 
-from ..floats import QuantizedFloats, float_values
-from ..quantized import Scheme, dequantize
-from .format import FORMATS, AnyScheme, Codes, Format
+from .format import FORMATS, AnyScheme, Codes, Format, rows_of_a_block, values_of
 
 
 def specs(weight: TensorSpec, scheme: AnyScheme) -> tuple[TensorSpec, ...]:
@@ -20,7 +18,7 @@ def specs(weight: TensorSpec, scheme: AnyScheme) -> tuple[TensorSpec, ...]:
 
 def encode(quantized: Codes) -> dict[str, Tensor]:
     """The values, in the weight's dtype."""
-    return {"weight": float_values(quantized) if isinstance(quantized, QuantizedFloats) else dequantize(quantized)}
+    return {"weight": values_of(quantized)}
 
 
 def fixed(weight: TensorSpec) -> dict[str, Tensor]:
@@ -28,14 +26,9 @@ def fixed(weight: TensorSpec) -> dict[str, Tensor]:
     return {}
 
 
-def row_unit(scheme: AnyScheme) -> int:
-    """Rows are independent, but for those that share scales in blocks."""
-    return 1 if isinstance(scheme, Scheme) else scheme.outputs
-
-
 def config(layers: Mapping[str, AnyScheme], ignore: Sequence[str]) -> None:
     """Nothing: the checkpoint is an ordinary one."""
     return None
 
 
-FORMATS.register("dense", Format("dense", specs, encode, fixed, row_unit, config, "the dequantized weights; no bytes are saved"))
+FORMATS.register("dense", Format("dense", specs, encode, fixed, rows_of_a_block, config, "the dequantized weights; no bytes are saved"))

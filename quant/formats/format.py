@@ -17,11 +17,21 @@ from torch import Tensor
 from mergekit_plus.checkpoint.spec import TensorSpec
 from mergekit_plus.registry import Registry
 
-from ..floats import FloatScheme, QuantizedFloats
-from ..quantized import Quantized, Scheme
+from ..floats import FloatScheme, QuantizedFloats, float_values
+from ..quantized import Quantized, Scheme, dequantize
 
 AnyScheme = Scheme | FloatScheme
 Codes = Quantized | QuantizedFloats
+
+
+def values_of(codes: Codes) -> Tensor:
+    """What codes stand for."""
+    return float_values(codes) if isinstance(codes, QuantizedFloats) else dequantize(codes)
+
+
+def rows_of_a_block(scheme: AnyScheme) -> int:
+    """Rows that share scales: 1 but for floats in blocks."""
+    return scheme.outputs if isinstance(scheme, FloatScheme) else 1
 
 
 @dataclass(frozen=True)
@@ -57,19 +67,23 @@ class Reader:
 
     parts: the tensors that make the weight; without one of `optional` it can be read all the same. others: tensors that go with it and are not needed.
     specs: what they are for a weight and a scheme. shape: of the weight, from the specs of its parts and a function that reads one. decode: rows of the
-    parts, the scheme, and the shape of those rows, to codes; rows begin at a multiple of `row_unit`, 0 where only the whole can be read. values: the
-    same, dequantised. dtype: that of `values` where the scales do not say it.
+    parts, the scheme, and the shape of those rows, to codes; rows begin at a multiple of `row_unit`, 0 where only the whole can be read. own_values: the
+    same to values, where some have no codes that `decode` can hold. dtype: that of `values` where the scales do not say it.
     """
 
     parts: tuple[str, ...]
     specs: Callable[[TensorSpec, Any], tuple[TensorSpec, ...]]
     shape: Callable[[Mapping[str, TensorSpec], Callable[[str], Tensor], Any], tuple[int, int]]
     decode: Callable[[Mapping[str, Tensor], Any, Sequence[int]], Any]
-    values: Callable[[Mapping[str, Tensor], Any, Sequence[int]], Tensor]
     row_unit: Callable[[Any], int]
     optional: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
     dtype: str | None = None
+    own_values: Callable[[Mapping[str, Tensor], Any, Sequence[int]], Tensor] | None = None
+
+    def values(self, tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Sequence[int]) -> Tensor:
+        """As `decode`, dequantised."""
+        return self.own_values(tensors, scheme, shape) if self.own_values else values_of(self.decode(tensors, scheme, shape))
 
 
 READERS: Registry[Reader] = Registry("layout")

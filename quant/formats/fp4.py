@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mergekit_plus.checkpoint.spec import TensorSpec
 
-from ..floats import MXFP4, NVFP4, FloatScheme, QuantizedFloats, float_values
+from ..floats import MXFP4, NVFP4, FloatScheme, QuantizedFloats
 from .config import config
 from .format import FORMATS, READERS, AnyScheme, Format, Reader
 from .pack_quantized import prefix_of
@@ -61,6 +61,6 @@ for scheme, summary in ((NVFP4, "E2M1 in groups of 16 with E4M3 scales"), (MXFP4
         Reader(
             ("weight_packed", "weight_scale", *([GLOBAL] if scheme == NVFP4 else [])), specs,
             lambda specs, read, scheme: (specs["weight_packed"].shape[0], 2 * specs["weight_packed"].shape[1]),
-            decode, lambda tensors, scheme, shape: float_values(decode(tensors, scheme, shape)), lambda scheme: 1, (), ("input_global_scale",), "BF16",
+            decode, lambda scheme: 1, (), ("input_global_scale",), "BF16",
         ),
     )  # fmt: skip

@@ -202,7 +202,7 @@ for name, less, summary in (
     READERS.register(
         name,
         Reader(
-            ("qweight", "qzeros", "scales", "g_idx"), partial(specs, layout=name), _shape, partial(decode, less=less), partial(values, less=less),
-            lambda scheme: 0, ("g_idx",),
+            ("qweight", "qzeros", "scales", "g_idx"), partial(specs, layout=name), _shape, partial(decode, less=less), lambda scheme: 0, ("g_idx",),
+            own_values=partial(values, less=less),
         ),
     )  # fmt: skip

@@ -19,7 +19,7 @@ from mergekit_plus.checkpoint.spec import TensorSpec
 from mergekit_plus.errors import CheckpointError, OptionError
 
 from ..floats import FloatScheme
-from ..quantized import Quantized, Scheme, dequantize
+from ..quantized import Quantized, Scheme
 from .bits import UNIT, pack, unpack, words
 from .config import NAME, config
 from .format import FORMATS, READERS, AnyScheme, Format, Reader
@@ -112,6 +112,6 @@ READERS.register(
     NAME,
     Reader(
         ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape"), specs, _shape,
-        decode, lambda tensors, scheme, shape: dequantize(decode(tensors, scheme, shape)), row_unit, ("weight_zero_point",), ("weight_g_idx",),
+        decode, row_unit, ("weight_zero_point",), ("weight_g_idx",),
     ),
 )  # fmt: skip

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from mergekit_plus.checkpoint.spec import TensorSpec
 
-from ..floats import FloatScheme, QuantizedFloats, float_values
-from ..quantized import Quantized, Scheme, dequantize
+from ..floats import FloatScheme, QuantizedFloats
+from ..quantized import Quantized, Scheme
 from .config import config
-from .format import FORMATS, READERS, AnyScheme, Codes, Format, Reader
+from .format import FORMATS, READERS, AnyScheme, Codes, Format, Reader, rows_of_a_block
 from .pack_quantized import prefix_of
 
 
@@ -33,11 +33,6 @@ def specs(weight: TensorSpec, scheme: AnyScheme) -> tuple[TensorSpec, ...]:
 def encode(quantized: Codes) -> dict[str, Tensor]:
     """`weight` and `weight_scale`."""
     return {"weight": quantized.codes, "weight_scale": quantized.scale}
-
-
-def row_unit(scheme: AnyScheme) -> int:
-    """Rows share scales in blocks."""
-    return scheme.outputs if isinstance(scheme, FloatScheme) else 1
 
 
 def _refuses_int(scheme: AnyScheme) -> str | None:
@@ -62,20 +57,15 @@ def _spread(scale: Tensor, shape: Sequence[int]) -> Tensor:
     return scale.view(1, 1).expand(*shape) if scale.numel() == 1 else scale.view(*shape)
 
 
-def _values(tensors: Mapping[str, Tensor], scheme: AnyScheme, shape: Sequence[int]) -> Tensor:
-    codes = _decode(tensors, scheme, shape)
-    return float_values(codes) if isinstance(codes, QuantizedFloats) else dequantize(codes)
-
-
 for name, refuses, summary in (
     ("int-quantized", _refuses_int, "W8A8 of compressed-tensors: int8 weights by row, activations by token"),
     ("float-quantized", _refuses_float, "FP8 of compressed-tensors: E4M3 weights by row or block, activations by token"),
 ):
-    FORMATS.register(name, Format(name, specs, encode, lambda weight: {}, row_unit, partial(config, layout=name), summary, refuses))
+    FORMATS.register(name, Format(name, specs, encode, lambda weight: {}, rows_of_a_block, partial(config, layout=name), summary, refuses))
     READERS.register(
         name,
         Reader(
             ("weight", "weight_scale", "weight_zero_point"), specs, lambda specs, read, scheme: (specs["weight"].shape[0], specs["weight"].shape[1]),
-            _decode, _values, row_unit, ("weight_zero_point",), ("input_scale", "input_zero_point"),
+            _decode, rows_of_a_block, ("weight_zero_point",), ("input_scale", "input_zero_point"),
         ),
     )  # fmt: skip

@@ -76,6 +76,16 @@ class Module:
         """The names of all its tensors."""
         return tuple(f"{self.name}.{part}" for part in (*self.specs, *self.others))
 
+    @property
+    def row_parts(self) -> tuple[str, ...]:
+        """The parts that hold its rows, which are what `decode` and `values` look at."""
+        return tuple(part for part in self.specs if part != "weight_shape")
+
+    @property
+    def scale(self) -> str:
+        """The part that holds its scales."""
+        return next(part for part in self.specs if part in SCALES)
+
     def decode(self, tensors: Mapping[str, Tensor]) -> Codes:
         """The codes in these rows of its tensors. Errors: CheckpointError as the reader's."""
         found: Codes = self.reader.decode(tensors, self.stored.scheme, self._rows(tensors))
@@ -112,7 +122,7 @@ def modules_of(checkpoint: Checkpoint) -> Iterator[Module]:
         if stored is None:
             raise CheckpointError(f"{checkpoint.label}: {module} is packed ({codes}), but config.json names no scheme for it")
         reader = READERS[stored.layout]
-        specs = {part: checkpoint.specs[f"{module}.{part}"] for part in reader.parts if f"{module}.{part}" in checkpoint.specs}
+        specs = parts_of(checkpoint, module, stored)
         if missing := lacking(stored, specs):
             raise CheckpointError(f"{checkpoint.label}: {module} is stored as {stored.layout} by config.json, but its {missing} is missing")
         if is_symmetric(stored):
@@ -122,6 +132,11 @@ def modules_of(checkpoint: Checkpoint) -> Iterator[Module]:
         if reason := misfit(found):
             raise CheckpointError(f"{checkpoint.label}: {reason}")
         yield found
+
+
+def parts_of(checkpoint: Checkpoint, module: str, stored: Stored) -> dict[str, TensorSpec]:
+    """Those of a module's tensors that make its weight."""
+    return {part: checkpoint.specs[f"{module}.{part}"] for part in READERS[stored.layout].parts if f"{module}.{part}" in checkpoint.specs}
 
 
 def shape_of(checkpoint: Checkpoint, module: str, stored: Stored, specs: Mapping[str, TensorSpec]) -> tuple[int, int]:
@@ -134,9 +149,8 @@ def shape_of(checkpoint: Checkpoint, module: str, stored: Stored, specs: Mapping
 
 def misfit(module: Module) -> str | None:
     """A tensor of a module that is not what the scheme implies; None where all fit."""
-    scale = next(spec for part, spec in module.specs.items() if part in SCALES)
     try:
-        expected = module.reader.specs(TensorSpec(f"{module.name}.weight", scale.dtype, module.shape), module.stored.scheme)
+        expected = module.reader.specs(TensorSpec(f"{module.name}.weight", module.specs[module.scale].dtype, module.shape), module.stored.scheme)
     except OptionError as error:
         return str(error)
     for spec in expected:

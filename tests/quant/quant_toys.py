@@ -1,16 +1,28 @@
-"""Weights, and texts whose inputs are correlated like those of a real layer: a few directions hold most of the power."""
+"""Weights, drawn and real, and texts whose inputs are correlated like those of a real layer: a few directions hold most of the power."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from mergekit_plus.moments import Moments
-from quant import Quantized
+from quant import Quantized, dequantize
 
 
 def a_weight(rows: int, width: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
     return (torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) / 50).to(dtype)
+
+
+def real_weights() -> list[Tensor]:
+    """The MLP's of the small trained Llama in tests/models."""
+    found = []
+    for path in sorted((Path(__file__).parents[1] / "models" / "base").glob("*.safetensors")):
+        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+            found += [file.get_tensor(name) for name in file.keys() if ".mlp." in name]  # noqa: SIM118
+    return found
 
 
 def a_text(width: int, tokens: int = 1000, seed: int = 0) -> Tensor:
@@ -31,3 +43,16 @@ def same(one: Quantized, two: Quantized) -> bool:
     """Whether codes, scales and zero points are the same."""
     zeros = [torch.empty(0) if quantized.zero_point is None else quantized.zero_point for quantized in (one, two)]
     return torch.equal(one.codes, two.codes) and torch.equal(one.scale, two.scale) and torch.equal(*zeros)
+
+
+def output_error(weight: Tensor, quantized: Quantized, moments: Moments) -> float:
+    """The mean over tokens of the squared error of the layer's output, summed over outputs: tr((W - Q) H (W - Q)^T).
+
+    With `moments.cross`, of the output for that of the dense model; less a term that the weight has no part in, so that it may be negative.
+    """
+    gram = moments.gram.double()
+    w, q = weight.double(), dequantize(quantized).double()
+    if moments.cross is None:
+        e = w - q
+        return float((e @ gram * e).sum())
+    return float((q @ gram * q).sum() - 2 * (w @ moments.cross.double() * q).sum() + (w @ gram * w).sum())

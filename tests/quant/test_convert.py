@@ -36,7 +36,7 @@ def codes_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """Codes, scales in float64, and zero points of every module."""
     found = {}
     for module in modules_of(checkpoint):
-        codes: Any = module.decode({part: checkpoint.read(f"{module.name}.{part}") for part in module.specs if part != "weight_shape"})
+        codes: Any = module.decode({part: checkpoint.read(f"{module.name}.{part}") for part in module.row_parts})
         found[module.name] = [codes.codes.tolist(), codes.scale.double().tolist(), None if codes.zero_point is None else codes.zero_point.tolist()]
     return found
 

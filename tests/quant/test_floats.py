@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from compressed_tensors.quantization.utils.fp4_utils import cast_to_fp4
-from safetensors import safe_open
+from quant_toys import real_weights
 from torch import Tensor
 
 from mergekit_plus.checkpoint import Checkpoint
@@ -35,14 +34,6 @@ def a_weight(rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Tens
 
 def quantised(weight: Tensor, scheme: FloatScheme) -> QuantizedFloats:
     return round_floats(weight, scheme, global_scale(float(weight.float().abs().max())) if scheme == NVFP4 else None)
-
-
-def real_weights() -> list[Tensor]:
-    found = []
-    for path in sorted((Path(__file__).parents[1] / "models" / "base").glob("*.safetensors")):
-        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
-            found += [file.get_tensor(name) for name in file.keys() if ".mlp." in name]  # noqa: SIM118
-    return found
 
 
 def arguments(scheme: AnyScheme) -> QuantizationScheme:
@@ -159,6 +150,11 @@ def test_corners_have_finite_values_and_zeros_stay_zero(scheme: FloatScheme, dty
             assert not bool(values.any())
         if float(row[0].abs()) == 0.3:
             torch.testing.assert_close(values, weight, rtol=0.13, atol=0)  # E2M1 has 0.25 between 1 and 1.5
+
+
+@pytest.mark.parametrize("scheme", [FP8, FP8_BLOCK], ids=str)
+def test_zeros_stay_zero_in_float64(scheme: FloatScheme) -> None:
+    assert not bool(float_values(round_floats(torch.zeros(3, 128, dtype=torch.float64), scheme)).any())
 
 
 @pytest.mark.parametrize("scheme", [FP8, NVFP4, MXFP4], ids=str)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quant_toys import a_text, a_weight, moments_of
+from quant_toys import a_text, a_weight, moments_of, output_error
 
 from mergekit_plus.errors import CheckpointError
 from quant import Scheme, dequantize, rtn
-from quant.gram import factor, output_error, towards_dense
+from quant.gram import factor, towards_dense
 
 
 def test_the_output_error_is_that_of_the_outputs() -> None:

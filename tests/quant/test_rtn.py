@@ -3,45 +3,18 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
+from quant_toys import a_weight, real_weights, same
 from torch import Tensor
 
 from quant import QUANTIZERS, Quantized, Scheme, dequantize, rtn
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 SCHEMES = [Scheme(bits, group, symmetric) for bits in range(2, 9) for group in (0, 32, 128) for symmetric in (True, False)]
-
-
-def a_weight(rows: int, width: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
-    return (torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) / 50).to(dtype)
-
-
-def real_weights() -> list[Tensor]:
-    """The MLP's of the small trained Llama in tests/models."""
-    found = []
-    for path in sorted((Path(__file__).parents[1] / "models" / "base").glob("*.safetensors")):
-        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
-            found += [file.get_tensor(name) for name in file.keys() if ".mlp." in name]  # noqa: SIM118
-    return found
-
-
-def same(one: Quantized, two: Quantized) -> bool:
-    return (
-        torch.equal(one.codes, two.codes)
-        and torch.equal(one.scale, two.scale)
-        and ((one.zero_point is None and two.zero_point is None) or torch.equal(one.zero_point, two.zero_point))  # type: ignore[arg-type]
-    )
-
-
-def rows_of(quantized: Quantized, rows: slice) -> Quantized:
-    zero = None if quantized.zero_point is None else quantized.zero_point[rows]
-    return Quantized(quantized.codes[rows], quantized.scale[rows], zero, quantized.bits)
 
 
 def grouped(tensor: Tensor, scheme: Scheme) -> Tensor:
@@ -107,7 +80,7 @@ def test_each_row_is_quantised_alike_in_any_company(scheme: Scheme, clip: int) -
     weight = a_weight(33, 640 if scheme.group_size else 613)
     whole = rtn(weight, scheme, clip=clip)
     for first, last in ((0, 1), (1, 2), (2, 19), (32, 33)):
-        assert same(rtn(weight[first:last], scheme, clip=clip), rows_of(whole, slice(first, last)))
+        assert same(rtn(weight[first:last], scheme, clip=clip), whole.rows(slice(first, last)))
     shuffled = torch.randperm(33, generator=torch.Generator().manual_seed(1))
     assert torch.equal(rtn(weight[shuffled], scheme, clip=clip).codes, whole.codes[shuffled])
 
@@ -120,7 +93,7 @@ def test_neither_threads_nor_blocks_nor_very_long_rows_change_a_bit(monkeypatch:
         torch.set_num_threads(4 if threads == 1 else 1)
         assert same(rtn(weight, scheme), whole)
         for row in range(3):
-            assert same(rtn(weight[row : row + 1], scheme), rows_of(whole, slice(row, row + 1)))
+            assert same(rtn(weight[row : row + 1], scheme), whole.rows(slice(row, row + 1)))
     finally:
         torch.set_num_threads(threads)
     monkeypatch.setattr(sys.modules["quant.rtn"], "BLOCK", 1 << 10)
@@ -236,7 +209,7 @@ def test_what_is_not_finite_does_not_crash_nor_touch_other_rows(bad: float, clip
         weight = a_weight(3, 64)
         clean = rtn(weight, scheme, clip=clip)
         weight[1, 5] = bad
-        assert same(rows_of(rtn(weight, scheme, clip=clip), slice(2, 3)), rows_of(clean, slice(2, 3)))
+        assert same(rtn(weight, scheme, clip=clip).rows(slice(2, 3)), clean.rows(slice(2, 3)))
 
 
 def test_clip_is_a_number_of_ranges() -> None:
