@@ -82,20 +82,21 @@ def retrain(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpoint
     sites = _sites(checkpoint, options)
     chosen = chosen_sites(sites, options.train)
     specs = {site.name: TensorSpec(site.name, _dtype(checkpoint, site), site.shape) for site in chosen}
-    memory = 4 * sum(spec.numel for spec in checkpoint.specs.values()) + 20 * _total(checkpoint, options)[-1].parameters
+    shares = _shares(checkpoint, options, sites)
+    memory = 4 * sum(spec.numel for spec in checkpoint.specs.values()) + 20 * shares[-1].parameters
+    told = _report(shares)
     reads = [checkpoint, *([teacher] if teacher is not None else [])]
-    made = Checkpoint("retrained", Deferred(specs.values(), reads, partial(_compute, checkpoint, options, teacher, sites), memory=memory))
+    made = Checkpoint("retrained", Deferred(specs.values(), reads, partial(_compute, checkpoint, options, teacher, sites, told), memory=memory))
     names = [*checkpoint.specs, *(name for name in specs if name not in checkpoint.specs)]
     steps = [copy_step(made if name in specs else checkpoint, name) for name in names]
     label = f"{checkpoint.label}, {', '.join(options.train)} retrained"
-    result = Checkpoint(label, Plan(steps), checkpoint.files, (*checkpoint.notes, _report(checkpoint, options)))
+    result = Checkpoint(label, Plan(steps), checkpoint.files, (*checkpoint.notes, told))
     return _untied(result) if any(site.tied for site in chosen) else result
 
 
 def trainable(checkpoint: Checkpoint, options: RetrainOptions) -> list[Share]:
     """What each variant trains, and all together ("total"): tensors, parameters, and percent of the model's; from headers alone."""
-    chosen_sites(_sites(checkpoint, options), options.train)
-    return _total(checkpoint, options)
+    return _shares(checkpoint, options, _sites(checkpoint, options))
 
 
 def _sites(checkpoint: Checkpoint, options: RetrainOptions) -> tuple[Site, ...]:
@@ -109,14 +110,14 @@ def _sites(checkpoint: Checkpoint, options: RetrainOptions) -> tuple[Site, ...]:
     return sites_of(checkpoint)
 
 
-def _total(checkpoint: Checkpoint, options: RetrainOptions) -> list[Share]:
+def _shares(checkpoint: Checkpoint, options: RetrainOptions, sites: Sequence[Site]) -> list[Share]:
     twice = {name for group in describe(checkpoint).tied for name in group[1:]}
     total = sum(spec.numel for name, spec in checkpoint.specs.items() if name not in twice)
-    return report(sites_of(checkpoint), options.train, options.variant_options, total)
+    return report(sites, options.train, options.variant_options, total)
 
 
-def _report(checkpoint: Checkpoint, options: RetrainOptions) -> str:
-    *rows, total = _total(checkpoint, options)
+def _report(shares: Sequence[Share]) -> str:
+    *rows, total = shares
     parts = ", ".join(f"{row.variant} {row.parameters:,} ({row.percent:.3g} %)" for row in rows)
     return f"trains {total.parameters:,} parameters in {total.tensors} tensors, {total.percent:.3g} % of the model: {parts}"
 
@@ -138,16 +139,18 @@ def _untied(checkpoint: Checkpoint) -> Checkpoint:
 # ---- the computation ----
 
 
-def _compute(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpoint | None, sites: Sequence[Site], work: Work) -> None:
+def _compute(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpoint | None, sites: Sequence[Site], told: str, work: Work) -> None:
     with several_processes(options.device):
         finished = from_first(lambda: work.has("retrained.safetensors"))
-        tensors = {} if finished else _retrained(checkpoint, options, teacher, sites, work)
+        tensors = {} if finished else _retrained(checkpoint, options, teacher, sites, told, work)
     work.part("retrained", lambda: tensors)
 
 
-def _retrained(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpoint | None, sites: Sequence[Site], work: Work) -> dict[str, Tensor]:
+def _retrained(
+    checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpoint | None, sites: Sequence[Site], told: str, work: Work
+) -> dict[str, Tensor]:
     rows, held = _rows(checkpoint, options)
-    work.progress.tell(_report(checkpoint, options))
+    work.progress.tell(told)
     model = load_model(checkpoint, progress=work.progress)
     adapted = adapt(model, sites, options.train, options.variant_options, options.training.seed)
     zeros = {site.name: _zeros(model, site) for site in adapted.sites if site.role == "linear"}
