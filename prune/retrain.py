@@ -152,8 +152,9 @@ def _retrained(
     rows, held = _rows(checkpoint, options)
     work.progress.tell(told)
     model = load_model(checkpoint, progress=work.progress)
+    chosen = chosen_sites(sites, options.train)
+    zeros = {site.name: _zeros(model.get_parameter(site.parameter)) for site in chosen if site.role == "linear"}
     adapted = adapt(model, sites, options.train, options.variant_options, options.training.seed)
-    zeros = {site.name: _zeros(model, site) for site in adapted.sites if site.role == "linear"}
     model.to(options.device)
     masks = {name: mask.to(options.device) for name, mask in adapted.masks.items()}
     rows, held = rows.to(options.device), held.to(options.device)
@@ -173,8 +174,9 @@ def _retrained(
     record = run(training, "training")
     if record.stopped and record.best == 0:
         raise OptionError(f"{record.stopped}, and nothing was gained before; give a smaller --lr")
-    tensors = {name: tensor.to("cpu", TORCH_DTYPES[_dtype_of(checkpoint, sites, name)], copy=True) for name, tensor in adapted.merge().items()}
-    _tell(work, record, training, sum(_count_zeros(tensors[name]) - before for name, before in zeros.items()))
+    merged = adapted.merge()
+    tensors = {site.name: merged[site.name].to("cpu", TORCH_DTYPES[_dtype(checkpoint, site)], copy=True) for site in chosen}
+    _tell(work, record, training, sum(_zeros(tensors[name]) - before for name, before in zeros.items()))
     return tensors
 
 
@@ -214,20 +216,8 @@ def _keep(work: Work, folder: str, file: str) -> None:
     work.keep(f"{folder}/{file}")
 
 
-def _zeros(model: Any, site: Site) -> int:
-    """Zeros of a tensor before it trains."""
-    owner, _, leaf = site.parameter.rpartition(".")
-    module = model.get_submodule(owner)
-    originals = getattr(module, "parametrizations", {})
-    return _count_zeros(originals[leaf].original if leaf in originals else module.get_parameter(leaf))
-
-
-def _count_zeros(tensor: Tensor) -> int:
+def _zeros(tensor: Tensor) -> int:
     return int((tensor == 0).sum())
-
-
-def _dtype_of(checkpoint: Checkpoint, sites: Sequence[Site], name: str) -> str:
-    return _dtype(checkpoint, next(site for site in sites if site.name == name))
 
 
 def _tell(work: Work, record: TrainRecord, training: TrainOptions, new_zeros: int) -> None:
