@@ -74,7 +74,7 @@ def prune_on(
         else:
             measured = block.moments([name for name in here if name in block.weights])
             stored = {name: _stored(chosen, block, name, how) for name in here}
-            moments = {name: measured.get(name) or _unseen(weight) for name, weight in stored.items()}
+            moments = {name: measured.get(name) or Moments.unseen(weight) for name, weight in stored.items()}
             pruned = prune_block(stored, moments, pruner, asked, within, arguments)
         for name in here:
             if name in block.weights:
@@ -193,9 +193,3 @@ def _stored(chosen: Chosen, block: Block, name: str, how: PruneOptions) -> Tenso
     if not how.allow_nonfinite and not is_finite(weight):
         raise nonfinite(chosen.checkpoint.label, name, weight)
     return weight
-
-
-def _unseen(weight: Tensor) -> Moments:
-    """Of inputs of which nothing is known."""
-    width = weight.shape[1]
-    return Moments(weight.new_zeros(width, width, dtype=torch.float32), weight.new_zeros(width, dtype=torch.float32), 0)

@@ -195,10 +195,9 @@ class _Sums(TorchFunctionMode):
         done: dict[int, Moments] = {}
         found: dict[str, Moments] = {}
         for name in dict.fromkeys((*self.sums, *self.weights)):
-            entry, weight = self.sums.get(name), self.weights[name]
+            entry = self.sums.get(name)
             if entry is None:
-                width = weight.shape[1]
-                found[name] = Moments(weight.new_zeros(width, width), weight.new_zeros(width), 0)
+                found[name] = Moments.unseen(self.weights[name])
                 continue
             if id(entry) not in done:
                 cross = None if entry.cross is None else entry.cross.div_(entry.tokens)
