@@ -31,7 +31,6 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # that `tune_lr` tries
 TUNING = 4  # each of them for this part of the steps
 HELD_OUT = 32  # windows at most, evenly out of the text, on which a rate and the best state are chosen
 ALL = 1 << 40  # windows
-KEEP_EVERY = 60.0  # seconds, in which at most is lost to a kill
 
 _TRAINING: TypeAdapter[TrainOptions] = TypeAdapter(TrainOptions)
 
@@ -163,11 +162,9 @@ def _retrained(
         loss = distillation(load_model(teacher, progress=work.progress).to(options.device), options.distill)
 
     def run(training: TrainOptions, folder: str) -> TrainRecord:
-        place = work.folder / folder
-        keep = partial(_keep, work, folder)
         return train(
-            model, adapted.parameters, loss, rows, training, masks=masks, evaluate=lambda: loss_on(model, held, loss), folder=place, kept=keep,
-            keep_every=KEEP_EVERY, progress=work.progress,
+            model, adapted.parameters, loss, rows, training, masks=masks, evaluate=lambda: loss_on(model, held, loss),
+            folder=work.folder / folder, kept=lambda file: work.keep(f"{folder}/{file}"), progress=work.progress,
         )  # fmt: skip
 
     training = replace(options.training, lr=_tuned(adapted, options.training, run, work)) if options.tune_lr else options.training
@@ -210,10 +207,6 @@ def _tuned(adapted: Adapted, training: TrainOptions, run: Any, work: Work) -> fl
             for name, parameter in adapted.parameters.items():
                 parameter.copy_(start[name])
     return min(found, key=lambda rate: found[rate])
-
-
-def _keep(work: Work, folder: str, file: str) -> None:
-    work.keep(f"{folder}/{file}")
 
 
 def _zeros(tensor: Tensor) -> int:
