@@ -99,7 +99,8 @@ def _changed(chosen: Chosen, repair: Repair) -> list[str]:
     """The tensors of blocks that a repair changes. Errors: OptionError where it finds none."""
     if problems := check_variants(repair.variants, repair.options.variant_options) + repair.options.training.problems():
         raise OptionError("; ".join(problems))
-    inside = [site for site in sites_of(chosen.checkpoint) if _in_walk(chosen, site.name) and site.name in (*chosen.names, *chosen.copied)]
+    kept = {*chosen.names, *chosen.copied}  # a tied head is a site, and no tensor of the checkpoint
+    inside = [site for site in sites_of(chosen.checkpoint) if site.name in kept and _in_walk(chosen, site.name)]
     variants = [name for name in repair.variants if any(VARIANTS[name].trains(site) for site in inside)]
     if not variants:
         raise OptionError(f"{', '.join(repair.variants)}: the blocks of {chosen.checkpoint.label} have nothing of the kind to train")
