@@ -65,7 +65,8 @@ def prune_on(
     dtypes = {name: TORCH_DTYPES[checkpoint.specs[name].dtype] for name in changed}
 
     def process(block: Block, work: Work) -> dict[str, Tensor]:
-        here = [name for name in chosen.names if name in block.names]
+        inside = set(block.names)
+        here = [name for name in chosen.names if name in inside]
         targets = HiddenStates.write(work.folder / f"targets-{block.index}", block.outputs()) if repair else None
         dense = deepcopy(block.module) if repair and repair.options.granularity != "block" else None
         if by_itself is not None:
@@ -85,7 +86,7 @@ def prune_on(
                 found[name] = weight.to(dtypes[name]).cpu()
                 weight.copy_(found[name])  # what the blocks behind it see is what is stored
             targets.path.unlink()
-        left = [name for name in changed if name in block.names and name not in found]  # norms, where layers were repaired one by one
+        left = [name for name in changed if name in inside and name not in found]  # norms, where layers were repaired one by one
         return found | {name: checkpoint.read(name) for name in left}
 
     made = _walked(checkpoint, [checkpoint.specs[name] for name in changed], ids, process, how.device)
@@ -171,9 +172,9 @@ def _walked(checkpoint: Checkpoint, specs: Sequence[TensorSpec], ids: Tensor, pr
 def _seen(chosen: Chosen) -> tuple[Chosen, list[str]]:
     """Those of the weights that stand in the blocks through which a text flows, and a note of the others."""
     seen = tuple(name for name in chosen.names if _in_walk(chosen, name))
+    others = [name for name in chosen.names if not _in_walk(chosen, name)]
     if not seen:
         raise CheckpointError(f"{chosen.checkpoint.label} has nothing to prune on a text: none of its linear layers stands in blocks that transformers knows")
-    others = [name for name in chosen.names if name not in set(seen)]
     notes = [f"{len(others)} linear layers stand outside of the blocks that the text flows through ('{others[0]}') and stay as they are"] if others else []
     return replace(chosen, names=seen, copied=(*chosen.copied, *others)), notes
 

@@ -134,11 +134,12 @@ def choose(checkpoint: Checkpoint, how: PruneOptions) -> Chosen:
     roles = describe(checkpoint)
     kept = [name for name in sorted(checkpoint.specs, key=natural_order) if not how.include or matches(name, how.include)]
     linears = [name for name in roles.linears if checkpoint.specs[name].is_float and checkpoint.specs[name].numel]
-    inside = [name for name in linears if roles.tensors[name].block is not None] or linears
-    names = tuple(name for name in kept if name in set(inside) and not matches(name, how.exclude))
+    inside = set([name for name in linears if roles.tensors[name].block is not None] or linears)
+    names = tuple(name for name in kept if name in inside and not matches(name, how.exclude))
     if not names:
         raise CheckpointError(f"{checkpoint.label} has nothing to prune: {'; '.join(['no linear layer in a block is left', *roles.notes])}")
-    return Chosen(checkpoint, roles, names, tuple(name for name in kept if name not in set(names)))
+    going = set(names)
+    return Chosen(checkpoint, roles, names, tuple(name for name in kept if name not in going))
 
 
 def check_fit(chosen: Chosen, sparsity: Sparsity) -> None:
