@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -18,6 +19,12 @@ class Moments:
     mean: Tensor  # float32 [in]: the mean of x
     tokens: int
     cross: Tensor | None = None  # float32 [in, in]: the mean of x_dense x^T, the same tokens in the model that nothing was done to
+
+    @classmethod
+    def unseen(cls, weight: Tensor) -> Moments:
+        """Those of the inputs of a weight [out, in] that no token reached."""
+        width = weight.shape[1]
+        return cls(weight.new_zeros(width, width, dtype=torch.float32), weight.new_zeros(width, dtype=torch.float32), 0)
 
     @property
     def norms(self) -> Tensor:

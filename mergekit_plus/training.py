@@ -277,8 +277,7 @@ class _Run:
 
     def restore(self) -> None:
         """Go on from what the folder holds, if it holds anything."""
-        there = self.folder is not None and (self.folder / STATE).exists()
-        state = from_first(lambda: torch.load(self.folder / STATE, map_location="cpu", weights_only=True) if there and self.folder else None)
+        state = from_first(self._kept)
         if state is None:
             return
         if state["job"] != self.job:
@@ -286,9 +285,15 @@ class _Run:
         self.done, self.best = state["done"], state["best"]
         self.record = TrainRecord(**{**state["record"], "evaluations": [tuple(pair) for pair in state["record"]["evaluations"]]})
         self._set(state["parameters"])
-        for optimizer, schedule, *saved in zip(self.optimizers, self.schedules, state["optimizers"], state["schedules"], strict=True):
-            optimizer.load_state_dict(saved[0])
-            schedule.load_state_dict(saved[1])
+        for optimizer, schedule, moments, rates in zip(self.optimizers, self.schedules, state["optimizers"], state["schedules"], strict=True):
+            optimizer.load_state_dict(moments)
+            schedule.load_state_dict(rates)
+
+    def _kept(self) -> dict[str, Any] | None:
+        if self.folder is None or not (self.folder / STATE).exists():
+            return None
+        found: dict[str, Any] = torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
+        return found
 
     def _values(self) -> dict[str, Tensor]:
         return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}

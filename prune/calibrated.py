@@ -65,7 +65,8 @@ def prune_on(
     dtypes = {name: TORCH_DTYPES[checkpoint.specs[name].dtype] for name in changed}
 
     def process(block: Block, work: Work) -> dict[str, Tensor]:
-        here = [name for name in chosen.names if name in block.names]
+        inside = set(block.names)
+        here = [name for name in chosen.names if name in inside]
         targets = HiddenStates.write(work.folder / f"targets-{block.index}", block.outputs()) if repair else None
         dense = deepcopy(block.module) if repair and repair.options.granularity != "block" else None
         if by_itself is not None:
@@ -74,7 +75,7 @@ def prune_on(
         else:
             measured = block.moments([name for name in here if name in block.weights])
             stored = {name: _stored(chosen, block, name, how) for name in here}
-            moments = {name: measured.get(name) or _unseen(weight) for name, weight in stored.items()}
+            moments = {name: measured.get(name) or Moments.unseen(weight) for name, weight in stored.items()}
             pruned = prune_block(stored, moments, pruner, asked, within, arguments)
         for name in here:
             if name in block.weights:
@@ -85,7 +86,7 @@ def prune_on(
                 found[name] = weight.to(dtypes[name]).cpu()
                 weight.copy_(found[name])  # what the blocks behind it see is what is stored
             targets.path.unlink()
-        left = [name for name in changed if name in block.names and name not in found]  # norms, where layers were repaired one by one
+        left = [name for name in changed if name in inside and name not in found]  # norms, where layers were repaired one by one
         return found | {name: checkpoint.read(name) for name in left}
 
     made = _walked(checkpoint, [checkpoint.specs[name] for name in changed], ids, process, how.device)
@@ -99,7 +100,8 @@ def _changed(chosen: Chosen, repair: Repair) -> list[str]:
     """The tensors of blocks that a repair changes. Errors: OptionError where it finds none."""
     if problems := check_variants(repair.variants, repair.options.variant_options) + repair.options.training.problems():
         raise OptionError("; ".join(problems))
-    inside = [site for site in sites_of(chosen.checkpoint) if _in_walk(chosen, site.name) and site.name in (*chosen.names, *chosen.copied)]
+    kept = {*chosen.names, *chosen.copied}  # a tied head is a site, and no tensor of the checkpoint
+    inside = [site for site in sites_of(chosen.checkpoint) if site.name in kept and _in_walk(chosen, site.name)]
     variants = [name for name in repair.variants if any(VARIANTS[name].trains(site) for site in inside)]
     if not variants:
         raise OptionError(f"{', '.join(repair.variants)}: the blocks of {chosen.checkpoint.label} have nothing of the kind to train")
@@ -170,9 +172,9 @@ def _walked(checkpoint: Checkpoint, specs: Sequence[TensorSpec], ids: Tensor, pr
 def _seen(chosen: Chosen) -> tuple[Chosen, list[str]]:
     """Those of the weights that stand in the blocks through which a text flows, and a note of the others."""
     seen = tuple(name for name in chosen.names if _in_walk(chosen, name))
+    others = [name for name in chosen.names if not _in_walk(chosen, name)]
     if not seen:
         raise CheckpointError(f"{chosen.checkpoint.label} has nothing to prune on a text: none of its linear layers stands in blocks that transformers knows")
-    others = [name for name in chosen.names if name not in set(seen)]
     notes = [f"{len(others)} linear layers stand outside of the blocks that the text flows through ('{others[0]}') and stay as they are"] if others else []
     return replace(chosen, names=seen, copied=(*chosen.copied, *others)), notes
 
@@ -193,9 +195,3 @@ def _stored(chosen: Chosen, block: Block, name: str, how: PruneOptions) -> Tenso
     if not how.allow_nonfinite and not is_finite(weight):
         raise nonfinite(chosen.checkpoint.label, name, weight)
     return weight
-
-
-def _unseen(weight: Tensor) -> Moments:
-    """Of inputs of which nothing is known."""
-    width = weight.shape[1]
-    return Moments(weight.new_zeros(width, width, dtype=torch.float32), weight.new_zeros(width, dtype=torch.float32), 0)

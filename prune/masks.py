@@ -77,11 +77,6 @@ def has_pattern(weight: Tensor, kept: int, group: int) -> bool:
     return weight.shape[-1] % group == 0 and bool(((weight != 0).reshape(len(weight), -1, group).sum(-1) <= kept).all())
 
 
-def packed_width(inputs: int) -> int:
-    """Bytes of a row of a packed mask."""
-    return -(-inputs // 8)
-
-
 def pack(mask: Tensor) -> Tensor:
     """A mask [rows, inputs], bool, one bit a weight: uint8 [rows, ceil(inputs / 8)]; bit j of byte i is input 8 i + j, what is left over is 0."""
     return torch.from_numpy(np.packbits(mask.numpy(), axis=-1, bitorder="little"))
@@ -94,4 +89,4 @@ def unpack(packed: Tensor, inputs: int) -> Tensor:
 
 def packed_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """The shape of a packed mask of a weight of this shape."""
-    return (*shape[:-1], packed_width(shape[-1]))
+    return (*shape[:-1], -(-shape[-1] // 8))

@@ -54,7 +54,6 @@ class Chosen:
     roles: ModelMap
     names: tuple[str, ...]
     copied: tuple[str, ...]
-    notes: tuple[str, ...]
 
     def turned(self, name: str) -> bool:
         """Whether it is stored [in, out]."""
@@ -135,11 +134,12 @@ def choose(checkpoint: Checkpoint, how: PruneOptions) -> Chosen:
     roles = describe(checkpoint)
     kept = [name for name in sorted(checkpoint.specs, key=natural_order) if not how.include or matches(name, how.include)]
     linears = [name for name in roles.linears if checkpoint.specs[name].is_float and checkpoint.specs[name].numel]
-    inside = [name for name in linears if roles.tensors[name].block is not None] or linears
-    names = tuple(name for name in kept if name in set(inside) and not matches(name, how.exclude))
+    inside = set([name for name in linears if roles.tensors[name].block is not None] or linears)
+    names = tuple(name for name in kept if name in inside and not matches(name, how.exclude))
     if not names:
         raise CheckpointError(f"{checkpoint.label} has nothing to prune: {'; '.join(['no linear layer in a block is left', *roles.notes])}")
-    return Chosen(checkpoint, roles, names, tuple(name for name in kept if name not in set(names)), roles.notes)
+    going = set(names)
+    return Chosen(checkpoint, roles, names, tuple(name for name in kept if name not in going))
 
 
 def check_fit(chosen: Chosen, sparsity: Sparsity) -> None:
@@ -196,7 +196,7 @@ def pruned_checkpoint(chosen: Chosen, steps: Sequence[Step]) -> Checkpoint:
     """A checkpoint of these steps in the order of the one they prune."""
     order = {name: number for number, name in enumerate(chosen.checkpoint.specs)}
     ordered = sorted(steps, key=lambda step: order[step.writes[0].name])
-    return Checkpoint(chosen.checkpoint.label, Plan(ordered), chosen.checkpoint.files, (*chosen.checkpoint.notes, *chosen.notes))
+    return Checkpoint(chosen.checkpoint.label, Plan(ordered), chosen.checkpoint.files, (*chosen.checkpoint.notes, *chosen.roles.notes))
 
 
 def _label(scope: Scope, chosen: Chosen, name: str) -> str:

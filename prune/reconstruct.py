@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -58,13 +57,13 @@ class Reconstructed:
 
 
 def reconstruct(
-    block: Block, dense_outputs: Batches, variants: Sequence[str], options: ReconstructOptions, *, dense: nn.Module | None = None, folder: Path | None = None
+    block: Block, dense_outputs: Batches, variants: Sequence[str], options: ReconstructOptions, *, dense: nn.Module | None = None
 ) -> Reconstructed:
     """Train what these variants train of a compressed block, merged into its module in place; zeros of its linear weights stay.
 
     `dense_outputs`: what the block as it was makes of `block.inputs`, batch by batch, for the granularity "block"; the finer ones need the
     module as it was, `dense` (a copy made before its weights changed), and keep their inputs and targets in memory. Variants with nothing to train in
-    a block (the head's) are passed over. `folder` makes each training resumable.
+    a block (the head's) are passed over.
     Errors: OptionError where nothing is left to train, or `dense` is missing.
     """
     sites = sites_of_block(block.module, block.name, block.weights)
@@ -74,7 +73,7 @@ def reconstruct(
         def output(module: Any, number: int) -> Tensor:
             return block.forward(number, block.inputs[number])
 
-        found = [_fit(block.module, sites, variants, options, output, dense_outputs, rows, folder)]
+        found = [_fit(block.module, sites, variants, options, output, dense_outputs, rows)]
     else:
         if dense is None:
             raise OptionError(f"reconstruction by {options.granularity} needs the dense block beside the compressed one")
@@ -88,7 +87,7 @@ def reconstruct(
                 return _first(module(*calls[number][0], **calls[number][1]))
 
             if any(VARIANTS[name].trains(site) for name in variants for site in inside):
-                found.append(_fit(part, inside, variants, options, output_of_part, targets, len(targets), folder and folder / path))
+                found.append(_fit(part, inside, variants, options, output_of_part, targets, len(targets)))
         if not found:
             raise OptionError(f"{', '.join(variants)}: nothing of the kind is inside a {options.granularity}")
     tensors = {name: tensor for one in found for name, tensor in one.tensors.items()}
@@ -103,7 +102,6 @@ def _fit(
     output: Callable[[Any, int], Tensor],
     targets: Batches,
     rows: int,
-    folder: Path | None,
 ) -> Reconstructed:
     """Train a module until its outputs are near the targets."""
     here = [name for name in variants if any(VARIANTS[name].trains(site) for site in sites)]
@@ -120,7 +118,7 @@ def _fit(
             sizes = [targets[number].numel() for number in range(rows)]
             return math.fsum(error(module, torch.tensor([number])).item() * size for number, size in enumerate(sizes)) / sum(sizes)
 
-    record = train(module, adapted.parameters, error, torch.arange(rows), options.training, masks=adapted.masks, evaluate=evaluate, folder=folder)
+    record = train(module, adapted.parameters, error, torch.arange(rows), options.training, masks=adapted.masks, evaluate=evaluate)
     return Reconstructed(adapted.merge(), record.evaluations[0][1], record.value)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mergekit_plus.checkpoint import Checkpoint
-from mergekit_plus.checkpoint.plan import SLAB
+from mergekit_plus.checkpoint import Checkpoint, copy_step
 
 from .plan import DEFAULTS, PruneOptions, choose
 
@@ -15,10 +14,8 @@ def zeros_of(checkpoint: Checkpoint, how: PruneOptions = DEFAULTS) -> dict[str, 
     """How many of each prunable weight's elements are zero, and how many there are; a few rows at a time."""
     found = {}
     for name in choose(checkpoint, how).names:
-        spec = checkpoint.specs[name]
-        step = max(1, SLAB * spec.rows // spec.numel)
-        parts = (checkpoint.read(name, slice(first, min(first + step, spec.rows))) for first in range(0, spec.rows, step))
-        found[name] = (sum(int((part == 0).sum()) for part in parts), spec.numel)
+        parts = (checkpoint.read(name, rows) for rows in copy_step(checkpoint, name).slabs())
+        found[name] = (sum(int((part == 0).sum()) for part in parts), checkpoint.specs[name].numel)
     return found
 
 

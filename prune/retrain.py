@@ -31,7 +31,6 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # that `tune_lr` tries
 TUNING = 4  # each of them for this part of the steps
 HELD_OUT = 32  # windows at most, evenly out of the text, on which a rate and the best state are chosen
 ALL = 1 << 40  # windows
-KEEP_EVERY = 60.0  # seconds, in which at most is lost to a kill
 
 _TRAINING: TypeAdapter[TrainOptions] = TypeAdapter(TrainOptions)
 
@@ -82,20 +81,21 @@ def retrain(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpoint
     sites = _sites(checkpoint, options)
     chosen = chosen_sites(sites, options.train)
     specs = {site.name: TensorSpec(site.name, _dtype(checkpoint, site), site.shape) for site in chosen}
-    memory = 4 * sum(spec.numel for spec in checkpoint.specs.values()) + 20 * _total(checkpoint, options)[-1].parameters
+    shares = _shares(checkpoint, options, sites)
+    memory = 4 * sum(spec.numel for spec in checkpoint.specs.values()) + 20 * shares[-1].parameters
+    told = _report(shares)
     reads = [checkpoint, *([teacher] if teacher is not None else [])]
-    made = Checkpoint("retrained", Deferred(specs.values(), reads, partial(_compute, checkpoint, options, teacher, sites), memory=memory))
+    made = Checkpoint("retrained", Deferred(specs.values(), reads, partial(_compute, checkpoint, options, teacher, sites, told), memory=memory))
     names = [*checkpoint.specs, *(name for name in specs if name not in checkpoint.specs)]
     steps = [copy_step(made if name in specs else checkpoint, name) for name in names]
     label = f"{checkpoint.label}, {', '.join(options.train)} retrained"
-    result = Checkpoint(label, Plan(steps), checkpoint.files, (*checkpoint.notes, _report(checkpoint, options)))
+    result = Checkpoint(label, Plan(steps), checkpoint.files, (*checkpoint.notes, told))
     return _untied(result) if any(site.tied for site in chosen) else result
 
 
 def trainable(checkpoint: Checkpoint, options: RetrainOptions) -> list[Share]:
     """What each variant trains, and all together ("total"): tensors, parameters, and percent of the model's; from headers alone."""
-    chosen_sites(_sites(checkpoint, options), options.train)
-    return _total(checkpoint, options)
+    return _shares(checkpoint, options, _sites(checkpoint, options))
 
 
 def _sites(checkpoint: Checkpoint, options: RetrainOptions) -> tuple[Site, ...]:
@@ -109,14 +109,14 @@ def _sites(checkpoint: Checkpoint, options: RetrainOptions) -> tuple[Site, ...]:
     return sites_of(checkpoint)
 
 
-def _total(checkpoint: Checkpoint, options: RetrainOptions) -> list[Share]:
+def _shares(checkpoint: Checkpoint, options: RetrainOptions, sites: Sequence[Site]) -> list[Share]:
     twice = {name for group in describe(checkpoint).tied for name in group[1:]}
     total = sum(spec.numel for name, spec in checkpoint.specs.items() if name not in twice)
-    return report(sites_of(checkpoint), options.train, options.variant_options, total)
+    return report(sites, options.train, options.variant_options, total)
 
 
-def _report(checkpoint: Checkpoint, options: RetrainOptions) -> str:
-    *rows, total = _total(checkpoint, options)
+def _report(shares: Sequence[Share]) -> str:
+    *rows, total = shares
     parts = ", ".join(f"{row.variant} {row.parameters:,} ({row.percent:.3g} %)" for row in rows)
     return f"trains {total.parameters:,} parameters in {total.tensors} tensors, {total.percent:.3g} % of the model: {parts}"
 
@@ -138,19 +138,22 @@ def _untied(checkpoint: Checkpoint) -> Checkpoint:
 # ---- the computation ----
 
 
-def _compute(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpoint | None, sites: Sequence[Site], work: Work) -> None:
+def _compute(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpoint | None, sites: Sequence[Site], told: str, work: Work) -> None:
     with several_processes(options.device):
         finished = from_first(lambda: work.has("retrained.safetensors"))
-        tensors = {} if finished else _retrained(checkpoint, options, teacher, sites, work)
+        tensors = {} if finished else _retrained(checkpoint, options, teacher, sites, told, work)
     work.part("retrained", lambda: tensors)
 
 
-def _retrained(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpoint | None, sites: Sequence[Site], work: Work) -> dict[str, Tensor]:
+def _retrained(
+    checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpoint | None, sites: Sequence[Site], told: str, work: Work
+) -> dict[str, Tensor]:
     rows, held = _rows(checkpoint, options)
-    work.progress.tell(_report(checkpoint, options))
+    work.progress.tell(told)
     model = load_model(checkpoint, progress=work.progress)
+    chosen = chosen_sites(sites, options.train)
+    zeros = {site.name: _zeros(model.get_parameter(site.parameter)) for site in chosen if site.role == "linear"}
     adapted = adapt(model, sites, options.train, options.variant_options, options.training.seed)
-    zeros = {site.name: _zeros(model, site) for site in adapted.sites if site.role == "linear"}
     model.to(options.device)
     masks = {name: mask.to(options.device) for name, mask in adapted.masks.items()}
     rows, held = rows.to(options.device), held.to(options.device)
@@ -159,19 +162,18 @@ def _retrained(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpo
         loss = distillation(load_model(teacher, progress=work.progress).to(options.device), options.distill)
 
     def run(training: TrainOptions, folder: str) -> TrainRecord:
-        place = work.folder / folder
-        keep = partial(_keep, work, folder)
         return train(
-            model, adapted.parameters, loss, rows, training, masks=masks, evaluate=lambda: loss_on(model, held, loss), folder=place, kept=keep,
-            keep_every=KEEP_EVERY, progress=work.progress,
+            model, adapted.parameters, loss, rows, training, masks=masks, evaluate=lambda: loss_on(model, held, loss),
+            folder=work.folder / folder, kept=lambda file: work.keep(f"{folder}/{file}"), progress=work.progress,
         )  # fmt: skip
 
     training = replace(options.training, lr=_tuned(adapted, options.training, run, work)) if options.tune_lr else options.training
     record = run(training, "training")
     if record.stopped and record.best == 0:
         raise OptionError(f"{record.stopped}, and nothing was gained before; give a smaller --lr")
-    tensors = {name: tensor.to("cpu", TORCH_DTYPES[_dtype_of(checkpoint, sites, name)], copy=True) for name, tensor in adapted.merge().items()}
-    _tell(work, record, training, sum(_count_zeros(tensors[name]) - before for name, before in zeros.items()))
+    merged = adapted.merge()
+    tensors = {site.name: merged[site.name].to("cpu", TORCH_DTYPES[_dtype(checkpoint, site)], copy=True) for site in chosen}
+    _tell(work, record, training, sum(_zeros(tensors[name]) - before for name, before in zeros.items()))
     return tensors
 
 
@@ -207,24 +209,8 @@ def _tuned(adapted: Adapted, training: TrainOptions, run: Any, work: Work) -> fl
     return min(found, key=lambda rate: found[rate])
 
 
-def _keep(work: Work, folder: str, file: str) -> None:
-    work.keep(f"{folder}/{file}")
-
-
-def _zeros(model: Any, site: Site) -> int:
-    """Zeros of a tensor before it trains."""
-    owner, _, leaf = site.parameter.rpartition(".")
-    module = model.get_submodule(owner)
-    originals = getattr(module, "parametrizations", {})
-    return _count_zeros(originals[leaf].original if leaf in originals else module.get_parameter(leaf))
-
-
-def _count_zeros(tensor: Tensor) -> int:
+def _zeros(tensor: Tensor) -> int:
     return int((tensor == 0).sum())
-
-
-def _dtype_of(checkpoint: Checkpoint, sites: Sequence[Site], name: str) -> str:
-    return _dtype(checkpoint, next(site for site in sites if site.name == name))
 
 
 def _tell(work: Work, record: TrainRecord, training: TrainOptions, new_zeros: int) -> None:

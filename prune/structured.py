@@ -21,7 +21,6 @@ from mergekit_plus.errors import CheckpointError, OptionError, nearest
 from mergekit_plus.model import ModelMap, adapter_reason, describe, meta_model, quantized_reason
 from mergekit_plus.moments import Moments
 
-KINDS = ("mlp", "heads")
 # The layers that make a unit, and the one that reads it, by the last part of their names.
 LAYERS: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
     "mlp": ((("gate_proj", "up_proj"), "down_proj"), (("fc1",), "fc2")),
@@ -69,9 +68,9 @@ class Site:
 
 def problems(structured: Mapping[str, object]) -> list[str]:
     """Everything wrong with what is to go, a sentence each."""
-    found = [f"structured: unknown part '{kind}'.{nearest(kind, KINDS)}" for kind in structured if kind not in KINDS]
+    found = [f"structured: unknown part '{kind}'.{nearest(kind, LAYERS)}" for kind in structured if kind not in LAYERS]
     for kind, share in structured.items():
-        if kind in KINDS and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1):
+        if kind in LAYERS and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1):
             found.append(f"structured: {kind}={share!r}: a share from 0 to below 1")
     return found or ([] if any(structured.values()) else ["structured: say what goes, as in mlp=0.25 or heads=0.5"])
 
@@ -184,22 +183,21 @@ def smaller_checkpoint(checkpoint: Checkpoint, structured: Mapping[str, float], 
     rest = [copy_step(checkpoint, name) for name in checkpoint.specs if name not in written]
     label = ", ".join(f"{kind} {share:g}" for kind, share in structured.items())
     result = Checkpoint(f"{checkpoint.label} without {label}", Plan([*steps, *rest]), checkpoint.files, checkpoint.notes)
-    result = result.with_config(**_config(checkpoint, result))
-    parameters = {name: meaning.parameter for name, meaning in describe(checkpoint).tensors.items()}
+    roles = describe(checkpoint)
+    result = result.with_config(**_config(checkpoint, result, roles))
     built = meta_model(result).state_dict()
     for name, spec in result.specs.items():
-        wanted = built.get(parameters[name] or "")
+        wanted = built.get(roles.tensors[name].parameter or "")
         if wanted is not None and tuple(wanted.shape) != spec.shape:
             raise CheckpointError(f"{checkpoint.label}: its architecture cannot be built smaller: {name} would be {list(wanted.shape)}, not {list(spec.shape)}")
     return result
 
 
-def _config(checkpoint: Checkpoint, result: Checkpoint) -> dict[str, Any]:
+def _config(checkpoint: Checkpoint, result: Checkpoint, roles: ModelMap) -> dict[str, Any]:
     """What config.json must say of the smaller model: widths and heads, from the shapes of its first block."""
     config = checkpoint.config
     changes: dict[str, Any] = {}
-    places = describe(checkpoint).blocks
-    for name in next(iter(places.values())):
+    for name in next(iter(roles.blocks.values())):
         before, after, leaf = checkpoint.specs[name], result.specs[name], name.split(".")[-2]
         if before.shape == after.shape or not name.endswith(".weight"):
             continue

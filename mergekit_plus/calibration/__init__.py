@@ -3,7 +3,7 @@
     ids = read_text([Path("text.txt")], load_tokenizer(checkpoint), windows=128, window=256)
     walk(checkpoint, ids, process, work)
 
-`process` gets a `Block`: its module with float32 weights, its linears, the moments of their inputs. What it leaves in the module is what the
+`process` gets a `Block`: its module with float32 weights, the linear ones by name, the moments of their inputs. What it leaves in the module is what the
 blocks behind it see. One block's weights are in memory at a time, and the hidden states lie in a file.
 """
 

@@ -32,8 +32,7 @@ class Block:
     """One decoder (or encoder) block while the text stands before it.
 
     `module` has the checkpoint's weights in float32 until they are changed. `weights` are its linear weights [out, in] by the checkpoint's names:
-    views of the module's parameters (a Conv1D's turned, an expert's a slice), so that writing into one changes the module. `linears` are the
-    same as modules; where a weight is no `nn.Linear` of its own, a stand-in that shares its memory.
+    views of the module's parameters (a Conv1D's turned, an expert's a slice), so that writing into one changes the module.
     """
 
     index: int
@@ -48,19 +47,6 @@ class Block:
     dense: nn.Module | None = field(default=None, repr=False)  # this block as it was
     dense_weights: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     bfloat16: bool = False  # forward passes multiply in it
-
-    @property
-    def linears(self) -> dict[str, nn.Linear]:
-        """The linear layers by the checkpoint's names of their weights."""
-        own = {module.weight.data_ptr(): module for module in self.module.modules() if isinstance(module, nn.Linear)}
-        found = {}
-        for name, weight in self.weights.items():
-            linear = own.get(weight.data_ptr())
-            if linear is None or linear.weight.shape != weight.shape:
-                linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-                linear.weight = nn.Parameter(weight, requires_grad=False)
-            found[name] = linear
-        return found
 
     def forward(self, number: int, states: Tensor) -> Tensor:
         """The output of the module as it is now for a batch of hidden states, the `number`-th of the text."""
@@ -195,10 +181,9 @@ class _Sums(TorchFunctionMode):
         done: dict[int, Moments] = {}
         found: dict[str, Moments] = {}
         for name in dict.fromkeys((*self.sums, *self.weights)):
-            entry, weight = self.sums.get(name), self.weights[name]
+            entry = self.sums.get(name)
             if entry is None:
-                width = weight.shape[1]
-                found[name] = Moments(weight.new_zeros(width, width), weight.new_zeros(width), 0)
+                found[name] = Moments.unseen(self.weights[name])
                 continue
             if id(entry) not in done:
                 cross = None if entry.cross is None else entry.cross.div_(entry.tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint.journal import sync_folder
 from ..errors import ReadError
 
 TOKENS = 2048  # in a batch, unless a window has more; a constant, as the batch decides in which order sums are rounded
@@ -32,7 +30,7 @@ class HiddenStates:
 
     @classmethod
     def write(cls, path: Path, batches: Iterable[Tensor]) -> HiddenStates:
-        """A new file of these batches; it gets its name when it is complete."""
+        """A new file of these batches; it gets its name when it is complete. To outlive a kill it must be given to `Work.keep`, which syncs it, too."""
         partial = path.with_suffix(".partial")
         windows, shape = 0, (0, 0)
         with partial.open("wb", buffering=0) as file:
@@ -41,9 +39,7 @@ class HiddenStates:
                 left = batch.to("cpu", torch.float32).contiguous().view(-1).view(torch.uint8).numpy().data
                 while left:
                     left = left[file.write(left) :]
-            os.fsync(file.fileno())
         partial.rename(path)
-        sync_folder(path.parent)
         return cls(path, windows, *shape)
 
     @property

@@ -36,7 +36,8 @@ def calibrate(checkpoint: Checkpoint, ids: Tensor, text: Mapping[str, Any], devi
     if not names:
         raise CheckpointError(f"{checkpoint.label} has no linear layer in a block; there is nothing to measure")
     alike = [group for group in roles.fused if not any(".experts." in name for name in group)]
-    shared = {_module(name): _module(group[0]) for group in alike for name in group[1:] if name in names}
+    measured = set(names)
+    shared = {_module(name): _module(group[0]) for group in alike for name in group[1:] if name in measured}
     facts = {"model": model_digest(checkpoint), "text": dict(text), "windows": len(ids), "window": ids.shape[1], "shared": shared}
     raw = torch.frombuffer(bytearray(json.dumps(facts, sort_keys=True).encode()), dtype=torch.uint8)
     specs = []
@@ -56,7 +57,7 @@ def calibrate(checkpoint: Checkpoint, ids: Tensor, text: Mapping[str, Any], devi
         moments = block.moments()
         for name in block.names:
             owner = shared.get(_module(name))
-            if name not in names:
+            if name not in measured:
                 continue
             if name not in moments:
                 raise CheckpointError(f"{checkpoint.label}: the inputs of {name} cannot be seen")

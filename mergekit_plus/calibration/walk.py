@@ -105,14 +105,14 @@ def memory(checkpoint: Checkpoint, roles: ModelMap, cross: bool = False) -> int:
     """Bytes that a walk takes at most: the largest block in float32 and what its experts are packed from, the Gram matrices of its inputs, and
     what flows through it of a batch; with `cross` all of that twice."""
     most = 0
+    shared = {name for group in roles.fused if ".experts." not in group[0] for name in group[1:]}
     for names in roles.blocks.values():
         specs = {name: checkpoint.specs[name] for name in names}
         linears = [name for name in names if roles.tensors[name].role == "linear"]
-        shared = {name for group in roles.fused if ".experts." not in group[0] for name in group[1:]}
         widths = [specs[name].shape[0 if roles.tensors[name].transposed else 1] for name in linears if name not in shared]
         experts = [name for name in linears if ".experts." in name]
         weights = sum(spec.numel for spec in specs.values()) + sum(specs[name].numel for name in experts)
-        flowing = TOKENS * sum(sum(specs[name].shape) for name in linears if name not in experts)
+        flowing = TOKENS * sum(sum(specs[name].shape) for name in linears if ".experts." not in name)
         most = max(most, 4 * (1 + cross) * (weights + sum(width * width for width in widths) + flowing))
     return most
 

@@ -13,6 +13,7 @@ kept afterwards is not the one that it trained with, it says so in `merged`. Zer
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,13 +45,14 @@ class Site:
         return self.parameter.rpartition(".")[2] == "bias"
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, ABC):
     """Changes a weight [out, in]."""
 
     densifies = False
 
+    @abstractmethod
     def forward(self, weight: Tensor) -> Tensor:
-        raise NotImplementedError
+        """What the layer computes with while it trains."""
 
     def merged(self, weight: Tensor) -> Tensor:
         """The weight that is kept; that of `forward` where nothing else is said."""

@@ -146,7 +146,7 @@ def test_what_is_written_into_a_weight_is_what_later_blocks_see(tiny: Tiny, tmp_
         if block.index == 1:
             states.extend(block.inputs)
         for weight, values in block.weights.items():
-            block.linears[weight].weight.data.mul_(0.5)
+            values.mul_(0.5)
             assert torch.equal(values, checkpoint.read(weight).float().T / 2 if name == "GPT2LMHeadModel" else checkpoint.read(weight).float() / 2)
             halved[weight] = checkpoint.read(weight) / 2
         return {}
@@ -167,9 +167,10 @@ def test_with_cross_the_unchanged_model_flows_along(tiny: Tiny, tmp_path: Path) 
     seen: dict[str, Tensor] = {}
 
     def process(block: Block) -> dict[str, Tensor]:
-        for linear in block.linears.values():
-            linear.weight.data.mul_(0.5)
-        hooks = [layer.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].double()})) for name, layer in block.linears.items()]
+        for weight in block.weights.values():
+            weight.mul_(0.5)
+        layers = {name: block.module.get_submodule(name.removeprefix(f"{block.name}.").removesuffix(".weight")) for name in block.weights}
+        hooks = [layer.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].double()})) for name, layer in layers.items()]
         list(block.outputs())
         for hook in hooks:
             hook.remove()

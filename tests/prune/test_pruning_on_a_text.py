@@ -16,9 +16,11 @@ from torch import Tensor
 from mergekit_plus.checkpoint import Checkpoint, SaveOptions, save
 from mergekit_plus.errors import CheckpointError, OptionError
 from mergekit_plus.evaluate import load_model
+from mergekit_plus.training import TrainOptions
 from prune import PRUNERS, Sparsity, has_pattern
-from prune.calibrated import prune_on, shrink_on
+from prune.calibrated import Repair, prune_on, shrink_on
 from prune.plan import PruneOptions, prune
+from prune.reconstruct import ReconstructOptions
 from prune.structured import by_gram, sites
 from quant import Scheme
 from quant.calibrated import Calibration
@@ -151,6 +153,21 @@ def test_units_go_that_their_readers_lose_least_by_and_the_rest_makes_up_for_the
     lost = [float((samples[:, rows] @ weight.T - outputs).square().sum()) for weight in (smaller.read(site.reader).float(), reader[:, rows])]
     assert lost[0] < lost[1]
     assert smaller.read(heads.makers[0]).shape == (64, 128)
+
+
+# ---- repair ----
+
+
+def test_a_model_whose_head_is_its_embeddings_is_repaired_too(tmp_path: Path) -> None:
+    model = tiny_model("GPT2LMHeadModel", tmp_path)
+    assert "lm_head.weight" not in model.specs
+    options = ReconstructOptions(training=TrainOptions(steps=4, lr=1e-3, batch=1, dropout=False))
+    plain, repaired = prune_on(model, IDS, HALF), prune_on(model, IDS, HALF, repair=Repair(options=options))
+    assert repaired.specs == model.specs
+    for name in linears_of(model):
+        assert int((repaired.read(name) == 0).sum()) == int((plain.read(name) == 0).sum())
+    assert torch.equal(repaired.read("transformer.wte.weight"), model.read("transformer.wte.weight"))
+    assert not torch.equal(repaired.read("transformer.h.0.mlp.c_fc.bias"), model.read("transformer.h.0.mlp.c_fc.bias"))
 
 
 # ---- what is refused, and what does not matter ----

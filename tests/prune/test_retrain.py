@@ -224,7 +224,7 @@ def test_a_recipe_retrains_and_the_one_in_the_output_runs_again(small: Path, tex
 
 
 def test_a_killed_retraining_goes_on_to_the_same_bytes(small: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prune.retrain.KEEP_EVERY", 0.0)
+    monkeypatch.setitem(trainer.train.__kwdefaults__, "keep_every", 0.0)  # type: ignore[arg-type]
     before, options = Checkpoint.open(small), options_for(text, "norms", "mask_lora")
     save(retrain(before, options), tmp_path / "whole")
     made, step = [0], trainer._Run.step
