@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 
 class CompressError(Exception):
@@ -51,14 +51,19 @@ class CheckFailed(Exception):
 SHOWN = 30  # names in one line; every registry fits, the tensors of a model do not
 
 
+def closest(name: str, names: Sequence[str]) -> str | None:
+    """The closest of `names`, in any case; None where none is close."""
+    in_lower = {one.lower(): one for one in reversed(names)}
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    close = close or [in_lower[one] for one in difflib.get_close_matches(name.lower(), in_lower, n=1, cutoff=0.6)]
+    return close[0] if close else None
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the closest of `names` in any case, or all of them (the first few of many) where none is close."""
     known = list(names)
-    in_lower = {one.lower(): one for one in reversed(known)}
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    close = close or [in_lower[one] for one in difflib.get_close_matches(name.lower(), in_lower, n=1, cutoff=0.6)]
-    if close:
-        return f" Did you mean '{close[0]}'?"
+    if close := closest(name, known):
+        return f" Did you mean '{close}'?"
     more = f", and {len(known) - SHOWN} more" if len(known) > SHOWN else ""
     return f" Known: {', '.join(known[:SHOWN])}{more}." if known else ""
 

@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import CheckpointError, Unreachable, nearest
+from ..errors import CheckpointError, Unreachable, closest, nearest
 from .blob import Blob, File, check_small
 from .checkpoint import Checkpoint, FileSource, SmallFile
 from .hub import HubFolder, Reference, cached_snapshot, download, in_cache, parse_reference, pin, way_back
@@ -114,8 +114,9 @@ def _open(ref: str | Path, path: Path, cache: bool) -> Checkpoint:
         return open_adapted(ref, cache)
     if isinstance(ref, str) and (ref.startswith("hf://") or not Path(*path.parts[:1]).is_dir()) and (there := parse_reference(ref)):
         return _open_on_hub(there, ref, cache)
-    near = nearest(path.name, (entry.name for entry in path.parent.iterdir())) if path.parent.is_dir() else ""
-    raise CheckpointError(f"{ref}: no such file or folder, and not an org/name on the Hub.{near if 'Did' in near else ''}")
+    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = nearest(path.name, beside) if closest(path.name, beside) else ""
+    raise CheckpointError(f"{ref}: no such file or folder, and not an org/name on the Hub.{near}")
 
 
 def _open_on_hub(there: Reference, label: str, cache: bool) -> Checkpoint:

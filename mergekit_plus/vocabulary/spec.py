@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..errors import nearest
+from ..errors import closest, nearest
 from .chat import chat_problem
 
 WORDS = ("union", "base")  # for a source that is no model's name
@@ -16,10 +16,9 @@ WORDS = ("union", "base")  # for a source that is no model's name
 
 def source_problem(source: str, models: Collection[str]) -> str | None:
     """Why this is no source, before anything is opened: no model goes by it, and it is nearly one of the words."""
-    near = nearest(source, WORDS)
-    if source in WORDS or source in models or Path(source).exists() or "Did you mean" not in near:
+    if source in WORDS or source in models or Path(source).exists() or closest(source, WORDS) is None:
         return None
-    return f"'{source}' is no model.{near}"
+    return f"'{source}' is no model.{nearest(source, WORDS)}"
 
 
 class _Strict(BaseModel):
