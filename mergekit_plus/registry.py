@@ -28,6 +28,9 @@ class Registry(Mapping[str, T], Generic[T]):
             raise OptionError(f"unknown {self.kind} '{name}'.{nearest(name, self._entries)}")
         return self._entries[name]
 
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name in self._entries  # the Mapping's own would ask for the entry, which is an error of the user's
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 

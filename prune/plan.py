@@ -90,7 +90,7 @@ def problems(
         Sparsity.of(sparsity, pattern)
     except OptionError as error:
         found.append(str(error))
-    if method not in list(PRUNERS):
+    if method not in PRUNERS:
         return [*found, f"unknown {PRUNERS.kind} '{method}'.{nearest(method, PRUNERS)}"]
     chosen = PRUNERS[method]
     if scope is not None and pattern is not None:

@@ -55,7 +55,7 @@ def split_options(given: Mapping[str, Any], variants: Sequence[str]) -> tuple[Tr
     ours = {name: value for name, value in given.items() if name in TrainOptions.__dataclass_fields__}
     theirs = {name: value for name, value in given.items() if name not in ours}
     found = check_variants(variants, {})
-    known = [VARIANTS[name] for name in variants if name in list(VARIANTS)]
+    known = [VARIANTS[name] for name in variants if name in VARIANTS]
     names = [option for variant in known for option in variant.options.table]
     for name in [name for name in theirs if name not in names]:
         found.append(f"there is no option '{name}'.{nearest(name, [*TrainOptions.__dataclass_fields__, *names])}")

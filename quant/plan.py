@@ -52,13 +52,13 @@ def preset_problems(name: str, method: str, format_name: str | None, options: Ma
 def _problems(scheme: AnyScheme | None, method: str, format_name: str, options: Mapping[str, object], calibrated: bool) -> list[str]:
     found: list[str] = []
     for registry, name in ((QUANTIZERS, method), (FORMATS, format_name)):
-        if name not in list(registry):
+        if name not in registry:
             found.append(f"unknown {registry.kind} '{name}'.{nearest(name, registry)}")
-    if scheme is not None and format_name in list(FORMATS) and (reason := FORMATS[format_name].refuses(scheme)):
+    if scheme is not None and format_name in FORMATS and (reason := FORMATS[format_name].refuses(scheme)):
         found.append(f"format {format_name}: {reason}")
     if isinstance(scheme, FloatScheme) and (method != "rtn" or options):
         found.append(f"{scheme} is rounded to the nearest number; method {method}{f' and its option {next(iter(options))}' if options else ''} is for integers")
-    if method not in list(QUANTIZERS):
+    if method not in QUANTIZERS:
         return found
     if wrong := calibration_problem(QUANTIZERS[method], calibrated):
         found.append(wrong)

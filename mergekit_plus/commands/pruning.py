@@ -72,7 +72,7 @@ def prune(
 
     if masks is not None and masks.exists() and not how.overwrite:
         raise OptionError(f"{masks} exists already; name another file with --masks, or replace it with --overwrite")
-    used = structured or reconstruct or allocate or (method in list(PRUNERS) and PRUNERS[method].calibrated)  # the text may be for --retrain alone
+    used = structured or reconstruct or allocate or (method in PRUNERS and PRUNERS[method].calibrated)  # the text may be for --retrain alone
     reading = {"windows": windows, "window": window, "seed": seed if calibration else None}
     step = {
         "sparsity": sparsity, "pattern": pattern, "method": method, "scope": scope, "seed": seed, "exclude": exclude, "include": include,

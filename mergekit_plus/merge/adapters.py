@@ -85,7 +85,7 @@ def merge_adapters(
 
 def _takes_zeros(method: str) -> bool:
     """Whether a method gets a base (of zeros): one that goes from one model to another has two adapters to do that with."""
-    return method in list(METHODS) and METHODS[method].needs_base and METHODS[method].models != (1, 1)
+    return method in METHODS and METHODS[method].needs_base and METHODS[method].models != (1, 1)
 
 
 def _shapes(adapters: Sequence[Adapter]) -> dict[str, tuple[int, ...]]:

@@ -99,7 +99,7 @@ def merge(
 
 def problems(method: str, options: Mapping[str, object], models: int, base: bool) -> list[str]:
     """Everything wrong with a method, its options and this many models, a sentence each."""
-    if method not in list(METHODS):
+    if method not in METHODS:
         return [f"unknown {METHODS.kind} '{method}'.{nearest(method, METHODS)}"]
     chosen = METHODS[method]
     reason = count_problem(method, models, base)

@@ -54,7 +54,7 @@ def parse(given: object, lenient: bool = False) -> Parsed:
         for place in ignored:
             _drop(content, place)
     problems = top_problems(content) + problems
-    if document is not None and document.merge_method in list(METHODS):
+    if document is not None and document.merge_method in METHODS:
         values = value_problems(document)
         problems += values + structure_problems(document, whole=not values)
     if not lenient:
@@ -65,7 +65,7 @@ def parse(given: object, lenient: bool = False) -> Parsed:
 def _misplaced(place: Place, content: Mapping[str, Any]) -> str | None:
     """What to do with an unknown key that is an option of the method."""
     method, key = content.get("merge_method"), place[-1]
-    if not isinstance(method, str) or method not in list(METHODS) or key not in METHODS[method].options.table:
+    if not isinstance(method, str) or method not in METHODS or key not in METHODS[method].options.table:
         return None
     return f"{'.'.join(map(str, place))} is an option of {method}: write it under `parameters`"
 
@@ -82,7 +82,7 @@ def top_problems(content: Mapping[str, Any]) -> list[str]:
         if isinstance(dtype, str) and dtype.removeprefix("torch.") not in DTYPES:
             found.append(f"{key}: unknown dtype '{dtype}'.{nearest(dtype, DTYPES)}")
     method = content.get("merge_method")
-    if isinstance(method, str) and method not in list(METHODS):
+    if isinstance(method, str) and method not in METHODS:
         found.append(f"unknown {METHODS.kind} '{method}'.{nearest(method, METHODS)}")
     return found
 
@@ -112,7 +112,7 @@ def _tables(document: Document) -> Iterator[tuple[Place, Parameters, bool]]:
 def ignored_options(document: Document) -> dict[Place, str]:
     """The parameters that mergekit would not look at, by their place, each with a sentence."""
     found = dict[Place, str]()
-    if document.merge_method not in list(METHODS):
+    if document.merge_method not in METHODS:
         return found
     method = METHODS[document.merge_method]
     for place, parameters, own in _tables(document):

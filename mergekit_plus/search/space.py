@@ -59,7 +59,7 @@ class SearchOptions(BaseModel):
             found.append("search: the objective worst is relative to the base's loss; name the base")
         if not self.options:
             found.append("search: it names no option")
-        if method in list(METHODS):
+        if method in METHODS:
             for name in self.options:
                 try:
                     list(self._axes_of(name, METHODS[method], options, len(models)))

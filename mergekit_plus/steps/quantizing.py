@@ -132,7 +132,7 @@ class ConvertStep(Strict):
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
         from quant import FORMATS
 
-        if self.to not in list(FORMATS):
+        if self.to not in FORMATS:
             yield f"convert: unknown format '{self.to}'.{nearest(self.to, FORMATS)}"
         if self.of is not None:
             yield from (f"convert: {problem}" for problem in not_inputs([self.of], inputs))

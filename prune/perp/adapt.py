@@ -28,9 +28,9 @@ class Share:
 def check_variants(variants: Sequence[str], options: Mapping[str, object]) -> list[str]:
     """Everything wrong with these variants and their options, a sentence each."""
     found = [] if variants else [f"say what is to train: {', '.join(VARIANTS)}, or several of them"]
-    found += [f"unknown retraining variant '{name}'.{nearest(name, VARIANTS)}" for name in variants if name not in list(VARIANTS)]
+    found += [f"unknown retraining variant '{name}'.{nearest(name, VARIANTS)}" for name in variants if name not in VARIANTS]
     found += [f"'{name}' is named twice" for name in dict.fromkeys(variants) if variants.count(name) > 1]
-    known = [VARIANTS[name] for name in dict.fromkeys(variants) if name in list(VARIANTS)]
+    known = [VARIANTS[name] for name in dict.fromkeys(variants) if name in VARIANTS]
     if "full" in variants and len(known) > 1:
         found.append(f"full trains everything; leave out {', '.join(variant.name for variant in known if variant.name != 'full')}, or full")
     tables = [variant.options.table for variant in known]
