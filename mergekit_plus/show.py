@@ -168,6 +168,7 @@ def outcome_facts(outcome: Outcome) -> dict[str, Any]:
         "out": str(outcome.out), "commit": outcome.published and outcome.published[1],
         "bytes": sum(file["bytes"] for file in outcome.manifest.outputs.values()),
         "outputs": outcome.manifest.outputs, "inputs": outcome.manifest.inputs, "measured": outcome.table, "failures": outcome.failures,
+        "checks": [{"check": verdict.what, "kept": verdict.kept, "found": verdict.found} for verdict in outcome.verdicts], "sampled": outcome.sampled,
         "searched": outcome.searched, "sparsity": outcome.sparsity,
     }  # fmt: skip
 
@@ -176,6 +177,7 @@ def outcome_lines(outcome: Outcome) -> list[str]:
     """A run as text: its table, where it lies, and what failed."""
     lines = [line for record in outcome.searched for line in search_lines(record)]
     lines += [*table(outcome.table), ""] if outcome.table else []
+    lines += [f"{sample['prompt']} >> {sample['text']}" for sample in outcome.sampled]
     if zeros := outcome.sparsity:
         counts = f"{zeros['zeros']} of {zeros['weights']} weights in {len(zeros['tensors'])} linear layers are zero"
         lines.append(f"{counts}: {zeros['share']:.2%}, asked: {zeros['asked']}")
