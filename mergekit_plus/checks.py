@@ -38,7 +38,7 @@ class Limits(BaseModel):
     bytes: int | None = Field(None, description="at most, all tensors")
     sparsity: float | None = Field(None, ge=0, le=1, description="at least, share of zeros among the linear weights")
 
-    @field_validator("bytes", mode="before")
+    @field_validator("bytes", mode="before", json_schema_input_type=int | str | None)
     @classmethod
     def _size(cls, value: object) -> object:
         try:
@@ -81,7 +81,7 @@ class Checks(BaseModel):
     load: bool = Field(False, description="transformers must load the output as it is, every weight in its place")
     sample: list[Sample] = Field(default_factory=list, description="prompts that the output, as transformers loads it, goes on with")
 
-    @field_validator("sample", mode="before")
+    @field_validator("sample", mode="before", json_schema_input_type=str | Sample | list[str | Sample])
     @classmethod
     def _one_prompt(cls, value: object) -> object:
         prompts = value if isinstance(value, list) else [value]

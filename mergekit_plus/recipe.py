@@ -90,7 +90,7 @@ class Recipe(Strict):
         """Whether a step leaves something to be found before it can be made."""
         return bool(self.searches) or any(isinstance(options, FoldStep) and options.is_open for step in self.steps for options in step.values())
 
-    @field_validator("inputs", mode="before")
+    @field_validator("inputs", mode="before", json_schema_input_type=dict[str, Input | str])
     @classmethod
     def _short_inputs(cls, value: object) -> object:
         return {name: {"ref": ref} if isinstance(ref, str) else ref for name, ref in value.items()} if isinstance(value, dict) else value

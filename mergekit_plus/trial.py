@@ -26,17 +26,18 @@ def attempt(folder: Path, checks: Checks) -> tuple[list[Verdict], list[Sampled]]
         return [], []
     what = "loading in transformers"
     try:
-        model = _loaded(folder)
+        with silent_transformers(), redirect_stderr(io.StringIO()):  # where compressed-tensors draws bars of its own
+            model = _loaded(folder)
+            sampled = [_continued(model, folder, sample.prompt, sample.tokens) for sample in checks.sample]
     except Exception as error:  # whatever it is that a user of the output would meet
         reason = " ".join(str(error).split())[:_SHOWN] or type(error).__name__
         return [Verdict(what, False, "failed", f"{what} failed: {reason}")], []
-    return [Verdict(what, True, "all weights in place", "")], [_continued(model, folder, sample.prompt, sample.tokens) for sample in checks.sample]
+    return [Verdict(what, True, "all weights in place", "")], sampled
 
 
 def _loaded(folder: Path) -> Any:
-    with silent_transformers(), redirect_stderr(io.StringIO()):  # where compressed-tensors draws bars of its own
-        model_class, _ = architecture(Checkpoint.open(folder))
-        model, info = model_class.from_pretrained(folder, output_loading_info=True)
+    model_class, _ = architecture(Checkpoint.open(folder))
+    model, info = model_class.from_pretrained(folder, output_loading_info=True)
     wrong = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
     if any(wrong.values()):
         raise CompressError("; ".join(f"{kind} weights {', '.join(names[:3])}" for kind, names in wrong.items() if names))
@@ -48,6 +49,6 @@ def _continued(model: Any, folder: Path, prompt: str, tokens: int) -> Sampled:
 
     tokenizer = load_tokenizer(Checkpoint.open(folder))
     ids = torch.tensor([tokenizer.encode(prompt)])
-    with silent_transformers(), torch.inference_mode():
+    with torch.inference_mode():
         made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
     return {"prompt": prompt, "text": str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import Writing, app, carried_out, print_result, settings, writes
+from .common import Model, Overwrite, Writing, app, beside, carried_out, open_model, print_result, settings, writes
 
 if TYPE_CHECKING:
     from mergekit_plus.results import Ran
@@ -81,3 +81,31 @@ def _raise(refused: Sequence[Exception], runs: Sequence[Ran]) -> None:
     failures = [f"{run.name}: {sentence}" if len(runs) > 1 else sentence for run in runs if run.outcome for sentence in run.outcome.failures]
     if failures or refused:
         raise CheckFailed("; ".join([*map(str, refused), *failures]))
+
+
+@app.command()
+def init(
+    model: Model = ".",
+    out: Annotated[Path, typer.Option("--out", "-o", help="recipe to write")] = Path("recipe.yaml"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a recipe to begin with, in comments what else one may want, and beside it the schema that editors read: `compress init org/model`."""
+    from mergekit_plus.errors import OutputError
+    from mergekit_plus.recipe_schema import as_json
+    from mergekit_plus.starter import starter
+
+    opened = open_model(model)
+    text = starter(opened, os.path.relpath(model, out.parent) if Path(model).exists() else model, beside(model, "", "folder").name.rstrip("-"))
+    for path, content in ((out, text), (out.with_name("recipe.schema.json"), as_json())):
+        if path.exists() and not overwrite and path.read_text(encoding="utf-8") != content:
+            raise OutputError(f"{path} exists already; name another recipe with -o, or replace it with --overwrite")
+        path.write_text(content, encoding="utf-8")
+    print_result({}, [f"wrote {out}; `compress run {out}` carries it out, `--dry-run` tells first what that takes"], False)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors: `compress schema > recipe.schema.json`."""
+    from mergekit_plus.recipe_schema import as_json
+
+    print(as_json(), end="")
