@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -32,6 +32,9 @@ from .common import (
     text_key,
     writes,
 )
+
+if TYPE_CHECKING:
+    from mergekit_plus.digests import Digests
 
 
 @app.command()
@@ -105,6 +108,8 @@ def fold(
     by: Annotated[str, typer.Option("--by", help="what tells which blocks go: leave-one-out, gates or influence")] = "leave-one-out",
     share: Annotated[int, typer.Option("--share", min=1, help="neighbouring blocks that share one set of linear weights")] = 1,
     parent: Annotated[Literal["first", "average"], typer.Option("--parent", help="whose weights those are: the first block's, or the mean")] = "first",
+    compact: Annotated[bool, typer.Option("--compact", help="store once what blocks share; transformers loads that with trust_remote_code")] = False,
+    expand: Annotated[bool, typer.Option("--expand", help="turn a compact model into an ordinary one")] = False,
     calibration: Calibrate = [],  # noqa: B006
     windows: FewWindows = 64,
     window: CalibrationWindow = None,
@@ -114,12 +119,28 @@ def fold(
     digests = None if how.resume else hash_early(model)
     from mergekit_plus.recipe import check
 
+    if expand:
+        return _expand(model, how, bool(remove or keep or compact or calibration or share > 1), digests)
     step = {
-        "remove": remove, "by": by, "share": share, "parent": parent, "of": "model", **({"keep": _numbers("--keep", keep)} if keep is not None else {}),
+        "remove": remove, "by": by, "share": share, "parent": parent, "compact": compact, "of": "model",
+        **({"keep": _numbers("--keep", keep)} if keep is not None else {}),
         **(calibration_key(calibration, windows=windows, window=window, seed=seed) if calibration else {}),
     }  # fmt: skip
     recipe = check({"inputs": {"model": model}, "steps": [{"fold": step}]}, Path(), "compress fold")
-    carry_out(recipe, how, beside(model, "folded", "folder"), digests)
+    carry_out(recipe, how, beside(model, "compact" if compact else "folded", "folder"), digests)
+
+
+def _expand(model: str, how: Writing, folds: bool, digests: Digests | None) -> None:
+    """`compress fold COMPACT --expand`: what a compact model opens as, written out."""
+    from mergekit_plus.errors import OptionError
+    from mergekit_plus.inspection import inspect
+    from mergekit_plus.recipe import check
+
+    if folds:
+        raise OptionError("--expand writes out what a compact model stands for; fold that in a run of its own")
+    if inspect(open_model(model))["compact"] is None:
+        raise OptionError(f"{model} is not a compact model; --expand turns one into an ordinary model")
+    carry_out(check({"inputs": {"model": model}}, Path(), "compress fold --expand"), how, beside(model, "expanded", "folder"), digests)
 
 
 @app.command()

@@ -172,6 +172,7 @@ class FoldStep(Strict):
     pinned: list[int] = Field(default_factory=list)  # blocks that stay whatever is found
     share: int = Field(default=1, ge=1)  # neighbours in a group
     parent: Literal["first", "average"] = "first"
+    compact: bool = False  # what blocks share is stored once
     calibration: CalibrationOptions | None = None
     scores: list[float] | None = None  # how much each block counts, where that was found
     of: str | None = None
@@ -190,6 +191,8 @@ class FoldStep(Strict):
             yield "fold: keep says which blocks stay; leave remove out"
         if self.by not in SCORES:
             yield f"fold: unknown importance '{self.by}'.{nearest(self.by, SCORES)}"
+        if self.compact and self.share == 1:
+            yield "fold: compact stores once what blocks share; say how many share with share"
         if self.is_open and self.calibration is None:
             yield "fold: which blocks go is found on a text: give one with --calibration FILE, or the blocks that stay with --keep"
         if self.of is not None:
@@ -209,9 +212,9 @@ class FoldStep(Strict):
         return self.model_copy(update={"keep": list(found.kept), "scores": [round(score, 6) for score in found.scores]})
 
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
-        from prune.fold import Fold, count_of, folded, stack_of
+        from prune.fold import Fold, compacted, count_of, folded, stack_of
 
         source = source_of(self.of, inputs, previous, "fold")
         blocks = len(stack_of(source).layers)
         keep = self.keep if self.keep is not None else range(blocks - count_of(self.remove, blocks))  # as many as there will be
-        return folded(source, Fold.of(keep, self.share, self.parent))
+        return (compacted if self.compact else folded)(source, Fold.of(keep, self.share, self.parent))

@@ -4,8 +4,9 @@ FoldGPT-style: the paper (arXiv 2407.00928) names learnable gates under a remova
 and has no code; what it leaves open is chosen here and said where it is chosen.
 """
 
+from .compact import compacted, expanded, fold_of
 from .find import count_of, find
 from .importance import SCORES, Importance, importance
 from .surgery import Fold, folded, stack_of
 
-__all__ = ["SCORES", "Fold", "Importance", "count_of", "find", "folded", "importance", "stack_of"]
+__all__ = ["SCORES", "Fold", "Importance", "compacted", "count_of", "expanded", "find", "fold_of", "folded", "importance", "stack_of"]
