@@ -118,9 +118,10 @@ def measure(checkpoint: Checkpoint, checks: Checks, folder: Path, progress: Prog
     """
     from quant.plan import dequantize, is_packed
 
-    from .evaluate import compare, load_model, load_tokenizer, perplexity, size, tokenize
+    from .evaluate import Size, compare, load_model, load_tokenizer, perplexity, size, tokenize
+    from .inspection import stored_bytes
 
-    facts = size(checkpoint)
+    facts = Size(stored_bytes(checkpoint), size(checkpoint).parameters)
     row: Row = {"model": checkpoint.label, "MB": facts.nbytes / 1e6, "bits/weight": facts.bits_per_weight}
     if not checks.texts:
         return row

@@ -12,7 +12,7 @@ from .errors import CheckpointError
 from .evaluate import size
 from .model import adapter_reason, describe
 
-GROUPS = (128, 64, 32)
+GROUPS = (128, 64, 32, 16)
 TEMPLATE = """\
 # yaml-language-server: $schema=recipe.schema.json
 # What becomes of {label}: {about}.
@@ -55,7 +55,7 @@ def starter(model: Checkpoint, ref: str, name: str) -> str:
         raise CheckpointError(f"{model.label} is quantized already; begin with the model that it was made from")
     known = describe(model)
     widths = [model.specs[name].shape[-1] for name, meaning in known.tensors.items() if meaning.role == "linear"]
-    group = next((group for group in GROUPS if all(width % group == 0 for width in widths)), GROUPS[-1])
+    group = next((group for group in GROUPS if all(width % group == 0 for width in widths)), 0)
     before, after = size(model), size(quantize(model, Scheme(bits=4, group_size=group)))
     bits = f"{math.ceil(after.bits_per_weight * 10) / 10:g}"
     kind = next(iter(model.config.get("architectures") or ["a checkpoint without config.json"]))
