@@ -418,12 +418,14 @@ def plan(recipe: Recipe, how: Execution | None = None) -> dict[str, Any]:
     if target is None or how.push:
         check_target(out, how.save.overwrite, result)
     layout = plan_save(result, out, _save_options(recipe, how))
-    cached = sum(blob.size for blobs in input_files(result).values() for blob in blobs if isinstance(blob, HubFile)) if how.cache else 0
+    blobs = [blob for blobs in input_files(result).values() for blob in blobs]
+    cached = sum(blob.size for blob in blobs if isinstance(blob, HubFile)) if how.cache else 0
     copies = sum(len(step.writes) for step in steps_of(result) if is_copy(step) and not isinstance(step.reads[0][0].source, Deferred))
     return {
         "out": str(out if target is None or how.push else target), "files": len(layout.shards),
         "tensors": {"computed": len(result.specs) - copies, "copied": copies},
         "bytes_read": layout.bytes_read, "bytes_measured": layout.bytes_measured, "bytes_written": layout.bytes_written,
+        "bytes_hashed": sum(blob.size for blob in blobs if not isinstance(blob, HubFile)) + layout.bytes_written,
         "measurements": len(layout.before) - len(layout.deferred), "computations": len(layout.deferred),
         "memory": layout.memory, "workers": layout.workers, "largest_unit": layout.largest_unit, "peak_memory": layout.peak_memory,
         "from_hub": {"bytes": cached or layout.from_hub[0], "requests": layout.from_hub[1] * (not cached)},

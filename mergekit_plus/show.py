@@ -94,7 +94,7 @@ def plan_lines(facts: Mapping[str, Any]) -> list[str]:
         hub = [f"from the Hub: {size(facts['from_hub']['bytes'])} in {facts['from_hub']['requests']} requests{advice}"]
     return [
         f"would write {facts['out']}: {kinds}; {size(facts['bytes_written'])} in {facts['files']} file{'s' * (facts['files'] != 1)}",
-        f"reads {size(facts['bytes_read'])}{again}; "
+        f"reads {size(facts['bytes_read'])}{again}; hashes {size(facts['bytes_hashed'])} beside that; "
         f"at most {size(facts['peak_memory'])} in flight ({facts['workers']} workers, largest unit {size(facts['largest_unit'])}); "
         f"needs {size(facts['disk_needed'])} on the disk, {size(facts['disk_free'])} are free",
         *hub,
