@@ -252,7 +252,7 @@ def meta_model(checkpoint: Checkpoint) -> Any:
     Errors: CheckpointError as `architecture`, and where transformers cannot build it.
     """
     parts = [checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, dict))]
-    layers = [value for part in parts for key, value in part.items() if isinstance(value, int) and re.search("layer|depth", key)]
+    layers = [value for part in parts for key, value in part.items() if isinstance(value, int) and re.search("layers|layer$|depth", key)]
     if max(layers, default=0) > len(checkpoint.specs) + 1000:
         raise CheckpointError(f"{checkpoint.label}: config.json asks for {max(layers)} layers, the tensors are {len(checkpoint.specs)}")
     import torch
