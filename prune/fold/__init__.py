@@ -6,6 +6,6 @@ and has no code; what it leaves open is chosen here and said where it is chosen.
 
 from .find import count_of, find
 from .importance import SCORES, Importance, importance
-from .surgery import Fold, folded, stack_of
+from .surgery import Fold, folded, shareable, stack_of
 
-__all__ = ["SCORES", "Fold", "Importance", "count_of", "find", "folded", "importance", "stack_of"]
+__all__ = ["SCORES", "Fold", "Importance", "count_of", "find", "folded", "importance", "shareable", "stack_of"]

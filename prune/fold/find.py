@@ -11,7 +11,8 @@ from mergekit_plus.errors import OptionError
 from mergekit_plus.evaluate import load_model, windows
 from mergekit_plus.progress import Progress
 
-from .importance import Importance, blocks_of, importance
+from .blocks import blocks_of
+from .importance import Importance, importance
 from .surgery import stack_of
 
 
