@@ -25,9 +25,11 @@ from .common import (
     beside,
     calibration_key,
     carry_out,
+    check_device,
     execution_of,
     hash_early,
     open_model,
+    print_result,
     settings,
     text_key,
     writes,
@@ -105,6 +107,10 @@ def fold(
     by: Annotated[str, typer.Option("--by", help="what tells which blocks go: leave-one-out, gates or influence")] = "leave-one-out",
     share: Annotated[int, typer.Option("--share", min=1, help="neighbouring blocks that share one set of linear weights")] = 1,
     parent: Annotated[Literal["first", "average"], typer.Option("--parent", help="whose weights those are: the first block's, or the mean")] = "first",
+    residual_scale: Annotated[bool, typer.Option("--residual-scale", help="fit a factor for each residual branch to the calibration text")] = False,
+    budget: Annotated[float | None, typer.Option("--budget", help="write a plan, not a model: what goes and what shares for this share of the bytes")] = None,
+    operations: Annotated[float | None, typer.Option("--operations", help="the same, for this share of what the blocks compute")] = None,
+    plan: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="plan.yaml of --budget: what goes and what shares")] = None,
     calibration: Calibrate = [],  # noqa: B006
     windows: FewWindows = 64,
     window: CalibrationWindow = None,
@@ -114,12 +120,38 @@ def fold(
     digests = None if how.resume else hash_early(model)
     from mergekit_plus.recipe import check
 
+    text = calibration_key(calibration, windows=windows, window=window, seed=seed) if calibration else {}
+    if budget is not None or operations is not None:
+        if remove or keep is not None or share > 1 or plan is not None or residual_scale:
+            from mergekit_plus.errors import OptionError
+
+            raise OptionError("a budget is for finding a plan; leave --remove, --keep, --share, --plan and --residual-scale out, and fold with --plan then")
+        return _plan_depth(model, budget, operations, text, how)
     step = {
         "remove": remove, "by": by, "share": share, "parent": parent, "of": "model", **({"keep": _numbers("--keep", keep)} if keep is not None else {}),
-        **(calibration_key(calibration, windows=windows, window=window, seed=seed) if calibration else {}),
+        "plan": plan and str(plan), "residual_scale": residual_scale, **text,
     }  # fmt: skip
     recipe = check({"inputs": {"model": model}, "steps": [{"fold": step}]}, Path(), "compress fold")
     carry_out(recipe, how, beside(model, "folded", "folder"), digests)
+
+
+def _plan_depth(model: str, budget: float | None, operations: float | None, text: dict[str, Any], how: Writing) -> None:
+    """Find a plan for `compress fold --plan`, and write it."""
+    from mergekit_plus.calibration.options import CalibrationOptions
+    from mergekit_plus.depths import DepthOptions, facts, plan_depth
+    from mergekit_plus.errors import OptionError
+    from mergekit_plus.progress import on
+    from mergekit_plus.show import depth_lines
+
+    if not text:
+        raise OptionError("a plan is found on a text: give one with --calibration FILE")
+    check_device(how.device)
+    options = CalibrationOptions.model_validate(text["calibration"])
+    for problem in options.problems(Path()):
+        raise OptionError(f"--calibration: {problem}")
+    asked = DepthOptions(options, budget, operations, device=how.device, overwrite=how.overwrite)
+    found = facts(plan_depth(open_model(model), asked, how.out or Path("plan.yaml"), on()))
+    print_result(found, depth_lines(found), how.as_json)
 
 
 @app.command()

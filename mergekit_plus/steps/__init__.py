@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
+from prune.fold.plan_file import read as read_plan
 from quant.bits_file import read as read_allocation
 
 from ..calibration.options import CalibrationOptions
@@ -19,7 +21,7 @@ from .quantizing import CalibrateStep, ConvertStep, DequantizeStep, QuantizeStep
 
 __all__ = [
     "OPERATIONS", "TEXT_KEYS", "Execution", "FoldStep", "MergeStep", "PruneStep", "StepOptions", "Strict", "calibrations", "order_problems", "parse_step",
-    "parse_steps", "schema_problems", "source_of", "with_allocations",
+    "parse_steps", "schema_problems", "source_of", "with_files",
 ]  # fmt: skip
 
 StepOptions = (
@@ -57,6 +59,11 @@ OPERATIONS: dict[str, type[StepOptions]] = {
     "retrain": RetrainStep,
 }
 TEXT_KEYS = ("calibration", "text")  # of steps, as the flags of commands: what methods look at; what trains, or is measured on
+# Keys that may name a file, how it is read, and what stands for one that cannot be.
+FILES: dict[tuple[str, str], tuple[Callable[[Path], Any], Any]] = {
+    ("quantize", "allocation"): (lambda path: [group.model_dump() for group in read_allocation(path)], []),
+    ("fold", "plan"): (lambda path: read_plan(path).model_dump(), {"blocks": 1, "kept": [0], "groups": [0], "parents": [0]}),
+}
 FIRST = (MergeStep, MergekitStep, MoeStep, ExtractAdapterStep, TrainAdapterStep, DeltaStep)  # they read inputs, not what a step before them made
 
 
@@ -84,18 +91,19 @@ def parse_steps(steps: Sequence[object]) -> tuple[list[dict[str, StepOptions]], 
     return parsed, found
 
 
-def with_allocations(steps: Sequence[object], folder: Path) -> tuple[list[object], list[str]]:
-    """Steps whose allocation is a file, relative to `folder`, with what the file holds in its place; and a sentence for each that cannot be read."""
+def with_files(steps: Sequence[object], folder: Path) -> tuple[list[object], list[str]]:
+    """Steps whose allocation or plan is a file, relative to `folder`, with what the file holds in its place; and a sentence for each that cannot be read."""
     done, found = list(steps), []
     for number, step in enumerate(steps, 1):
-        options = step.get("quantize") if isinstance(step, dict) else None
-        if isinstance(options, dict) and isinstance(options.get("allocation"), str):
-            try:
-                groups = read_allocation(folder / Path(options["allocation"]).expanduser())
-            except CompressError as error:
-                found.append(f"step {number}, quantize: allocation: {error}")
-                groups = []
-            done[number - 1] = {"quantize": {**options, "allocation": [group.model_dump() for group in groups]}}
+        for (name, key), (read, nothing) in FILES.items():
+            options = step.get(name) if isinstance(step, dict) else None
+            if isinstance(options, dict) and isinstance(options.get(key), str):
+                try:
+                    content = read(folder / Path(options[key]).expanduser())
+                except CompressError as error:
+                    found.append(f"step {number}, {name}: {key}: {error}")
+                    content = nothing
+                done[number - 1] = {name: {**options, key: content}}
     return done, found
 
 

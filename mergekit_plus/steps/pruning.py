@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from prune.fold.plan_file import FoldPlan
+
 from ..calibration.options import CalibrationOptions
 from ..checkpoint import Checkpoint
 from ..errors import nearest, not_inputs
@@ -172,6 +174,8 @@ class FoldStep(Strict):
     pinned: list[int] = Field(default_factory=list)  # blocks that stay whatever is found
     share: int = Field(default=1, ge=1)  # neighbours in a group
     parent: Literal["first", "average"] = "first"
+    plan: FoldPlan | None = None  # all of this, as `compress fold --budget` found it; its file is read when the recipe is
+    residual_scale: bool = False  # fit a factor for each residual branch to the text
     calibration: CalibrationOptions | None = None
     scores: list[float] | None = None  # how much each block counts, where that was found
     of: str | None = None
@@ -184,7 +188,11 @@ class FoldStep(Strict):
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
         from prune.fold import SCORES
 
-        if self.keep is None and not self.remove and self.share == 1:
+        if self.plan is not None:
+            yield from (f"fold, plan: {problem}" for problem in self.plan.problems())
+            if self.keep is not None or self.remove or self.share > 1:
+                yield "fold: a plan says which blocks stay and which share; leave keep, remove and share out"
+        elif self.keep is None and not self.remove and self.share == 1:
             yield "fold: say how many blocks to remove, or which to keep, or how many are to share"
         if self.keep is not None and self.remove and self.scores is None:
             yield "fold: keep says which blocks stay; leave remove out"
@@ -192,6 +200,10 @@ class FoldStep(Strict):
             yield f"fold: unknown importance '{self.by}'.{nearest(self.by, SCORES)}"
         if self.is_open and self.calibration is None:
             yield "fold: which blocks go is found on a text: give one with --calibration FILE, or the blocks that stay with --keep"
+        if self.residual_scale and self.share > 1:
+            yield "fold: blocks that share their weights cannot have a scale each; leave residual_scale out, or share"
+        if self.residual_scale and self.calibration is None:
+            yield "fold: residual_scale is fitted on a text: give one with --calibration FILE"
         if self.of is not None:
             yield from (f"fold: {problem}" for problem in not_inputs([self.of], inputs))
 
@@ -210,8 +222,14 @@ class FoldStep(Strict):
 
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
         from prune.fold import Fold, count_of, folded, stack_of
+        from prune.fold.scale import rescaled
 
         source = source_of(self.of, inputs, previous, "fold")
         blocks = len(stack_of(source).layers)
         keep = self.keep if self.keep is not None else range(blocks - count_of(self.remove, blocks))  # as many as there will be
-        return folded(source, Fold.of(keep, self.share, self.parent))
+        fold = self.plan.fold_for(blocks) if self.plan is not None else Fold.of(keep, self.share, self.parent)
+        result = folded(source, fold)
+        if not self.residual_scale or self.calibration is None:
+            return result
+        rows, notes = self.calibration.placed(how.folder).read(source)
+        return replace(rescaled(source, result, fold, rows, how.device), notes=(*result.notes, *notes))
