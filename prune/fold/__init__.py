@@ -6,6 +6,11 @@ and has no code; what it leaves open is chosen here and said where it is chosen.
 
 from .find import count_of, find
 from .importance import SCORES, Importance, importance
+from .maps import MAPS, SOURCES, Map, Source, choose_parents, mapped
+from .relax import rank_of, voices
 from .surgery import Fold, folded, stack_of
 
-__all__ = ["SCORES", "Fold", "Importance", "count_of", "find", "folded", "importance", "stack_of"]
+__all__ = [
+    "MAPS", "SCORES", "SOURCES", "Fold", "Importance", "Map", "Source", "choose_parents", "count_of", "find", "folded", "importance", "mapped", "rank_of",
+    "stack_of", "voices",
+]  # fmt: skip
