@@ -4,13 +4,14 @@ FoldGPT-style: the paper (arXiv 2407.00928) names learnable gates under a remova
 and has no code; what it leaves open is chosen here and said where it is chosen.
 """
 
+from .compact import compacted, expanded, fold_of
 from .find import count_of, find
 from .importance import SCORES, Importance, importance
 from .maps import MAPS, SOURCES, Map, Source, choose_parents, mapped
-from .relax import rank_of, voices
+from .relax import rank_of, relaxed, voices
 from .surgery import Fold, folded, stack_of
 
 __all__ = [
-    "MAPS", "SCORES", "SOURCES", "Fold", "Importance", "Map", "Source", "choose_parents", "count_of", "find", "folded", "importance", "mapped", "rank_of",
-    "stack_of", "voices",
+    "MAPS", "SCORES", "SOURCES", "Fold", "Importance", "Map", "Source", "choose_parents", "compacted", "count_of", "expanded", "find", "fold_of", "folded",
+    "importance", "mapped", "rank_of", "relaxed", "stack_of", "voices",
 ]  # fmt: skip

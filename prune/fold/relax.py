@@ -27,9 +27,8 @@ from mergekit_plus.errors import CheckpointError, OptionError
 from mergekit_plus.layers import Part
 from mergekit_plus.model import Meaning, describe
 
+from .compact import A, B, compacted
 from .surgery import Fold, _mean_step, shareable, stack_of
-
-A, B = "lora_A.weight", "lora_B.weight"
 
 
 def rank_of(asked: str) -> int:
@@ -38,6 +37,13 @@ def rank_of(asked: str) -> int:
     if kind != "lora" or not rank.isdecimal() or int(rank) < 1:
         raise OptionError(f"relax {asked}: write lora:RANK, as in lora:8")
     return int(rank)
+
+
+def relaxed(checkpoint: Checkpoint, fold: Fold, rank: int) -> Checkpoint:
+    """The compact checkpoint of a fold whose places have voices. Errors: as `voices` and `compacted`."""
+    factors = voices(checkpoint, fold, rank)
+    modules = (name.removesuffix(f".{A}") for name in factors.specs if name.endswith(f".{A}"))
+    return compacted(checkpoint, fold, {module: (factors, f"{module}.{A}", f"{module}.{B}") for module in modules})
 
 
 def voices(checkpoint: Checkpoint, fold: Fold, rank: int) -> Checkpoint:
