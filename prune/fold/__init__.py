@@ -10,8 +10,9 @@ from .importance import SCORES, Importance, importance
 from .maps import MAPS, SOURCES, Map, Source, choose_parents, mapped
 from .relax import rank_of, relaxed, voices
 from .surgery import Fold, folded, stack_of
+from .tied import load_tied, sites_of_compact, without_voices
 
 __all__ = [
     "MAPS", "SCORES", "SOURCES", "Fold", "Importance", "Map", "Source", "choose_parents", "compacted", "count_of", "expanded", "find", "fold_of", "folded",
-    "importance", "mapped", "rank_of", "relaxed", "stack_of", "voices",
+    "importance", "load_tied", "mapped", "rank_of", "relaxed", "sites_of_compact", "stack_of", "voices", "without_voices",
 ]  # fmt: skip

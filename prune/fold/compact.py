@@ -22,7 +22,7 @@ from mergekit_plus.adapters.product import block_rows, blocks, working_dtype
 from mergekit_plus.checkpoint import Checkpoint, Plan, Step, copy_step
 from mergekit_plus.errors import CheckpointError, OptionError, nearest
 from mergekit_plus.layers import Part
-from mergekit_plus.model import describe, layer_of
+from mergekit_plus.model import Meaning, describe, layer_of
 
 from .surgery import COMPACT, Fold, operated, shareable, stack_of
 
@@ -47,7 +47,8 @@ def compacted(checkpoint: Checkpoint, fold: Fold, factors: Mapping[str, Factor] 
     shared = shareable(checkpoint, part)
     result = operated(checkpoint, fold, part, shared, once=True)
     private = _private(checkpoint, fold, part, shared)
-    voices = [step for module, factor in (factors or {}).items() for step in _voice_steps(checkpoint, fold, part, module, factor)]
+    meanings = describe(checkpoint).tensors
+    voices = [step for module, factor in (factors or {}).items() for step in _voice_steps(checkpoint, fold, part, meanings, module, factor)]
     assert isinstance(result.source, Plan)
     said = {
         "version": VERSION, "model_type": checkpoint.config.get("model_type"), "architectures": checkpoint.config.get("architectures"), "stack": part.stack,
@@ -96,13 +97,15 @@ def _private(checkpoint: Checkpoint, fold: Fold, part: Part, shared: frozenset[s
     return list(found)
 
 
-def _voice_steps(checkpoint: Checkpoint, fold: Fold, part: Part, module: str, factor: Factor) -> Iterator[Step]:
+def _voice_steps(
+    checkpoint: Checkpoint, fold: Fold, part: Part, meanings: Mapping[str, Meaning], module: str, factor: Factor
+) -> Iterator[Step]:
     """The copies of a module's A and B. Errors: OptionError where they do not fit it."""
     place = layer_of(f"{module}.")
     if place is None or place[0] != (part.stack or "") or place[1] >= len(fold.kept):
         raise OptionError(f"{module} is not a module of the blocks 0 to {len(fold.kept) - 1} that the result has")
     name = part.moved(f"{module}.weight", place[1], fold.sources(place[1])[0])
-    meaning = describe(checkpoint).tensors.get(name)
+    meaning = meanings.get(name)
     if meaning is None:
         raise OptionError(f"{module}: {checkpoint.label} has no tensor '{name}'.{nearest(name, part.layers[0])}")
     if meaning.role != "linear" or meaning.transposed or not (meaning.parameter or name).endswith(f".{_local(name, part.stack or '', meaning.block or 0)}"):
