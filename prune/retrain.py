@@ -29,7 +29,7 @@ from .fold.compact import fold_of
 from .fold.importance import blocks_of
 from .fold.surgery import stack_of
 from .fold.tail import with_tail
-from .fold.tied import load_tied, sites_of_compact, without_voices
+from .fold.tied import load_tied, sites_of_compact, stored, without_voices
 from .perp import VARIANTS, Adapted, Share, Site, adapt, check_variants, chosen_sites, report
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # that `tune_lr` tries
@@ -84,10 +84,12 @@ def split_options(given: Mapping[str, Any], variants: Sequence[str]) -> tuple[Tr
 def retrain(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpoint | None = None) -> Checkpoint:
     """The checkpoint with what its variants train trained on a text, or towards a teacher; zeros of linear weights stay.
 
+    A compact checkpoint, or the model that it was opened as, stays compact: what blocks share trains once.
     Nothing is computed before a tensor is read; the computation is resumable. `trainable` says what trains.
     Errors: OptionError for options that cannot be, and where there is nothing to train; CheckpointError for what is quantised, no causal model, or
     unknown to transformers.
     """
+    checkpoint = stored(checkpoint)
     if teacher is not None and (reason := quantized_reason(teacher) or adapter_reason(teacher)):
         raise CheckpointError(reason)
     sites = _sites(checkpoint, options)
@@ -108,6 +110,7 @@ def retrain(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpoint
 
 def trainable(checkpoint: Checkpoint, options: RetrainOptions) -> list[Share]:
     """What each variant trains, and all together ("total"): tensors, parameters, and percent of the model's; from headers alone."""
+    checkpoint = stored(checkpoint)
     return _shares(checkpoint, options, _sites(checkpoint, options))
 
 
@@ -128,10 +131,10 @@ def _tail(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpoint |
         return []
     if teacher is None:
         raise OptionError("the tail is drawn towards a teacher's blocks: give one with --teacher")
-    blocks, theirs, fold = (len(stack_of(without_voices(checkpoint)).layers), len(stack_of(teacher).layers), fold_of(checkpoint))
+    blocks, theirs, fold = len(stack_of(without_voices(checkpoint)).layers), len(stack_of(teacher).layers), fold_of(checkpoint)
     kept = options.kept or (fold.kept if fold is not None else tuple(range(blocks)) if blocks == theirs else None)
     if kept is None:
-        raise OptionError(f"which of the teacher's {theirs} blocks the {blocks} of {checkpoint.label} were is not known: say it with --kept, as in --kept 0,1,4")
+        raise OptionError(f"which of the teacher's {theirs} blocks the {blocks} of {checkpoint.label} were is not known; say it with --kept 0,1,4")
     if len(kept) != blocks or max(kept) >= theirs or min(kept) < 0 or not 0 < options.tail <= blocks:
         raise OptionError(f"a tail of {options.tail} blocks of {len(kept)}, {list(kept)}: the model has {blocks} blocks, and its teacher {theirs}")
     return list(enumerate(kept))[-options.tail :]
@@ -190,7 +193,7 @@ def _retrained(
         master = load_model(teacher, progress=work.progress).to(options.device)
         loss = distillation(master, options.distill)
         if tail := _tail(checkpoint, options, teacher):
-            blocks, targets = (blocks_of(model, without_voices(checkpoint)).modules, blocks_of(master, teacher).modules)
+            blocks, targets = blocks_of(model, without_voices(checkpoint)).modules, blocks_of(master, teacher).modules
             loss = with_tail(loss, [blocks[ours] for ours, _ in tail], [targets[theirs] for _, theirs in tail], options.tail_weight)
 
     def run(training: TrainOptions, folder: str) -> TrainRecord:

@@ -103,8 +103,15 @@ def fold(
     remove: Annotated[float, typer.Option("--remove", help="blocks to take out: a share such as 0.25, or a number")] = 0,
     keep: Annotated[str | None, typer.Option("--keep", metavar="N,N,...", help="blocks that stay, in order, in place of --remove")] = None,
     by: Annotated[str, typer.Option("--by", help="what tells which blocks go: leave-one-out, gates or influence")] = "leave-one-out",
-    share: Annotated[int, typer.Option("--share", min=1, help="neighbouring blocks that share one set of linear weights")] = 1,
-    parent: Annotated[Literal["first", "average"], typer.Option("--parent", help="whose weights those are: the first block's, or the mean")] = "first",
+    share: Annotated[int, typer.Option("--share", min=1, help="blocks that share one set of linear weights")] = 1,
+    map_: Annotated[
+        Literal["sequence", "cycle", "middle_cycle"], typer.Option("--map", help="which blocks share: neighbours, or those of a cycle that is run again")
+    ] = "sequence",
+    parent: Annotated[
+        Literal["first", "average", "stepwise", "loss"],
+        typer.Option("--parent", help="whose weights those are: the first block's, the mean, a block's at regular intervals, or what a text likes best"),
+    ] = "first",
+    relax: Annotated[str | None, typer.Option("--relax", metavar="lora:RANK", help="give each block that shares low-rank factors of its own")] = None,
     calibration: Calibrate = [],  # noqa: B006
     windows: FewWindows = 64,
     window: CalibrationWindow = None,
@@ -115,7 +122,8 @@ def fold(
     from mergekit_plus.recipe import check
 
     step = {
-        "remove": remove, "by": by, "share": share, "parent": parent, "of": "model", **({"keep": _numbers("--keep", keep)} if keep is not None else {}),
+        "remove": remove, "by": by, "share": share, "map": map_, "parent": parent, "relax": relax, "of": "model",
+        **({"keep": _numbers("--keep", keep)} if keep is not None else {}),
         **(calibration_key(calibration, windows=windows, window=window, seed=seed) if calibration else {}),
     }  # fmt: skip
     recipe = check({"inputs": {"model": model}, "steps": [{"fold": step}]}, Path(), "compress fold")

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..calibration.options import CalibrationOptions
 from ..checkpoint import Checkpoint
-from ..errors import nearest, not_inputs
+from ..errors import OptionError, nearest, not_inputs
 from .base import Execution, Strict, lesson_rows, source_of, with_lesson
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prune.fold import Fold
 
 
 class RepairOptions(BaseModel):
@@ -170,16 +175,19 @@ class FoldStep(Strict):
     keep: list[int] | None = None  # the blocks that stay, in order
     by: str = "leave-one-out"
     pinned: list[int] = Field(default_factory=list)  # blocks that stay whatever is found
-    share: int = Field(default=1, ge=1)  # neighbours in a group
-    parent: Literal["first", "average"] = "first"
+    share: int = Field(default=1, ge=1)  # blocks in a group
+    map: Literal["sequence", "cycle", "middle_cycle"] = "sequence"  # which blocks those are
+    parent: Literal["first", "average", "stepwise", "loss"] = "first"
+    parents: list[int] | None = None  # for each group the block whose weights it has, where that was found
+    relax: str | None = None  # lora:RANK: what a block had beyond its group, as low-rank factors of its own
     calibration: CalibrationOptions | None = None
     scores: list[float] | None = None  # how much each block counts, where that was found
     of: str | None = None
 
     @property
     def is_open(self) -> bool:
-        """Whether it is still to be found out which blocks go."""
-        return self.remove > 0 and self.keep is None
+        """Whether it is still to be found out which blocks go, or whose weights groups have."""
+        return (self.remove > 0 and self.keep is None) or (self.parent == "loss" and self.parents is None)
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
         from prune.fold import SCORES
@@ -190,28 +198,64 @@ class FoldStep(Strict):
             yield "fold: keep says which blocks stay; leave remove out"
         if self.by not in SCORES:
             yield f"fold: unknown importance '{self.by}'.{nearest(self.by, SCORES)}"
-        if self.is_open and self.calibration is None:
+        if self.remove and self.keep is None and self.calibration is None:
             yield "fold: which blocks go is found on a text: give one with --calibration FILE, or the blocks that stay with --keep"
+        elif self.is_open and self.calibration is None:
+            yield "fold: the parents that lose least are found on a text: give one with --calibration FILE, or another --parent"
+        if self.parents is not None and self.parent != "loss":
+            yield f"fold: parents are what `parent: loss` found; leave them out, or parent: {self.parent}"
+        if self.relax is not None:
+            yield from self._relax_problems(self.relax)
         if self.of is not None:
             yield from (f"fold: {problem}" for problem in not_inputs([self.of], inputs))
 
-    def found(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> FoldStep:
-        """The same step with the blocks that stay."""
-        from prune.fold import find
+    def _relax_problems(self, asked: str) -> Iterator[str]:
+        from prune.fold import rank_of
 
+        try:
+            rank_of(asked)
+        except OptionError as error:
+            yield f"fold: {error}"
+        if self.share == 1:
+            yield "fold: relax is for blocks that share; say how many do with --share"
+
+    def found(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> FoldStep:
+        """The same step with the blocks that stay, and the parents of groups."""
         source = source_of(self.of, inputs, previous, "fold")
         assert self.calibration is not None
         rows, _ = self.calibration.placed(how.folder).read(source)
+        step = self._with_blocks(source, rows, how) if self.remove and self.keep is None else self
+        return step._with_parents(source, rows, how) if step.is_open else step
+
+    def _with_blocks(self, source: Checkpoint, rows: Tensor, how: Execution) -> FoldStep:
+        from prune.fold import find
+
+        assert self.calibration is not None
         found = find(
             source, rows, self.remove, self.by, pinned=self.pinned, seed=self.calibration.seed, device=how.device, progress=how.save.progress
         )  # fmt: skip
         how.save.progress.tell(f"fold: {self.by} takes out {', '.join(map(str, found.removed))} of the blocks 0 to {len(found.scores) - 1}")
         return self.model_copy(update={"keep": list(found.kept), "scores": [round(score, 6) for score in found.scores]})
 
+    def _with_parents(self, source: Checkpoint, rows: Tensor, how: Execution) -> FoldStep:
+        from prune.fold import find_parents
+
+        found = find_parents(source, self._fold(source), rows, device=how.device, progress=how.save.progress)
+        how.save.progress.tell(f"fold: groups have the weights of the blocks {', '.join(map(str, found))}")
+        return self.model_copy(update={"parents": list(found)})
+
+    def _fold(self, source: Checkpoint) -> Fold:
+        """What becomes of the blocks; where that is still to be found, as many of them."""
+        from prune.fold import count_of, mapped, stack_of
+
+        blocks = len(stack_of(source).layers)
+        keep = self.keep if self.keep is not None else range(blocks - count_of(self.remove, blocks))
+        parent = "first" if self.parent == "loss" and self.parents is None else self.parent
+        return mapped(keep, self.share, self.map, parent, self.parents)
+
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
-        from prune.fold import Fold, count_of, folded, stack_of
+        from prune.fold import expanded, folded, rank_of, relaxed
 
         source = source_of(self.of, inputs, previous, "fold")
-        blocks = len(stack_of(source).layers)
-        keep = self.keep if self.keep is not None else range(blocks - count_of(self.remove, blocks))  # as many as there will be
-        return folded(source, Fold.of(keep, self.share, self.parent))
+        fold = self._fold(source)
+        return folded(source, fold) if self.relax is None else expanded(relaxed(source, fold, rank_of(self.relax)))

@@ -1,7 +1,7 @@
 """A compact model in memory, to train: the weights of a group are one parameter, each place has its own norms and its own voice.
 
     model = load_tied(compact)                       # a transformers model
-    sites_of_compact(compact)                        # what may train, each once, by the names in the compact checkpoint
+    sites_of_compact(compact)                        # what may train, each once, under the names in the compact checkpoint
 
 A voice stands on its linear layer as two thin ones, `lora_A` and `lora_B`, whose output is added by a hook: the weight W + B A is never formed, so that
 a step costs what the two cost, and an adapter on what is shared (mask_lora, under its mask) does not see it.
@@ -9,14 +9,12 @@ a step costs what the two cost, and an adapter on what is shared (mask_lora, und
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from mergekit_plus.checkpoint import Checkpoint
+from mergekit_plus.checkpoint import Checkpoint, Plan
 from mergekit_plus.checkpoint.plan import renamed
 from mergekit_plus.evaluate import load_model
 from mergekit_plus.model import layer_of
@@ -25,6 +23,16 @@ from mergekit_plus.progress import Progress
 from ..perp import Site, sites_of
 from .compact import KEY, A, B, expanded, fold_of
 from .maps import set_parameter
+
+
+def stored(checkpoint: Checkpoint) -> Checkpoint:
+    """The compact checkpoint of which this is the expanded model, as one that was opened is; another checkpoint as it is."""
+    if not isinstance(checkpoint.source, Plan):
+        return checkpoint
+    (part, *others) = {id(part): part for step in checkpoint.source.steps for part, _ in step.reads}.values() or [checkpoint]
+    if others or fold_of(part) is None or expanded(part).specs != checkpoint.specs:
+        return checkpoint
+    return replace(part, label=checkpoint.label, pinned=checkpoint.pinned)
 
 
 def without_voices(compact: Checkpoint) -> Checkpoint:
@@ -81,5 +89,6 @@ def give_voice(linear: nn.Module, a: Tensor, b: Tensor) -> None:
 
 
 def _speak(linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    parts: Mapping[str, Any] = dict(linear.named_children())
-    return output + parts["lora_B"](parts["lora_A"](args[0]))
+    a, b = (linear.get_submodule(name.removesuffix(".weight")) for name in (A, B))
+    spoken: Tensor = output + b(a(args[0]))
+    return spoken

@@ -128,7 +128,8 @@ def adapt(
 ) -> Adapted:
     """Put variants on the tensors of a model, whose weights are read in float32, in the order in which they are named.
 
-    What blocks share is one parameter, at several sites of which the adapter is one, too. The masks are those of the weights as they are now. A head tied to the embeddings is untied by `head`, so that they stay as they are.
+    What blocks share is one parameter at several places, and has one adapter. The masks are those of the weights as they are now. A head tied to the
+    embeddings is untied by `head`, so that they stay as they are.
     Errors: OptionError for variants that cannot be, and where there is nothing to train.
     """
     if problems := check_variants(variants, options or {}):

@@ -171,7 +171,7 @@ def test_a_tail_needs_a_teacher_and_blocks_that_are_known() -> None:
     short = expanded(compacted(BASE, Fold.of([0, 2, 3, 5])))
     with pytest.raises(OptionError, match="give one with --teacher"):
         retrain(COMPACT, options_for("norms", tail=1))
-    with pytest.raises(OptionError, match=f"which of the teacher's {BLOCKS} blocks the 4 of .* were is not known: say it with --kept"):
+    with pytest.raises(OptionError, match=f"which of the teacher's {BLOCKS} blocks the 4 of .* were is not known; say it with --kept"):
         retrain(short, options_for("norms", tail=1), BASE)
     with pytest.raises(OptionError, match="a tail of 5 blocks of 4"):
         retrain(short, options_for("norms", tail=5, kept=(0, 2, 3, 5)), BASE)
