@@ -145,16 +145,22 @@ def retrain(
     window: CalibrationWindow = None,
     teacher: Annotated[str | None, typer.Option("--teacher", help="model whose predictions are the goal, as a rule the one before pruning")] = None,
     distill: Annotated[float, typer.Option("--distill", min=0, max=1, help="the teacher's part of the loss; the rest is the text's")] = 1.0,
+    tail: Annotated[int, typer.Option("--tail", min=0, help="last blocks that are drawn towards those of the teacher that they were, too")] = 0,
+    tail_weight: Annotated[float, typer.Option("--tail-weight", min=0, help="how much the tail counts beside the predictions")] = 1.0,
+    kept: Annotated[
+        str | None, typer.Option("--kept", metavar="N,N,...", help="the teacher's blocks that the model's were, where a compact model does not say it")
+    ] = None,
     allow_densify: Annotated[bool, typer.Option("--allow-densify", help="allow a variant that brings pruned weights back")] = False,
     seed: Annotated[int, typer.Option("--seed", help="seed of the start and of the order of the text")] = 0,
     set_: Set = [],  # noqa: B006
 ) -> None:
-    """Retrain a few parameters of a pruned model, which stays as sparse: `compress retrain MODEL --train norms,mask_lora --text FILE`."""
+    """Retrain a few parameters of a model, which stays as sparse and as compact: `compress retrain MODEL --train norms,mask_lora --text FILE`."""
     digests = None if how.resume else hash_early(model, *([teacher] if teacher else []))
     from mergekit_plus.recipe import check
 
     step = {
         "train": train, "text": text_key(text, window=window, seed=seed), "teacher": "teacher" if teacher else None, "distill": distill,
+        "tail": tail, "tail_weight": tail_weight, **({"kept": _numbers("--kept", kept)} if kept is not None else {}),
         "tune_lr": tune_lr, "allow_densify": allow_densify, "of": "model", "steps": steps, "seed": seed,
         **({"lr": lr} if lr is not None else {}), **({"rank": rank} if rank is not None else {}), **settings(set_),
     }  # fmt: skip

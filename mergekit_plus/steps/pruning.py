@@ -137,6 +137,9 @@ class RetrainStep(BaseModel):
     text: CalibrationOptions
     teacher: str | None = None  # an input
     distill: float = Field(default=1.0, ge=0, le=1)
+    tail: int = Field(default=0, ge=0)  # of the last blocks, those that are drawn towards the teacher's blocks that they were
+    tail_weight: float = Field(default=1.0, ge=0)
+    kept: list[int] | None = None  # which of the teacher's blocks the model's were, where a compact model does not say it
     tune_lr: bool = False
     allow_densify: bool = False
     of: str | None = None
@@ -154,15 +157,19 @@ class RetrainStep(BaseModel):
         yield from (f"retrain: {problem}" for problem in not_inputs([name for name in (self.of, self.teacher) if name is not None], inputs))
         if self.tune_lr and "lr" in (self.model_extra or {}):
             yield "retrain: tune_lr finds the rate; leave out lr, or tune_lr"
+        if self.tail and self.teacher is None:
+            yield "retrain: the tail is drawn towards a teacher's blocks; name one, or leave tail out"
 
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from prune.fold import without_voices
         from prune.retrain import HELD_OUT, RetrainOptions, retrain, split_options
 
         training, variant_options, _ = split_options(self.model_extra or {}, self.train)
         source = source_of(self.of, inputs, previous, "retrain")
-        rows = lesson_rows(self.text, training.steps * training.batch + HELD_OUT, source, how)
+        rows = lesson_rows(self.text, training.steps * training.batch + HELD_OUT, without_voices(source), how)
         options = RetrainOptions(
-            tuple(self.train), rows, variant_options, training, distill=self.distill, tune_lr=self.tune_lr, allow_densify=self.allow_densify, device=how.device,
+            tuple(self.train), rows, variant_options, training, distill=self.distill, tail=self.tail, tail_weight=self.tail_weight,
+            kept=None if self.kept is None else tuple(self.kept), tune_lr=self.tune_lr, allow_densify=self.allow_densify, device=how.device,
         )  # fmt: skip
         made = retrain(source, options, inputs[self.teacher] if self.teacher else None)
         return with_lesson(made, training.steps, training.batch, rows)
