@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -32,6 +32,9 @@ from .common import (
     text_key,
     writes,
 )
+
+if TYPE_CHECKING:
+    from mergekit_plus.digests import Digests
 
 
 @app.command()
@@ -112,6 +115,8 @@ def fold(
         typer.Option("--parent", help="whose weights those are: the first block's, the mean, a block's at regular intervals, or what a text likes best"),
     ] = "first",
     relax: Annotated[str | None, typer.Option("--relax", metavar="lora:RANK", help="give each block that shares low-rank factors of its own")] = None,
+    compact: Annotated[bool, typer.Option("--compact", help="store once what blocks share; transformers loads that with trust_remote_code")] = False,
+    expand: Annotated[bool, typer.Option("--expand", help="turn a compact model into an ordinary one")] = False,
     calibration: Calibrate = [],  # noqa: B006
     windows: FewWindows = 64,
     window: CalibrationWindow = None,
@@ -121,13 +126,28 @@ def fold(
     digests = None if how.resume else hash_early(model)
     from mergekit_plus.recipe import check
 
+    if expand:
+        return _expand(model, how, bool(remove or keep or compact or calibration or share > 1), digests)
     step = {
-        "remove": remove, "by": by, "share": share, "map": map_, "parent": parent, "relax": relax, "of": "model",
+        "remove": remove, "by": by, "share": share, "map": map_, "parent": parent, "relax": relax, "compact": compact, "of": "model",
         **({"keep": _numbers("--keep", keep)} if keep is not None else {}),
         **(calibration_key(calibration, windows=windows, window=window, seed=seed) if calibration else {}),
     }  # fmt: skip
     recipe = check({"inputs": {"model": model}, "steps": [{"fold": step}]}, Path(), "compress fold")
-    carry_out(recipe, how, beside(model, "folded", "folder"), digests)
+    carry_out(recipe, how, beside(model, "compact" if compact else "folded", "folder"), digests)
+
+
+def _expand(model: str, how: Writing, folds: bool, digests: Digests | None) -> None:
+    """`compress fold COMPACT --expand`: what a compact model opens as, written out."""
+    from mergekit_plus.errors import OptionError
+    from mergekit_plus.inspection import inspect
+    from mergekit_plus.recipe import check
+
+    if folds:
+        raise OptionError("--expand writes out what a compact model stands for; fold that in a run of its own")
+    if inspect(open_model(model))["compact"] is None:
+        raise OptionError(f"{model} is not a compact model; --expand turns one into an ordinary model")
+    carry_out(check({"inputs": {"model": model}}, Path(), "compress fold --expand"), how, beside(model, "expanded", "folder"), digests)
 
 
 @app.command()

@@ -187,6 +187,7 @@ class FoldStep(Strict):
     parent: Literal["first", "average", "stepwise", "loss"] = "first"
     parents: list[int] | None = None  # for each group the block whose weights it has, where that was found
     relax: str | None = None  # lora:RANK: what a block had beyond its group, as low-rank factors of its own
+    compact: bool = False  # what blocks share is stored once
     calibration: CalibrationOptions | None = None
     scores: list[float] | None = None  # how much each block counts, where that was found
     of: str | None = None
@@ -205,6 +206,8 @@ class FoldStep(Strict):
             yield "fold: keep says which blocks stay; leave remove out"
         if self.by not in SCORES:
             yield f"fold: unknown importance '{self.by}'.{nearest(self.by, SCORES)}"
+        if self.compact and self.share == 1:
+            yield "fold: compact stores once what blocks share; say how many share with share"
         if self.remove and self.keep is None and self.calibration is None:
             yield "fold: which blocks go is found on a text: give one with --calibration FILE, or the blocks that stay with --keep"
         elif self.is_open and self.calibration is None:
@@ -261,8 +264,11 @@ class FoldStep(Strict):
         return mapped(keep, self.share, self.map, parent, self.parents)
 
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
-        from prune.fold import expanded, folded, rank_of, relaxed
+        from prune.fold import compacted, expanded, folded, rank_of, relaxed
 
         source = source_of(self.of, inputs, previous, "fold")
         fold = self._fold(source)
-        return folded(source, fold) if self.relax is None else expanded(relaxed(source, fold, rank_of(self.relax)))
+        if self.relax is None:
+            return (compacted if self.compact else folded)(source, fold)
+        made = relaxed(source, fold, rank_of(self.relax))
+        return made if self.compact else expanded(made)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +21,17 @@ from torch import Tensor
 
 from mergekit_plus.adapters.product import block_rows, blocks, working_dtype
 from mergekit_plus.checkpoint import Checkpoint, Plan, Step, copy_step
+from mergekit_plus.checkpoint.folder import COMPACT
 from mergekit_plus.errors import CheckpointError, OptionError, nearest
 from mergekit_plus.layers import Part
 from mergekit_plus.model import Meaning, describe, layer_of
 
-from .surgery import COMPACT, Fold, operated, shareable, stack_of
+from .surgery import Fold, operated, shareable, stack_of
 
 KEY = "compact"  # of config.json
-ARCHITECTURE = "CompactModelForCausalLM"
+CODE, ARCHITECTURE = "modeling_compact.py", "CompactModelForCausalLM"  # what transformers runs with trust_remote_code, and its class
+# A type that transformers does not know, and, for who names a class that it knows, a file of weights that there is not.
+DISK = {"model_type": COMPACT, "transformers_weights": "compact-needs-trust_remote_code-or-expanding.safetensors"}
 VERSION = 1
 MOST = 1 << 14  # blocks, above which a config.json is not believed
 A, B = "lora_A.weight", "lora_B.weight"
@@ -51,12 +55,18 @@ def compacted(checkpoint: Checkpoint, fold: Fold, factors: Mapping[str, Factor] 
     voices = [step for module, factor in (factors or {}).items() for step in _voice_steps(checkpoint, fold, part, meanings, module, factor)]
     assert isinstance(result.source, Plan)
     said = {
-        "version": VERSION, "model_type": checkpoint.config.get("model_type"), "architectures": checkpoint.config.get("architectures"), "stack": part.stack,
+        "version": VERSION, "expanded": {key: checkpoint.config.get(key) for key in ("model_type", "architectures")}, "stack": part.stack,
         "kept": list(fold.kept), "groups": list(fold.groups), "parents": list(fold.parents), "private": private,
         **({"ranks": _ranks(voices, len(fold.kept))} if voices else {}),
     }  # fmt: skip
-    result = replace(result, label=f"{result.label}, compact", source=Plan([*result.source.steps, *voices]))
-    return result.with_config(model_type=COMPACT, architectures=[ARCHITECTURE], **{KEY: said})
+    result = with_code(replace(result, label=f"{result.label}, compact", source=Plan([*result.source.steps, *voices])))
+    auto_map = {"AutoConfig": f"{CODE[:-3]}.CompactConfig", "AutoModelForCausalLM": f"{CODE[:-3]}.{ARCHITECTURE}"}
+    return result.with_config(**DISK, architectures=[ARCHITECTURE], auto_map=auto_map, **{KEY: said})
+
+
+def with_code(compact: Checkpoint) -> Checkpoint:
+    """A compact checkpoint with the file that transformers runs; one that was opened comes without."""
+    return replace(compact, files={**compact.files, CODE: Path(__file__).with_name(CODE).read_bytes()})
 
 
 def fold_of(checkpoint: Checkpoint) -> Fold | None:
@@ -73,9 +83,9 @@ def expanded(checkpoint: Checkpoint) -> Checkpoint:
     layout = _layout(checkpoint)
     if layout is None:
         return checkpoint
-    said = checkpoint.config[KEY]
-    result = replace(checkpoint, source=Plan(_expanding(checkpoint, layout)))
-    return result.with_config(**{KEY: None, "auto_map": None, "model_type": said["model_type"], "architectures": said["architectures"]})
+    files = {name: content for name, content in checkpoint.files.items() if name != CODE}
+    result = replace(checkpoint, source=Plan(_expanding(checkpoint, layout)), files=files)
+    return result.with_config(**{**dict.fromkeys((KEY, "auto_map", *DISK)), **layout.config})
 
 
 # ---- writing ----
@@ -136,6 +146,7 @@ def _ranks(voices: Sequence[Step], count: int) -> dict[str, list[int]]:
 class _Layout:
     """What config.json says of a compact checkpoint that fits its tensors. Names are those in a block."""
 
+    config: Mapping[str, Any]  # what config.json says otherwise when it is expanded
     fold: Fold
     stack: str
     private: frozenset[str]
@@ -173,13 +184,16 @@ def _checked(checkpoint: Checkpoint, said: Any) -> _Layout:
     if problems := list(fold.problems(known)):
         raise ValueError(problems[0])
     stack, private, ranks = said["stack"] or "", frozenset(said["private"]), {local: _numbers(each) for local, each in said.get("ranks", {}).items()}
-    if not isinstance(stack, str) or not isinstance(said["model_type"], str) or any(len(each) != len(kept) for each in ranks.values()):
-        raise ValueError("stack and model_type are names, and ranks a number for every block")
+    if not isinstance(stack, str) or any(len(each) != len(kept) for each in ranks.values()):
+        raise ValueError("stack is a name, and ranks are a number for every block")
+    config = {key: said["expanded"][key] for key in ("model_type", "architectures")}
+    if not isinstance(config["model_type"], str | None) or not isinstance(config["architectures"], list | None):
+        raise ValueError("expanded is a model_type, and architectures")
     stored: dict[int, list[str]] = {place: [] for place in range(len(kept))}
     for name in checkpoint.specs:
         if (found := layer_of(name)) and found[0] == stack:
             stored.setdefault(found[1], []).append(_local(name, stack, found[1]))
-    layout = _Layout(fold, stack, private, ranks, {})
+    layout = _Layout(config, fold, stack, private, ranks, {})
     own = {place: [local for local in there if not local.endswith((A, B))] for place, there in stored.items()}
     for place, there in stored.items():
         if place >= len(kept):

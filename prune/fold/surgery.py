@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from mergekit_plus.checkpoint import Checkpoint, Plan, Step, copy_step
+from mergekit_plus.checkpoint.folder import COMPACT
 from mergekit_plus.checkpoint.plan import row_multiple
 from mergekit_plus.errors import CheckpointError, OptionError
 from mergekit_plus.layers import Part, of_layers, parts_of
 from mergekit_plus.model import adapter_reason, describe, quantized_reason
 
 Parent = Literal["first", "average"]
-COMPACT = "mergekit_plus_compact"  # the model_type of a compact checkpoint
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from mergekit_plus.model import layer_of
 from mergekit_plus.progress import Progress
 
 from ..perp import Site, sites_of
-from .compact import KEY, A, B, expanded, fold_of
+from .compact import KEY, A, B, expanded, fold_of, with_code
 from .maps import set_parameter
 
 
@@ -32,7 +32,7 @@ def stored(checkpoint: Checkpoint) -> Checkpoint:
     (part, *others) = {id(part): part for step in checkpoint.source.steps for part, _ in step.reads}.values() or [checkpoint]
     if others or fold_of(part) is None or expanded(part).specs != checkpoint.specs:
         return checkpoint
-    return replace(part, label=checkpoint.label, pinned=checkpoint.pinned)
+    return replace(with_code(part), label=checkpoint.label, pinned=checkpoint.pinned)
 
 
 def without_voices(compact: Checkpoint) -> Checkpoint:
