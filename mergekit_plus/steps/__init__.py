@@ -117,6 +117,7 @@ def order_problems(steps: Sequence[Mapping[str, StepOptions]], inputs: Mapping[s
                 found.append(f"step {number}, {name}: it reads inputs, not the step before it, so that {lost}; make it the first, or a recipe of its own")
             elif number == 1 and source is None and len(models) > 1 and not isinstance(options, FIRST):
                 found.append(f"step 1, {name}: say which input it works on, with `of:`; there are {', '.join(models)}")
-            if number < len(steps) and isinstance(options, FoldStep) and options.compact:
-                found.append(f"step {number}, {name}: compact says how the output is stored, so that it goes with the last step")
+            after = [later for step in steps[number:] for later in step.values()]
+            if isinstance(options, FoldStep) and options.compact and not all(isinstance(later, RetrainStep) for later in after):
+                found.append(f"step {number}, {name}: compact says how the output is stored; only retrain, which keeps it so, may follow")
     return found
