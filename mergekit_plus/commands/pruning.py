@@ -117,6 +117,10 @@ def fold(
     relax: Annotated[str | None, typer.Option("--relax", metavar="lora:RANK", help="give each block that shares low-rank factors of its own")] = None,
     compact: Annotated[bool, typer.Option("--compact", help="store once what blocks share; transformers loads that with trust_remote_code")] = False,
     expand: Annotated[bool, typer.Option("--expand", help="turn a compact model into an ordinary one")] = False,
+    export: Annotated[
+        Literal["peft", "lora"] | None,
+        typer.Option("--export", help="turn a compact model into OUT-base and OUT-adapter: layers that peft replicates, or all and a plain adapter"),
+    ] = None,
     calibration: Calibrate = [],  # noqa: B006
     windows: FewWindows = 64,
     window: CalibrationWindow = None,
@@ -126,8 +130,9 @@ def fold(
     digests = None if how.resume else hash_early(model)
     from mergekit_plus.recipe import check
 
-    if expand:
-        return _expand(model, how, bool(remove or keep or compact or calibration or share > 1), digests)
+    if expand or export:
+        folds = bool(remove or keep or compact or calibration or relax or share > 1 or (expand and export))
+        return _expand(model, how, folds, digests) if expand else _export(model, how, export or "peft", folds, digests)
     step = {
         "remove": remove, "by": by, "share": share, "map": map_, "parent": parent, "relax": relax, "compact": compact, "of": "model",
         **({"keep": _numbers("--keep", keep)} if keep is not None else {}),
@@ -148,6 +153,23 @@ def _expand(model: str, how: Writing, folds: bool, digests: Digests | None) -> N
     if inspect(open_model(model))["compact"] is None:
         raise OptionError(f"{model} is not a compact model; --expand turns one into an ordinary model")
     carry_out(check({"inputs": {"model": model}}, Path(), "compress fold --expand"), how, beside(model, "expanded", "folder"), digests)
+
+
+def _export(model: str, how: Writing, layout: str, folds: bool, digests: Digests | None) -> None:
+    """`compress fold COMPACT --export peft`: a base, and an adapter that names it."""
+    from mergekit_plus.errors import OptionError
+    from mergekit_plus.recipe import check
+
+    if folds:
+        raise OptionError("--export writes out what a compact model stands for; fold, or expand, in a run of its own")
+    out = how.out or beside(model, layout, "folder")
+    if how.push or str(out).startswith("hf://"):
+        raise OptionError("--export writes two folders; write them here, and publish each of them")
+    base = out.with_name(f"{out.name}-base")
+    for part in ("base", "adapter"):
+        step = {"part": part, "layout": layout, **({"base": str(base)} if part == "adapter" else {})}
+        recipe = check({"inputs": {"model": model}, "steps": [{"export_fold": step}]}, Path(), "compress fold --export")
+        carry_out(recipe, replace(how, out=out.with_name(f"{out.name}-{part}")), None, digests)
 
 
 @app.command()

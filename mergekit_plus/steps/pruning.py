@@ -272,3 +272,22 @@ class FoldStep(Strict):
             return (compacted if self.compact else folded)(source, fold)
         made = relaxed(source, fold, rank_of(self.relax))
         return made if self.compact else expanded(made)
+
+
+class ExportFoldStep(Strict):
+    """`export_fold:` — a compact model for peft: a base, or the adapter that makes the model of it."""
+
+    part: Literal["base", "adapter"]
+    layout: Literal["peft", "lora"] = "peft"  # layers that peft replicates; or all of them, and a plain adapter
+    base: str | None = None  # where the adapter says that its base is
+    of: str | None = None
+
+    def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
+        if self.of is not None:
+            yield from (f"export_fold: {problem}" for problem in not_inputs([self.of], inputs))
+
+    def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from prune.fold.export import exported
+
+        base, adapter = exported(source_of(self.of, inputs, previous, "export_fold"), self.layout, self.base)
+        return base if self.part == "base" else adapter
