@@ -64,6 +64,10 @@ def inspection_lines(facts: Mapping[str, Any]) -> list[str]:
     if packed := facts["packed"]:
         coding = f"{packed['bits']} bit{'s' * (packed['bits'] > 1)}, {packed['codebook']}, a scale for each {packed['scale']}"
         lines.append(f"packed: {size(packed['bytes'])} on the disk, {coding}; above is what it expands to")
+    if compact := facts["compact"]:
+        groups, voices = compact["groups"], f", voices of rank {compact['rank']} at most" if compact["rank"] else ""
+        share = f"{len(groups)} blocks in {len(set(groups))} groups ({','.join(map(str, groups))}){voices}"
+        lines.append(f"compact: {size(compact['bytes'])} on the disk, {compact['parameters'] / 1e6:.1f} M weights, {share}; above is what it expands to")
     return lines + [f"  {t['name']}  {t['dtype']} {tuple(t['shape'])}  {t['role']}" for t in facts.get("list", [])]
 
 

@@ -32,8 +32,9 @@ LAYERS = [
     ["mergekit_plus.errors"],
 ]
 METHODS = LAYERS[2]
-DOORS = {  # `Checkpoint.open` opens what operations make too: model+adapter, packed adapters
+DOORS = {  # `Checkpoint.open` opens what operations make too: model+adapter, packed adapters, compact models
     ("mergekit_plus.checkpoint.folder", "mergekit_plus.adapters.apply"), ("mergekit_plus.checkpoint.folder", "quant.adapters.container"),
+    ("mergekit_plus.checkpoint.folder", "prune.fold.compact"),
 }  # fmt: skip
 
 

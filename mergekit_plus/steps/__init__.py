@@ -16,7 +16,7 @@ from ..errors import CompressError, nearest
 from .adapters import DeltaStep, ExtractAdapterStep, MergeAdaptersStep, QuantizeAdapterStep, TrainAdapterStep
 from .base import Execution, Strict, schema_problems, source_of
 from .merging import MergekitStep, MergeStep, MoeStep
-from .pruning import FoldStep, PruneStep, RetrainStep
+from .pruning import ExportFoldStep, FoldStep, PruneStep, RetrainStep
 from .quantizing import CalibrateStep, ConvertStep, DequantizeStep, QuantizeStep
 
 __all__ = [
@@ -40,6 +40,7 @@ StepOptions = (
     | PruneStep
     | FoldStep
     | RetrainStep
+    | ExportFoldStep
 )
 OPERATIONS: dict[str, type[StepOptions]] = {
     "merge": MergeStep,
@@ -57,6 +58,7 @@ OPERATIONS: dict[str, type[StepOptions]] = {
     "prune": PruneStep,
     "fold": FoldStep,
     "retrain": RetrainStep,
+    "export_fold": ExportFoldStep,
 }
 TEXT_KEYS = ("calibration", "text")  # of steps, as the flags of commands: what methods look at; what trains, or is measured on
 # Keys that may name a file, how it is read, and what stands for one that cannot be.
@@ -125,4 +127,7 @@ def order_problems(steps: Sequence[Mapping[str, StepOptions]], inputs: Mapping[s
                 found.append(f"step {number}, {name}: it reads inputs, not the step before it, so that {lost}; make it the first, or a recipe of its own")
             elif number == 1 and source is None and len(models) > 1 and not isinstance(options, FIRST):
                 found.append(f"step 1, {name}: say which input it works on, with `of:`; there are {', '.join(models)}")
+            after = [later for step in steps[number:] for later in step.values()]
+            if isinstance(options, FoldStep) and options.compact and not all(isinstance(later, RetrainStep | ExportFoldStep) for later in after):
+                found.append(f"step {number}, {name}: compact says how the output is stored; retrain, which keeps it so, and export_fold may follow alone")
     return found
