@@ -186,7 +186,7 @@ class FoldStep(Strict):
     map: Literal["sequence", "cycle", "middle_cycle"] = "sequence"  # which blocks those are
     parent: Literal["first", "average", "stepwise", "loss"] = "first"
     parents: list[int] | None = None  # for each group the block whose weights it has, where that was found
-    relax: str | None = None  # lora:RANK: what a block had beyond its group, as low-rank factors of its own
+    relax: str | None = None  # lora:RANK[:zero]: what a block had beyond its group, as low-rank factors of its own
     compact: bool = False  # what blocks share is stored once
     calibration: CalibrationOptions | None = None
     scores: list[float] | None = None  # how much each block counts, where that was found
@@ -270,7 +270,7 @@ class FoldStep(Strict):
         fold = self._fold(source)
         if self.relax is None:
             return (compacted if self.compact else folded)(source, fold)
-        made = relaxed(source, fold, rank_of(self.relax))
+        made = relaxed(source, fold, *rank_of(self.relax))
         return made if self.compact else expanded(made)
 
 
