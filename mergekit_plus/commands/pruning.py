@@ -116,7 +116,7 @@ def fold(
         Literal["first", "average", "stepwise", "loss"],
         typer.Option("--parent", help="whose weights those are: the first block's, the mean, a block's at regular intervals, or what a text likes best"),
     ] = "first",
-    relax: Annotated[str | None, typer.Option("--relax", metavar="lora:RANK", help="give each block that shares low-rank factors of its own")] = None,
+    relax: Annotated[str | None, typer.Option("--relax", metavar="lora:RANK[:zero]", help="give each block that shares low-rank factors of its own")] = None,
     compact: Annotated[bool, typer.Option("--compact", help="store once what blocks share; transformers loads that with trust_remote_code")] = False,
     expand: Annotated[bool, typer.Option("--expand", help="turn a compact model into an ordinary one")] = False,
     export: Annotated[

@@ -188,7 +188,7 @@ class FoldStep(Strict):
     map: Literal["sequence", "cycle", "middle_cycle"] = "sequence"  # which blocks those are
     parent: Literal["first", "average", "stepwise", "loss"] = "first"
     parents: list[int] | None = None  # for each group the block whose weights it has, where that was found
-    relax: str | None = None  # lora:RANK: what a block had beyond its group, as low-rank factors of its own
+    relax: str | None = None  # lora:RANK[:zero]: what a block had beyond its group, as low-rank factors of its own
     compact: bool = False  # what blocks share is stored once
     plan: FoldPlan | None = None  # all of this, as `compress fold --budget` found it; its file is read when the recipe is
     residual_scale: bool = False  # fit a factor for each residual branch to the text
@@ -289,7 +289,7 @@ class FoldStep(Strict):
             return replace(result, notes=(*result.notes, *notes))
         if self.relax is None:
             return (compacted if self.compact else folded)(source, fold)
-        made = relaxed(source, fold, rank_of(self.relax))
+        made = relaxed(source, fold, *rank_of(self.relax))
         return made if self.compact else expanded(made)
 
 

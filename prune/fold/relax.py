@@ -15,7 +15,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,25 +28,30 @@ from mergekit_plus.layers import Part
 from mergekit_plus.model import Meaning, describe
 
 from .compact import A, B, compacted
-from .surgery import Fold, _mean_step, shareable, stack_of
+from .surgery import Fold, mean_step, shareable, stack_of
+
+Start = Literal["svd", "zero"]
+
+def rank_of(asked: str) -> tuple[int, Start]:
+    """The rank in "lora:8", and how voices start: "svd", or "zero" in "lora:8:zero". Errors: OptionError for anything else."""
+    kind, rank, *start = asked.split(":")[:3] if asked.count(":") in (1, 2) else ("", "")
+    if kind != "lora" or not rank.isdecimal() or int(rank) < 1 or start not in ([], ["svd"], ["zero"]):
+        raise OptionError(f"relax {asked}: write lora:RANK, as in lora:8, or lora:RANK:zero for voices that start at zero")
+    return int(rank), "zero" if start == ["zero"] else "svd"
 
 
-def rank_of(asked: str) -> int:
-    """The rank in "lora:8". Errors: OptionError for anything else."""
-    kind, _, rank = asked.partition(":")
-    if kind != "lora" or not rank.isdecimal() or int(rank) < 1:
-        raise OptionError(f"relax {asked}: write lora:RANK, as in lora:8")
-    return int(rank)
-
-
-def relaxed(checkpoint: Checkpoint, fold: Fold, rank: int) -> Checkpoint:
+def relaxed(checkpoint: Checkpoint, fold: Fold, rank: int, start: Start = "svd") -> Checkpoint:
     """The compact checkpoint of a fold whose places have voices. Errors: as `voices` and `compacted`."""
-    factors = voices(checkpoint, fold, rank)
-    modules = (name.removesuffix(f".{A}") for name in factors.specs if name.endswith(f".{A}"))
-    return compacted(checkpoint, fold, {module: (factors, f"{module}.{A}", f"{module}.{B}") for module in modules})
+    factors = voices(checkpoint, fold, rank, start)
+    assert isinstance(factors.source, Plan)
+    modules = [name.removesuffix(f".{A}") for name in factors.specs if name.endswith(f".{A}")]
+    compact = compacted(checkpoint, fold, {module: (factors, f"{module}.{A}", f"{module}.{B}") for module in modules})
+    assert isinstance(compact.source, Plan)
+    others = [step for step in compact.source.steps if step.writes[0].name not in factors.specs]
+    return replace(compact, source=Plan([*others, *factors.source.steps]))  # not copies of A and of B, each of which would compute both
 
 
-def voices(checkpoint: Checkpoint, fold: Fold, rank: int) -> Checkpoint:
+def voices(checkpoint: Checkpoint, fold: Fold, rank: int, start: Start = "svd") -> Checkpoint:
     """The factors A [r, in] and B [out, r] of each place and linear layer, r = rank where the layer is so large; in the dtype of the weights.
 
     A block that shares with no other and has its own weights needs none. Each pair is one step: both are computed when one is read.
@@ -55,18 +60,18 @@ def voices(checkpoint: Checkpoint, fold: Fold, rank: int) -> Checkpoint:
     if rank < 1:
         raise OptionError(f"a voice has a rank of 1 or more, not {rank}")
     part = stack_of(checkpoint)
-    relaxed = relaxable(checkpoint, part)
-    if not relaxed:
+    able = relaxable(checkpoint, part)
+    if not able:
         raise CheckpointError(f"{checkpoint.label}: no linear layer of its blocks can have a voice of its own; leave out --relax")
     steps = []
     for place, own in enumerate(fold.kept):
         if fold.sources(place) == (own,) and fold.groups.count(fold.groups[place]) == 1:
             continue
         for name in part.layers[own]:
-            if name in relaxed:
+            if name in able:
                 sources = [part.moved(name, own, block) for block in fold.sources(place)]
-                shared = Checkpoint("shared", Plan([_mean_step(checkpoint, sources, name)]))
-                steps.append(_voice_step(checkpoint, shared, name, part.moved(name, own, place), rank))
+                shared = Checkpoint("shared", Plan([mean_step(checkpoint, sources, name)]))
+                steps.append(_voice_step(checkpoint, shared, name, part.moved(name, own, place), rank, start))
     return Checkpoint(f"voices of {checkpoint.label}", Plan(steps))
 
 
@@ -81,7 +86,7 @@ def relaxable(checkpoint: Checkpoint, part: Part) -> frozenset[str]:
     return frozenset(name for name in shareable(checkpoint, part) if alone(tensors[name]))
 
 
-def _voice_step(checkpoint: Checkpoint, shared: Checkpoint, name: str, at: str, rank: int) -> Step:
+def _voice_step(checkpoint: Checkpoint, shared: Checkpoint, name: str, at: str, rank: int, start: Start) -> Step:
     spec, module = checkpoint.specs[name], at.removesuffix(".weight")
     out, inputs = spec.shape
     rank = min(rank, out, inputs)
@@ -90,7 +95,7 @@ def _voice_step(checkpoint: Checkpoint, shared: Checkpoint, name: str, at: str, 
     def run(tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
         with torch.no_grad():
             wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-            beyond = tensors[0].to(wide) - tensors[1].to(wide)
+            beyond = tensors[0].to(wide) - tensors[1].to(wide) if start == "svd" else torch.zeros((), dtype=wide).expand(out, inputs)
             return [factor.to(TORCH_DTYPES[spec.dtype]).contiguous() for factor in voice(beyond, rank, module)]
 
     return Step(((checkpoint, name), (shared, name)), writes, run)

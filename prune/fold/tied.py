@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from mergekit_plus.checkpoint import Checkpoint, Plan
 from mergekit_plus.checkpoint.plan import renamed
-from mergekit_plus.evaluate import load_model
+from mergekit_plus.evaluate import Reader, load_model
 from mergekit_plus.model import layer_of
-from mergekit_plus.progress import Progress
+from mergekit_plus.progress import Progress, quiet
 
 from ..perp import Site, sites_of
 from .compact import KEY, A, B, expanded, fold_of, with_code
@@ -26,11 +26,11 @@ from .maps import set_parameter
 
 
 def stored(checkpoint: Checkpoint) -> Checkpoint:
-    """The compact checkpoint of which this is the expanded model, as one that was opened is; another checkpoint as it is."""
+    """The compact checkpoint that was opened as this model; another checkpoint, one that was expanded before it was written among them, as it is."""
     if not isinstance(checkpoint.source, Plan):
         return checkpoint
     (part, *others) = {id(part): part for step in checkpoint.source.steps for part, _ in step.reads}.values() or [checkpoint]
-    if others or fold_of(part) is None or expanded(part).specs != checkpoint.specs:
+    if others or isinstance(part.source, Plan) or fold_of(part) is None or expanded(part).specs != checkpoint.specs:
         return checkpoint
     return replace(with_code(part), label=checkpoint.label, pinned=checkpoint.pinned)
 
@@ -71,11 +71,12 @@ def load_tied(compact: Checkpoint, progress: Progress | None = None) -> Any:
     Memory: the expanded model while it is read; what is shared stands once afterwards.
     """
     model = load_model(without_voices(compact), progress=progress)
+    reader = Reader(compact, quiet())  # A and B are one step, until they lie in a file
     for site in sites_of_compact(compact):
         for path in site.also:
             set_parameter(model, path, model.get_parameter(site.parameter))
         if site.role == "voice" and site.name.endswith(A):
-            give_voice(model.get_submodule(site.parameter.removesuffix(f".{A}")), compact.read(site.name), compact.read(site.name.removesuffix(A) + B))
+            give_voice(model.get_submodule(site.parameter.removesuffix(f".{A}")), reader.read(site.name), reader.read(site.name.removesuffix(A) + B))
     return model.eval()
 
 

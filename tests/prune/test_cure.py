@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import ARCHITECTURES, tiny_model
 
 from mergekit_plus.calibration import read_text
 from mergekit_plus.checkpoint import Checkpoint, save
 from mergekit_plus.errors import OptionError
 from mergekit_plus.evaluate import load_model, load_tokenizer
 from mergekit_plus.training import TrainOptions, distillation, loss_on, next_token
-from prune.fold import Fold, compacted, expanded, fold_of, load_tied, mapped, relaxed, sites_of_compact, stack_of
+from prune.fold import Fold, compacted, expanded, fold_of, load_tied, mapped, relaxed, sites_of_compact, stack_of, stored
 from prune.fold.blocks import blocks_of
 from prune.fold.tail import with_tail
 from prune.perp import adapt
@@ -34,9 +35,9 @@ def options_for(*variants: str, **more: Any) -> RetrainOptions:
     return RetrainOptions(variants, ROWS, **{"training": TRAINING, **more})
 
 
-def logits(model: Any) -> torch.Tensor:
+def logits(model: Any, vocabulary: int = 10**6) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = model(input_ids=ROWS[:2], use_cache=False).logits
+        found: torch.Tensor = model(input_ids=ROWS[:2] % vocabulary, use_cache=False).logits
         return found
 
 
@@ -103,17 +104,11 @@ def test_an_adapter_on_what_is_shared_is_one_too_and_merges_for_all_places() -> 
 
 def test_what_is_cured_is_compact_again_and_its_shared_weights_are_shared(tmp_path: Path) -> None:
     save(retrain(COMPACT, options_for("full"), BASE), tmp_path / "cured")
-    cured = stored(tmp_path / "cured")
+    cured = stored(Checkpoint.open(tmp_path / "cured"))
     assert fold_of(cured) == CYCLE
     assert cured.specs == COMPACT.specs
     changed = {name for name in cured.specs if not torch.equal(cured.read(name), COMPACT.read(name))}
     assert {f"{UP.format(0)}.weight", NORM.format(0), NORM.format(BLOCKS // 2), f"{UP.format(0)}.lora_B.weight"} <= changed
-
-
-def stored(folder: Path) -> Checkpoint:
-    from mergekit_plus.checkpoint.folder import LocalFolder, open_listing
-
-    return open_listing(LocalFolder(folder), str(folder))
 
 
 @pytest.mark.parametrize(("variant", "part"), [("norms", "layernorm"), ("lora", ".lora_")])
@@ -122,6 +117,16 @@ def test_the_others_change_what_they_name_alone(variant: str, part: str) -> None
     changed = {name for name in cured.specs if not torch.equal(cured.read(name), COMPACT.read(name))}
     assert changed
     assert all(part in name or (variant == "norms" and name == "model.norm.weight") for name in changed)
+
+
+def test_a_compact_model_that_was_opened_is_retrained_as_what_it_is(tmp_path: Path) -> None:
+    save(COMPACT, tmp_path / "compact")
+    opened = Checkpoint.open(tmp_path / "compact")
+    assert opened.specs == expanded(COMPACT).specs
+    made, wanted = retrain(opened, options_for("norms")), retrain(COMPACT, options_for("norms"))
+    assert made.files.keys() == wanted.files.keys()
+    assert all(torch.equal(made.read(name), wanted.read(name)) for name in wanted.specs)
+    assert retrain(expanded(COMPACT), options_for("norms")).specs == expanded(COMPACT).specs  # and what was expanded, as an ordinary one
 
 
 def test_training_that_gains_nothing_is_the_identity() -> None:
@@ -142,6 +147,17 @@ def test_curing_draws_the_model_towards_its_teacher() -> None:
     before = loss_on(load_tied(COMPACT), ROWS, loss)
     cured = retrain(COMPACT, options_for("norms", "lora", training=training), BASE)
     assert loss_on(load_tied(cured), ROWS, loss) < 0.8 * before
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name.endswith(("ForCausalLM", "LMHeadModel"))])
+def test_every_architecture_shares_and_trains(name: str, tmp_path: Path) -> None:
+    """Of a mixture's experts, which transformers packs, nothing trains; they stay as they are."""
+    compact = compacted(tiny_model(name, tmp_path), mapped(range(2), 2))
+    torch.testing.assert_close(logits(load_tied(compact), 64), logits(load_model(expanded(compact)), 64))
+    rows = ROWS % 64
+    cured = retrain(compact, RetrainOptions(("full",), rows, training=replace(TRAINING, steps=8, evaluations=8)))
+    assert any(not torch.equal(cured.read(tensor), compact.read(tensor)) for tensor in compact.specs)
+    load_model(cured)
 
 
 # ---- the tail ----

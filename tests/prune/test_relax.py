@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ import torch
 from mergekit_plus.checkpoint import Checkpoint
 from mergekit_plus.checkpoint.dtypes import TORCH_DTYPES
 from mergekit_plus.errors import OptionError
+from mergekit_plus.evaluate import load_model
 from mergekit_plus.model import describe
-from prune.fold import Fold, folded, stack_of
+from prune.fold import Fold, expanded, folded, relaxed, stack_of
 from prune.fold.maps import mapped
 from prune.fold.relax import rank_of, relaxable, voice, voices
 
@@ -19,6 +21,7 @@ MODELS = Path(__file__).parents[1] / "models"
 STORED = Checkpoint.open(MODELS / "base")
 BASE = Checkpoint("base", Checkpoint.from_tensors({name: STORED.read(name).float() for name in STORED.specs}).source, STORED.files)
 BLOCKS = len(stack_of(BASE).layers)
+ROWS = torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(0))
 UP = "model.layers.{}.mlp.up_proj"
 
 
@@ -93,7 +96,51 @@ def test_voices_have_the_dtype_of_the_weights_and_norms_have_none() -> None:
 
 
 def test_the_rank_is_read_from_the_option() -> None:
-    assert rank_of("lora:8") == 8
-    for wrong in ("lora", "lora:0", "svd:8", "8"):
+    assert rank_of("lora:8") == rank_of("lora:8:svd") == (8, "svd")
+    assert rank_of("lora:16:zero") == (16, "zero")
+    for wrong in ("lora", "lora:0", "svd:8", "8", "lora:8:one", "lora:8:zero:1"):
         with pytest.raises(OptionError, match=f"relax {wrong}: write lora:RANK, as in lora:8"):
             rank_of(wrong)
+
+
+# ---- the model ----
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=ROWS, use_cache=False).logits
+        return found
+
+
+@pytest.mark.parametrize("parent", ["first", "average", "stepwise"])
+def test_a_model_that_is_relaxed_at_full_rank_is_the_model(parent: str) -> None:
+    """Norms are private; in the paper they are tied, and had to be folded into the weights first."""
+    model = expanded(relaxed(BASE, mapped(range(BLOCKS), 2, "cycle", parent), 10**6))  # type: ignore[arg-type]
+    assert model.specs == BASE.specs
+    torch.testing.assert_close(logits(load_model(model)), logits(load_model(BASE)), atol=1e-3, rtol=1e-5)
+    for name in BASE.specs:
+        assert (model.read(name) - BASE.read(name)).norm() <= 1e-5 * BASE.read(name).norm()
+
+
+def test_sets_that_serve_one_block_each_are_the_model_whatever_the_rank() -> None:
+    model = expanded(relaxed(STORED, mapped(range(BLOCKS), 1, "cycle", "stepwise"), 4))
+    assert all(torch.equal(model.read(name), STORED.read(name)) for name in STORED.specs)
+
+
+def test_voices_that_start_at_zero_are_the_recursive_model_and_can_train() -> None:
+    fold = mapped(range(BLOCKS), 2, "cycle", "stepwise")
+    silent = relaxed(BASE, fold, 4, "zero")
+    assert all(torch.equal(expanded(silent).read(name), folded(BASE, fold).read(name)) for name in BASE.specs)
+    factors = {name for name in silent.specs if name.endswith("lora_A.weight")}
+    assert len(factors) == 7 * BLOCKS
+    assert all(silent.read(name).any() for name in factors)
+
+
+def test_more_rank_is_nearer_to_the_model() -> None:
+    from mergekit_plus.evaluate import compare
+
+    rows, wanted = ROWS.flatten(), load_model(BASE)
+    found = [
+        compare(load_model(expanded(relaxed(BASE, mapped(range(BLOCKS), 2, "cycle", "average"), rank))), wanted, rows, window=24).kl for rank in (4, 16, 64)
+    ]
+    assert found == sorted(found, reverse=True)
