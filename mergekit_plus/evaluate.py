@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.folder import whole
 from .checkpoint.layout import computations
 from .checkpoint.plan import Plan, Step, execute
 from .errors import CheckpointError, CompressError, OptionError
@@ -80,9 +81,10 @@ class Size:
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, progress: Progress | None = None) -> Any:
     """The transformers model of a dense checkpoint, in evaluation mode on the CPU; each tensor is read, or computed, once.
 
-    transformers itself maps names (packed experts, prefixes, tied weights). Memory: the model in `dtype`, and a few tensors more.
+    transformers itself maps names (packed experts, prefixes, tied weights). A compact one is expanded. Memory: the model in `dtype`, and a few tensors more.
     Errors: CheckpointError for a quantised checkpoint, an unknown architecture, and a tensor too few, too many or of another shape.
     """
+    checkpoint = whole(checkpoint)
     if reason := quantized_reason(checkpoint):
         raise CheckpointError(reason)
     progress = progress or quiet()

@@ -50,7 +50,7 @@ from .steps import (
     parse_steps,
     schema_problems,
     source_of,
-    with_allocations,
+    with_files,
 )
 
 
@@ -174,7 +174,7 @@ def check(parsed: Mapping[str, Any], folder: Path, name: str) -> Recipe:
     """
     steps, found = parsed.get("steps", []), list[str]()
     if isinstance(steps, list):
-        written, unread = with_allocations(steps, folder)
+        written, unread = with_files(steps, folder)
         steps, found = parse_steps(written)
         found = unread + found
     try:

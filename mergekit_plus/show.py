@@ -166,6 +166,17 @@ def allocation_lines(facts: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
+def depth_lines(facts: Mapping[str, Any]) -> list[str]:
+    """`compress fold --budget`: the candidates, what stays and shares, and the file."""
+    return [
+        *table(facts["candidates"]), "",
+        f"blocks: {facts['blocks']}",
+        f"wrote {facts['out']}: {facts['bytes']:.1%} of the bytes, {facts['operations']:.1%} of the operations of blocks; "
+        f"{facts['loss']:.4f} nats a token are lost before any cure; "
+        f"`compress fold MODEL --plan {facts['out']}` makes it",
+    ]  # fmt: skip
+
+
 def outcome_facts(outcome: Outcome) -> dict[str, Any]:
     """A run as data."""
     return {
