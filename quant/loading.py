@@ -2,6 +2,8 @@
 
     model = load(Checkpoint.open("model-4bit"), torch.bfloat16)
     model.generate(**tokenizer(prompt, return_tensors="pt"))
+    checkpoint, adapters = opened("model-4bit+adapter")                 # the adapter beside packed layers
+    model = load(checkpoint, torch.bfloat16, adapters=adapters)
 
 All packed layouts of integers that can be read run packed: what is not laid out as `pack-quantized` is turned at load, code for code, with scales and
 zero points as they are. What cannot run packed is dequantized, and a warning says what and why.
@@ -17,13 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mergekit_plus.adapters import Adapter, read_adapter
+from mergekit_plus.adapters.difference import is_difference
 from mergekit_plus.checkpoint import Checkpoint, Plan
 from mergekit_plus.checkpoint.layout import computations
+from mergekit_plus.checkpoint.references import split_reference
 from mergekit_plus.errors import CheckpointError
 from mergekit_plus.evaluate import Reader, load_model
-from mergekit_plus.model import ModelMap, describe, meta_model
+from mergekit_plus.model import ModelMap, adapter_reason, describe, meta_model
 from mergekit_plus.progress import Progress, quiet
 
+from .adapters.beside import attach
 from .experts import QuantExperts, leaves_of, may_be_packed
 from .formats import FORMATS, Module, modules_of
 from .formats.config import NAME
@@ -33,16 +39,41 @@ from .plan import dense_modules, dequantize, is_packed
 from .quantized import Quantized, Scheme
 
 
-def load(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, progress: Progress | None = None, as_dequantized: bool = False) -> Any:
+def load(
+    checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, progress: Progress | None = None,
+    adapters: Sequence[Adapter] = (), as_dequantized: bool = False,
+) -> Any:  # fmt: skip
     """The transformers model of a checkpoint, dense or packed, in evaluation mode on the CPU; each tensor is read, or computed, once.
 
-    dtype: of all that is not packed, and so of the hidden states. as_dequantized: packed layers compute what those of the dequantized model would, bit
-    for bit, see `QuantLinear`. Memory: what is packed as it is stored, the rest in `dtype`, and a few tensors more.
-    Errors: CheckpointError as `evaluate.load_model`, and for packed weights that cannot be read.
+    dtype: of all that is not packed, and so of the hidden states. adapters: what stands beside its layers. as_dequantized: packed layers compute what
+    those of the dequantized model would, bit for bit, see `QuantLinear`. Memory: what is packed as it is stored, the rest in `dtype`, a few tensors more.
+    Errors: CheckpointError as `evaluate.load_model`, for packed weights that cannot be read, and for adapters that do not fit.
     """
-    if not is_packed(checkpoint):
-        return load_model(checkpoint, dtype, progress)
-    progress = progress or quiet()
+    if reason := adapter_reason(checkpoint):
+        raise CheckpointError(reason)
+    packed = is_packed(checkpoint)
+    model = _load_packed(checkpoint, dtype, progress or quiet(), as_dequantized) if packed else load_model(checkpoint, dtype, progress)
+    for adapter in adapters:
+        attach(model, adapter, dtype)
+    return model
+
+
+def opened(ref: str) -> tuple[Checkpoint, list[Adapter]]:
+    """A model by its name, and the adapters that are to stand beside it: those of `MODEL+ADAPTER` where the model is packed, none where they are applied.
+
+    Errors: CheckpointError where one of them cannot be opened.
+    """
+    base, *names = split_reference(ref)
+    checkpoint = Checkpoint.open(base)
+    if not names or not is_packed(checkpoint):
+        return Checkpoint.open(ref) if names else checkpoint, []
+    parts = [Checkpoint.open(name) for name in names]
+    if different := next((part for part in parts if is_difference(part)), None):
+        raise CheckpointError(f"{different.label} is a difference to dense weights, and those of {base} are packed; `compress dequantize {base}` unpacks them")
+    return checkpoint, [read_adapter(part) for part in parts]
+
+
+def _load_packed(checkpoint: Checkpoint, dtype: torch.dtype, progress: Progress, as_dequantized: bool) -> Any:
     for computation in computations(checkpoint):
         computation.run(progress=progress)
     dense = dequantize(checkpoint)
@@ -59,7 +90,7 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, progress: P
     model.config.quantization_config = FORMATS[NAME].config(schemes, dense_modules(dense, roles, packed.taken, dense.specs))
     if packed.refused and not as_dequantized:
         name, reason = next(iter(packed.refused.items()))
-        warnings.warn(f"{checkpoint.label}: {len(packed.refused)} of {len(modules)} packed layers run dequantized: {name} {reason}", stacklevel=2)
+        warnings.warn(f"{checkpoint.label}: {len(packed.refused)} of {len(modules)} packed layers run dequantized: {name} {reason}", stacklevel=3)
     return model
 
 
@@ -118,7 +149,7 @@ class _Packed:
             elif owner is not None and may_be_packed(owner):
                 mixtures.setdefault(place, []).append(name)
             elif name in tied or meaning.converted or not _is_linear(owner, module.shape, f"{place}.bias" in self.by_parameter):
-                self.refused[name] = f"is not the weight of a linear layer of its own in the model{f', but of {type(owner).__name__}' if owner else ''}"
+                self.refused[name] = f"is no weight of a plain linear layer in the model{f', but of {type(owner).__name__}' if owner else ''}"
             else:
                 found[place] = _Place((name,), lambda layers: layers[0])
         return found | {place: mixture for place, names in mixtures.items() if (mixture := self._mixture(place, names))}
@@ -159,12 +190,13 @@ def as_pack_quantized(module: Module, tensors: Mapping[str, Tensor]) -> dict[str
     try:
         codes = module.decode(tensors)
     except CheckpointError as error:
-        raise _NotSo(f"is dense at heart: {error}") from None
+        raise _NotSo(f"cannot be laid out as {NAME}: {error}") from None
     assert isinstance(codes, Quantized)
     return {part: tensor.contiguous() for part, tensor in encode(codes).items()} | shape
 
 
 def _is_linear(owner: nn.Module | None, shape: tuple[int, int], has_bias: bool) -> bool:
     """Whether a module does what nn.Linear does, with a weight of this shape, and with a bias only where there is one."""
-    plain = isinstance(owner, nn.Linear) and type(owner).forward is nn.Linear.forward
-    return plain and tuple(owner.weight.shape) == shape and (owner.bias is None or has_bias)
+    if not isinstance(owner, nn.Linear) or type(owner).forward is not nn.Linear.forward:
+        return False
+    return (owner.out_features, owner.in_features) == shape and (owner.bias is None or has_bias)
