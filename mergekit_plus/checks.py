@@ -79,8 +79,8 @@ Row = dict[str, Any]
 def measure(checkpoint: Checkpoint, checks: Checks, folder: Path, progress: Progress, reference: Checkpoint | None = None) -> Row:
     """One row of the table: size, perplexity on every text, and with a reference KL(reference || model) in nats and top-1 agreement.
 
-    Packed checkpoints are measured as servers compute them: by their dequantized weights, each made for as long as its product takes. Texts are tokenized by the checkpoint's own tokenizer (or the
-    reference's, where it has none).
+    Packed checkpoints are measured as servers compute them: by their dequantized weights, of which no more than one is there at a time. Texts are
+    tokenized by the checkpoint's own tokenizer (or the reference's, where it has none).
     """
     from quant.loading import load
 

@@ -84,7 +84,7 @@ def _load_packed(checkpoint: Checkpoint, dtype: torch.dtype, progress: Progress,
     nbytes = sum(checkpoint.specs[name].nbytes for module in modules.values() for name in module.tensors)
     with progress.phase(f"loading what is packed of {checkpoint.label}", nbytes):
         instead = packed.made(Reader(checkpoint, progress), dtype, as_dequantized)
-    rest = replace(dense, source=Plan(step for step in dense.source.steps if step.writes[0].name not in packed.taken))
+    rest = replace(dense, label=checkpoint.label, source=Plan(step for step in dense.source.steps if step.writes[0].name not in packed.taken))
     model = load_model(rest, dtype, progress, instead)
     schemes = {module.name: module.stored.scheme for name, module in modules.items() if name in packed.taken}
     model.config.quantization_config = FORMATS[NAME].config(schemes, dense_modules(dense, roles, packed.taken, dense.specs))
