@@ -27,7 +27,7 @@ from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.layout import computations
 from .checkpoint.plan import Plan, Step, execute
 from .errors import CheckpointError, CompressError, OptionError
-from .model import architecture, quantized_reason, silent_transformers
+from .model import adapter_reason, architecture, quantized_reason, silent_transformers
 from .progress import Progress, quiet
 
 WINDOW = 256  # tokens
@@ -84,9 +84,9 @@ def load_model(
 
     transformers itself maps names (packed experts, prefixes, tied weights). Memory: the model in `dtype`, and a few tensors more.
     instead: modules that stand in place of the model's own, by where they stand; the checkpoint has no tensors for them.
-    Errors: CheckpointError for a quantised checkpoint, an unknown architecture, and a tensor too few, too many or of another shape.
+    Errors: CheckpointError for a quantised checkpoint or an adapter, an unknown architecture, and a tensor too few, too many or of another shape.
     """
-    if reason := quantized_reason(checkpoint):
+    if reason := quantized_reason(checkpoint) or adapter_reason(checkpoint):
         raise CheckpointError(reason)
     progress = progress or quiet()
     for computation in computations(checkpoint):

@@ -49,8 +49,6 @@ def load(
     those of the dequantized model would, bit for bit, see `QuantLinear`. Memory: what is packed as it is stored, the rest in `dtype`, a few tensors more.
     Errors: CheckpointError as `evaluate.load_model`, for packed weights that cannot be read, and for adapters that do not fit.
     """
-    if reason := adapter_reason(checkpoint):
-        raise CheckpointError(reason)
     packed = is_packed(checkpoint)
     model = _load_packed(checkpoint, dtype, progress or quiet(), as_dequantized) if packed else load_model(checkpoint, dtype, progress)
     for adapter in adapters:
@@ -61,10 +59,12 @@ def load(
 def opened(ref: str) -> tuple[Checkpoint, list[Adapter]]:
     """A model by its name, and the adapters that are to stand beside it: those of `MODEL+ADAPTER` where the model is packed, none where they are applied.
 
-    Errors: CheckpointError where one of them cannot be opened.
+    Errors: CheckpointError where one of them cannot be opened, and for an adapter alone.
     """
     base, *names = split_reference(ref)
     checkpoint = Checkpoint.open(base)
+    if reason := adapter_reason(checkpoint):
+        raise CheckpointError(reason)
     if not names or not is_packed(checkpoint):
         return Checkpoint.open(ref) if names else checkpoint, []
     parts = [Checkpoint.open(name) for name in names]
