@@ -88,11 +88,16 @@ def generate(
     with _threads(threads), silent_transformers():
         model = load(checkpoint, dtype or own_dtype(checkpoint), progress or quiet(), adapters).to(device)
         config = _config(checkpoint, model, ids, sampling)
-        clock = _Clock(tokenizer, write)
-        with torch.random.fork_rng(), torch.inference_mode():
+        with torch.random.fork_rng():
             torch.manual_seed(sampling.seed)
-            rows = ids[None].to(device)
-            model.generate(rows, attention_mask=torch.ones_like(rows), generation_config=config, streamer=clock)
+            return timed(model, ids, config, _shown(tokenizer, write))
+
+
+def timed(model: Any, ids: Tensor, config: Any, streamer: Any = None) -> Speed:
+    """What it takes to continue ids, int64 [tokens], as a GenerationConfig says; `streamer` gets the tokens, the prompt's first."""
+    clock, rows = _Clock(streamer), ids[None].to(model.device)
+    with torch.inference_mode():
+        model.generate(rows, attention_mask=torch.ones_like(rows), generation_config=config, streamer=clock)
     first, last = clock.times[1] - clock.times[0], clock.times[-1] - clock.times[1]
     return Speed(len(ids), first, len(clock.times) - 1, last, weight_bytes(model))
 
@@ -146,27 +151,35 @@ def _config(checkpoint: Checkpoint, model: Any, ids: Tensor, sampling: Sampling)
     return GenerationConfig(max_new_tokens=wanted, eos_token_id=ends or None, pad_token_id=ends[0] if ends else None, **drawn)
 
 
+def _shown(tokenizer: Any, write: Callable[[str], object]) -> Any:
+    """transformers' TextStreamer, which hands on whole words, to `write`; what a model says must not steer a terminal."""
+    from transformers import TextStreamer
+
+    def shown(text: str, stream_end: bool = False) -> None:
+        write(re.sub(r"[^\n\t]+", lambda line: printable(line[0]), text) + "\n" * stream_end)
+
+    streamer: Any = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer.on_finalized_text = shown
+    return streamer
+
+
 class _Clock:
-    """Hands tokens to transformers' TextStreamer, and takes the time at which each comes; the prompt comes first."""
+    """A streamer that takes down when tokens come, and hands them on."""
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], object]) -> None:
-        from transformers import TextStreamer
-
-        def shown(text: str, stream_end: bool = False) -> None:
-            write(re.sub(r"[^\n\t]+", lambda line: printable(line[0]), text) + "\n" * stream_end)
-
+    def __init__(self, streamer: Any) -> None:
+        self.streamer = streamer
         self.times: list[float] = []
-        self.streamer: Any = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.streamer.on_finalized_text = shown
 
     def put(self, tokens: Tensor) -> None:
-        """The next token."""
+        """The prompt, or the next token."""
         self.times.append(perf_counter())
-        self.streamer.put(tokens)
+        if self.streamer is not None:
+            self.streamer.put(tokens)
 
     def end(self) -> None:
         """No more of them."""
-        self.streamer.end()
+        if self.streamer is not None:
+            self.streamer.end()
 
 
 @contextmanager
