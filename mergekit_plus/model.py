@@ -43,6 +43,7 @@ class Meaning:
 
     `stack` and `block` say where it stands: "model.layers", 3. `parameter` is its name in the transformers model, None where it has none;
     the experts of a layer share one where transformers packs them. `transposed`: a weight that is stored [in, out] (GPT-2's Conv1D).
+    `converted`: the parameter is made of it, perhaps with others, by more than giving it another name.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Meaning:
     block: int | None
     parameter: str | None
     transposed: bool = False
+    converted: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def describe(checkpoint: Checkpoint) -> ModelMap:
             role = "head"
         if stack is not None:
             stacks[stack] += spec.numel
-        tensors[name] = Meaning(name, role, module, stack, block, parameter, transposed)
+        tensors[name] = Meaning(name, role, module, stack, block, parameter, transposed, converted)
 
     if unknown := [name for name in names if model is not None and tensors[name].parameter is None]:
         notes.append(f"{len(unknown)} tensors are not in {type(model).__name__} ('{unknown[0]}'); {guessed}")

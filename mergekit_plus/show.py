@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapters.extract import Kept
+    from .generate import Speed
     from .recipe import Outcome
 
 
@@ -31,6 +32,12 @@ def size(nbytes: float) -> str:
         if nbytes >= factor:
             return f"{nbytes / factor:.2f} {unit}"
     return f"{nbytes:.0f} B"
+
+
+def speed_line(speed: Speed) -> str:
+    """How fast `compress generate` was."""
+    decode = "" if speed.decode is None else f"; then {speed.decode:.1f} tokens/s, {speed.new_tokens} in all"
+    return f"prompt of {speed.prompt_tokens} tokens at {speed.prefill:.1f} tokens/s{decode}; weights of {size(speed.weight_bytes)}"
 
 
 def method_lines(facts: Mapping[str, Any]) -> list[str]:
