@@ -8,7 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from .common import (
+    Calibrate,
+    CalibrationSeed,
     CalibrationWindow,
+    CalibrationWindows,
     Dtype,
     Exclude,
     LessonText,
@@ -16,6 +19,7 @@ from .common import (
     Writing,
     adapter,
     beside,
+    calibration_key,
     carry_out,
     distinct,
     open_model,
@@ -56,7 +60,7 @@ def merge_adapters(
 
 
 @adapter.command()
-@writes("max_shard_size", "device", "allow_nonfinite")
+@writes("max_shard_size", "allow_nonfinite")
 def extract(
     *,
     how: Writing,
@@ -67,6 +71,10 @@ def extract(
     save_rest: Annotated[bool, typer.Option("--save-rest", help="store what changed and is no linear layer whole: norms, embeddings, heads, biases")] = False,
     exclude: Exclude = [],  # noqa: B006
     dtype: Annotated[str, typer.Option("--dtype", help="float dtype of the factors")] = "float32",
+    calibration: Calibrate = [],  # noqa: B006
+    windows: CalibrationWindows = None,
+    window: CalibrationWindow = None,
+    seed: CalibrationSeed = None,
 ) -> None:
     """Extract a LoRA adapter from a fine-tune, and say what it loses: `compress adapter extract org/base ./tuned --rank 16`."""
     from dataclasses import asdict
@@ -76,7 +84,10 @@ def extract(
     from mergekit_plus.recipe import check
     from mergekit_plus.show import kept_lines, outcome_facts, outcome_lines
 
-    step = {"base": "base", "tuned": "tuned", "rank": rank, "energy": energy, "save_rest": save_rest, "exclude": exclude, "dtype": dtype}
+    step = {
+        "base": "base", "tuned": "tuned", "rank": rank, "energy": energy, "save_rest": save_rest, "exclude": exclude, "dtype": dtype,
+        **calibration_key(calibration, windows=windows, window=window, seed=seed),
+    }  # fmt: skip
     recipe = check({"inputs": {"base": base, "tuned": tuned}, "steps": [{"extract_adapter": step}]}, Path(), "compress adapter extract")
     opened = [Checkpoint.open(ref, how.cache) for ref in (base, tuned)]  # now: a branch on the Hub may be elsewhere when the report is made
     outcome = outcome_of(recipe, how, beside(tuned, "adapter", "folder"))

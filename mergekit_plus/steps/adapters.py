@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import Field
@@ -12,7 +13,7 @@ from ..checkpoint import Checkpoint
 from ..checkpoint.dtypes import parse_float_dtype
 from ..errors import not_inputs
 from ..merge.plan import MergeOptions
-from .base import Execution, Strict, dtype_problems, lesson_rows, source_of, with_lesson
+from .base import Execution, Strict, dtype_problems, lesson_rows, moments_of, source_of, with_lesson
 from .merging import MergeStep
 
 
@@ -48,7 +49,7 @@ class MergeAdaptersStep(MergeStep):
 
 
 class ExtractAdapterStep(Strict):
-    """`extract_adapter:` — the LoRA adapter that makes one input of another."""
+    """`extract_adapter:` — the LoRA adapter that makes one input of another; with a text, the one that is best for what it makes of the text."""
 
     base: str
     tuned: str
@@ -57,12 +58,13 @@ class ExtractAdapterStep(Strict):
     exclude: list[str] = Field(default_factory=list)
     save_rest: bool = False
     dtype: str = "float32"
+    calibration: CalibrationOptions | None = None
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
         from ..adapters.extract import ExtractOptions
 
         yield from (f"extract_adapter: {problem}" for problem in not_inputs((self.base, self.tuned), inputs))
-        for problem in ExtractOptions(self.rank, self.energy).problems():
+        for problem in ExtractOptions(self.rank, self.energy).problems(calibrated=self.calibration is not None):
             yield f"extract_adapter: {problem}"
         yield from dtype_problems("extract_adapter", self.dtype)
 
@@ -70,7 +72,9 @@ class ExtractAdapterStep(Strict):
         from ..adapters.extract import ExtractOptions, extract
 
         options = ExtractOptions(self.rank, self.energy, tuple(self.exclude), self.save_rest, parse_float_dtype(self.dtype))
-        return extract(inputs[self.base], inputs[self.tuned], options, how.save.progress)
+        moments = moments_of(self.calibration, inputs[self.tuned], how) if self.calibration else None
+        made = extract(inputs[self.base], inputs[self.tuned], options, how.save.progress, moments)
+        return replace(made, notes=moments.notes) if moments else made
 
 
 class LessonStep(Strict):

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import sqrt
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from mergekit_plus.adapters import apply
 from mergekit_plus.adapters.extract import task_of
 from mergekit_plus.adapters.layout import Product, adapter_of
 from mergekit_plus.adapters.peft import Adapter
+from mergekit_plus.calibration.statistics import MomentsFile
 from mergekit_plus.checkpoint import Checkpoint, Deferred, Work, copy_step
 from mergekit_plus.checkpoint.folder import ADAPTER_QUANT
 from mergekit_plus.checkpoint.spec import matches, natural_order
@@ -32,8 +33,11 @@ from .codebooks import Codebook
 from .coding import Coding, Scale, encode
 from .container import Entry, packed_specs, packed_tensors, rows_of, sidecar
 from .factors import Gauge, encode_pair, turned, wanted
-from .latent import Latent, Teacher, attached
+from .latent import Factors, Latent, Teacher, attached, size_of, small
 from .modules import check_trained, factor_entries, factor_names
+from .pools import Sharing, pooled
+from .principal import Shifted, Start, components
+from .ranks import ranks_within, sensitivities
 
 HELD_OUT = 16  # windows at most, evenly out of the text, on which the best state is chosen
 RELATIVE_LR, LR = 3e-2, 3e-3  # of latents that start from an adapter, as a part of their size; from scratch
@@ -51,7 +55,7 @@ class Lesson:
         """Everything wrong with it, a sentence each."""
         return self.training.problems() + (["training needs two windows of text or more"] if len(self.ids) < 2 else [])
 
-    def _parts(self) -> tuple[Tensor, Tensor]:
+    def parts(self) -> tuple[Tensor, Tensor]:
         """The windows to train on, and those that are held out."""
         held = min(HELD_OUT, max(1, len(self.ids) // 8))
         out = torch.zeros(len(self.ids), dtype=torch.bool)
@@ -60,7 +64,7 @@ class Lesson:
 
     def train(self, model: Any, parameters: Mapping[str, nn.Parameter], loss: Loss, work: Work) -> TrainRecord:
         """Train parameters of a model on it; the model is left in the state that is best on the windows held out."""
-        rows, held = self._parts()
+        rows, held = self.parts()
         return train(
             model, parameters, loss, rows, self.training, evaluate=lambda: loss_on(model, held, loss, batch=4), folder=work.folder, progress=work.progress
         )
@@ -102,23 +106,19 @@ def _of_product(a: Tensor, b: Tensor, scale: float, coding: Coding, gauge: Gauge
     rows_b = b.T
     if refit:
         a, rows_b = wanted(a, rows_b, encode_pair(a, b, coding, "none"))
-    latent = Latent(a, rows_b, scale, coding, (_size(a), _size(rows_b)))
+    latent = Latent(a, rows_b, scale, coding, (size_of(a), size_of(rows_b)))
     latent.plain = plain
     return latent
 
 
-def _size(rows: Tensor) -> float:
-    return float(rows.square().mean().sqrt()) or 1.0
-
-
-def _packed(latents: Sequence[Latent], entries: Sequence[Entry]) -> dict[str, Tensor]:
+def _packed(latents: Sequence[Factors], entries: Sequence[Entry]) -> dict[str, Tensor]:
     with torch.no_grad():
-        factors = [rows for latent in latents for rows in latent.rows()]
+        factors = [rows for latent in latents for rows in latent.stored()]
         coded = [encode(rows, entry.coding) for rows, entry in zip(factors, entries, strict=True)]
     return {spec.name: tensor for spec, tensor in zip(packed_specs(entries), packed_tensors(entries, coded), strict=True)}
 
 
-def _train(base: Checkpoint, latents: Mapping[str, Latent], lesson: Lesson, work: Work, teach: bool) -> None:
+def _train(base: Checkpoint, latents: Mapping[str, Factors], lesson: Lesson, work: Work, teach: bool) -> None:
     """Train latents on a model of this base."""
     model = load_model(base, progress=work.progress)
     with attached(model, latents) as parameters:
@@ -151,6 +151,9 @@ class TrainAdapterOptions:
     scale: Scale = "component"
     target: tuple[str, ...] = ()  # shell patterns of modules: "q_proj", "layers.3.*"
     alpha: float = 2.0  # what the product is multiplied with: LoRA's alpha / r
+    start: Start = "lora"  # which components of the weights train, in place of what is added to them
+    budget: int | None = None  # of parameters: ranks up to `rank` where they count most
+    sharing: Sharing | None = None  # pools that modules of a kind share
 
     def problems(self) -> list[str]:
         """Everything wrong with them, a sentence each."""
@@ -160,6 +163,14 @@ class TrainAdapterOptions:
             _ = self.coding
         except OptionError as error:
             found.append(f"{error}; 16 trains a plain LoRA")
+        if self.start not in get_args(Start):
+            found.append(f"start={self.start!r}: one of {', '.join(get_args(Start))}.{nearest(self.start, get_args(Start))}")
+        elif self.start != "lora" and (self.bits != PLAIN or self.sharing is not None):
+            found.append(f"{self.start} starts from components of the weights, as full numbers of each module; train it at 16 bits, without pools")
+        if self.sharing is not None:
+            found += self.sharing.problems(self.rank)
+        if self.budget is not None and self.sharing is not None:
+            found.append("pools have as many parameters as their rank says; give them, or a budget")
         return found
 
     @property
@@ -168,50 +179,75 @@ class TrainAdapterOptions:
         return None if self.bits == PLAIN else Coding(self.bits, self.codebook, self.scale)
 
 
-def train_adapter(base: Checkpoint, lesson: Lesson, options: TrainAdapterOptions) -> Checkpoint:
+def train_adapter(base: Checkpoint, lesson: Lesson, options: TrainAdapterOptions, moments: Checkpoint | None = None) -> Checkpoint:
     """A LoRA adapter of the base, trained on the text: at few bits packed, at 16 bits an ordinary one in float16.
 
-    Errors: OptionError for impossible options; CheckpointError where the base has no linear layers that `target` matches.
+    moments: of the inputs of the base's layers, as `calibrate` makes them, for CorDA. With a budget it runs the base on the text before it returns, for the
+    ranks. Errors: OptionError for impossible options; CheckpointError where the base has no linear layers that `target` matches.
     """
-    if found := options.problems() + lesson.problems():
+    found = options.problems() + lesson.problems()
+    if options.start.startswith("corda") != (moments is not None):
+        found.append("CorDA needs the moments of the base's inputs on a text, and nothing else does")
+    if found:
         raise OptionError("; ".join(found))
     if reason := quantized_reason(base) or adapter_reason(base):
         raise CheckpointError(reason)
     modules = _modules(base, options.target)
-    coding, turned_weights = options.coding, any(transposed for _, transposed in modules.values())
-    products = [Product(name, min(options.rank, *shape), shape) for name, (shape, _) in modules.items()]
+    coding, turned_weights = options.coding, any(module.transposed for module in modules.values())
+    ranks = {name: min(options.rank, *module.shape) for name, module in modules.items()}
+    notes: tuple[str, ...] = ()
+    if options.budget is not None:
+        ranks, notes = _within(base, lesson, options.budget, options.rank, modules)
+    twice = 1 if options.start == "lora" else 2  # what starts from components of the weight has these taken away
+    products = [Product(name, min(twice * ranks[name], *module.shape), module.shape) for name, module in modules.items() if ranks[name]]
     specs = [spec for product in products for spec in product.specs("F16" if coding is None else "F32")]
     entries = [] if coding is None else factor_entries(specs, [coding] * len(products))
 
     def compute(work: Work) -> None:
         def made() -> Mapping[str, Tensor]:
             generator = torch.Generator().manual_seed(lesson.training.seed)
-            latents = {product.module: _fresh(product, coding, options.alpha, generator) for product in products}
+            latents: Mapping[str, Factors]
+            if options.sharing is not None:
+                latents = pooled(products, options.rank, options.sharing, coding, options.alpha, generator)
+            elif options.start != "lora":
+                latents = {product.module: _shifted(base, modules[product.module], ranks[product.module], options.start, moments) for product in products}
+            else:
+                latents = {product.module: _fresh(product, coding, options.alpha, generator) for product in products}
             _train(base, latents, lesson, work, teach=False)
             if coding is not None:
                 return _packed(list(latents.values()), entries)
             with torch.no_grad():
-                rows = [rows for latent in latents.values() for rows in latent.rows()]
+                rows = [rows for latent in latents.values() for rows in latent.stored()]
                 return {spec.name: (row.T if i % 2 else row).half().contiguous() for i, (spec, row) in enumerate(zip(specs, rows, strict=True))}
 
         work.part("adapter", made)
 
     written = specs if coding is None else packed_specs(entries)
-    made = Checkpoint(f"adapter of {base.label}", Deferred(written, [base], compute, memory=memory_of(base)))
+    reads = [base] if moments is None else [base, moments]
+    made = Checkpoint(f"adapter of {base.label}", Deferred(written, reads, compute, memory=memory_of(base)))
     copies = [copy_step(made, spec.name) for spec in written]
-    adapter = adapter_of(made.label, products, copies, base.ref, task_of(base), fan_in_fan_out=turned_weights)
+    adapter = replace(adapter_of(made.label, products, copies, base.ref, task_of(base), fan_in_fan_out=turned_weights), notes=notes)
     return adapter if coding is None else replace(adapter, files={**adapter.files, ADAPTER_QUANT: sidecar(entries)})
 
 
-def _modules(base: Checkpoint, target: Sequence[str]) -> dict[str, tuple[tuple[int, int], bool]]:
-    """The linear layers to train beside, as transformers names them: (out, in), and whether the weight is stored as its transpose."""
+@dataclass(frozen=True)
+class _Linear:
+    """A linear layer to train beside: (out, in), whether the weight is stored as its transpose, and by which name."""
+
+    shape: tuple[int, int]
+    transposed: bool
+    stored: str
+
+
+def _modules(base: Checkpoint, target: Sequence[str]) -> dict[str, _Linear]:
+    """The linear layers to train beside, as transformers names them."""
     meanings = [meaning for meaning in describe(base).tensors.values() if meaning.role == "linear" and meaning.parameter and meaning.name in base.specs]
     parameters = Counter(meaning.parameter for meaning in meanings)
-    found: dict[str, tuple[tuple[int, int], bool]] = {}
+    found: dict[str, _Linear] = {}
     for meaning in sorted(meanings, key=lambda meaning: natural_order(meaning.name)):
         shape, module = base.specs[meaning.name].shape, str(meaning.parameter).rpartition(".")[0]
         if len(shape) == 2 and parameters[meaning.parameter] == 1 and (not target or matches(module, target)):
-            found[module] = ((shape[1], shape[0]) if meaning.transposed else (shape[0], shape[1]), meaning.transposed)
+            found[module] = _Linear((shape[1], shape[0]) if meaning.transposed else (shape[0], shape[1]), meaning.transposed, meaning.name)
     for pattern in target:
         if not any(matches(module, [pattern]) for module in found):
             known = sorted({str(name).split(".")[-2] for name in parameters})
@@ -221,10 +257,29 @@ def _modules(base: Checkpoint, target: Sequence[str]) -> dict[str, tuple[tuple[i
     return found
 
 
+def _within(base: Checkpoint, lesson: Lesson, budget: int, most: int, modules: Mapping[str, _Linear]) -> tuple[dict[str, int], tuple[str, ...]]:
+    """The ranks of modules within the budget, by the windows that are trained on, and a note that says them."""
+    transposed = {name: module.transposed for name, module in modules.items()}
+    ranks = ranks_within(sensitivities(load_model(base), transposed, lesson.parts()[0]), budget, most)
+    used = sum(rank * sum(modules[name].shape) for name, rank in ranks.items())
+    count = Counter(ranks.values())
+    told = ", ".join(f"rank {rank}: {count[rank]}" for rank in sorted(count))
+    return ranks, (f"{used} of {budget} parameters; modules by their rank: {told}",)
+
+
+def _shifted(base: Checkpoint, module: _Linear, rank: int, start: Start, moments: Checkpoint | None) -> Shifted:
+    """Latents that start from components of a module's weight."""
+    weight = base.read(module.stored)
+    gram = None
+    if moments is not None:
+        grams = MomentsFile(moments)
+        grams.check(base)
+        part, name = grams.reads(module.stored)[0]
+        gram = part.read(name)
+    return Shifted(*components(weight.T if module.transposed else weight, gram, rank, start, module.stored))
+
+
 def _fresh(product: Product, coding: Coding | None, alpha: float, generator: torch.Generator) -> Latent:
     out, width = product.shape
     a = torch.empty(product.rank, width).uniform_(-1 / sqrt(width), 1 / sqrt(width), generator=generator)
-    rows_b = torch.zeros(product.rank, out)
-    if coding is not None:
-        nn.init.trunc_normal_(rows_b, std=1e-3, a=-2e-3, b=2e-3, generator=generator)
-    return Latent(a, alpha * rows_b, 1.0, coding, (1.0, alpha))
+    return Latent(a, alpha * small((product.rank, out), coding, generator), 1.0, coding, (1.0, alpha))
