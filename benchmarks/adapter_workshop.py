@@ -1,9 +1,10 @@
 """What the workshop's ways to make adapters are worth: the tables of docs/adapters.md, "Workshop".
 
-    python benchmarks/adapter_workshop.py --models MODELS --texts TEXTS --cache results.jsonl [--tables extract]
+    python benchmarks/adapter_workshop.py --models MODELS --texts TEXTS --cache results.jsonl
 
-MODELS holds `base` and fine-tunes of it; TEXTS a `<domain>.train.txt` and a `<domain>.test.txt` of each. Losses are in nats on 16 windows of 256 tokens,
-spread evenly over the test text. Each result goes into the cache at once, and what is there is not computed again.
+MODELS holds `base` and fine-tunes of it; TEXTS a `<domain>.train.txt` and a `<domain>.test.txt` of each, a `general.train.txt`, and a `wiki.test.txt`, which
+nothing is trained on. Losses are in nats on 16 windows of 256 tokens, spread evenly over a test text. What is trained is trained on the training text for
+STEPS steps of 4 windows of 128 tokens. Each result goes into the cache at once, and what is there is not computed again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -26,16 +28,23 @@ from mergekit_plus.checkpoint import Checkpoint, save
 from mergekit_plus.evaluate import load_model, load_tokenizer
 from mergekit_plus.model import describe
 from mergekit_plus.progress import on
-from mergekit_plus.training import loss_on
+from mergekit_plus.training import TrainOptions, loss_on
+from quant.adapters.pools import Sharing
+from quant.adapters.principal import Init
+from quant.adapters.ranks import ranks_within
+from quant.adapters.train import LR, RELATIVE_LR, Lesson, TrainAdapterOptions, train_adapter
 
 WINDOW, WINDOWS, CALIBRATION = 256, 16, 128
+BATCH, TRAIN_WINDOW = 4, 128
+
+Ranks = Callable[[Mapping[str, Tensor], int, int], dict[str, int]]
 
 
 class Bench:
     """The models, the texts, and the results so far."""
 
-    def __init__(self, models: Path, texts: Path, cache: Path) -> None:
-        self.models, self.texts, self.cache = models, texts, cache
+    def __init__(self, models: Path, texts: Path, cache: Path, steps: int) -> None:
+        self.models, self.texts, self.cache, self.steps = models, texts, cache, steps
         self.base = Checkpoint.open(models / "base")
         self.tokenizer = load_tokenizer(self.base)
         self.rows: dict[str, Any] = {
@@ -68,7 +77,7 @@ class Bench:
         print(f"\n`{domain}`: loss {start:.4f} of the base, {end:.4f} of the fine-tune\n")
         print("| rank | text | weights | outputs | loss | of the gain |\n|---:|---|---:|---:|---:|---:|")
         for rank in (4, 16, 64):
-            for text in ("", domain, "general"):
+            for text in ("", domain):
                 row = self.measured(f"extract {domain} {rank} {text}", lambda out, rank=rank, text=text: self.extract(domain, tuned, rank, text, out))
                 share = (start - row["loss"]) / (start - end)
                 print(f"| {rank} | {text or 'none'} | {row['weights']:.3f} | {row['outputs']:.3f} | {row['loss']:.4f} | {share:.1%} |", flush=True)
@@ -89,6 +98,55 @@ class Bench:
                 sums[2 + place] += ((change @ gram) * change).sum()
         return {"weights": float((sums[1] / sums[0]).sqrt()), "outputs": float((sums[3] / sums[2]).sqrt()), "loss": self.losses(adapted, domain)[domain]}
 
+    def trained(self, domain: str, key: str, options: TrainAdapterOptions, lr: float = LR, text: str = "", ranks: Ranks = ranks_within) -> Mapping[str, Any]:
+        """The losses of a trained adapter on its domain and on what nothing is trained on, and what trains and is written, in numbers."""
+
+        def make(out: Path) -> Mapping[str, Any]:
+            training = TrainOptions(self.steps, lr, BATCH, schedule="cosine", warmup=0.05, clip=None, evaluations=2)
+            lesson = Lesson(self.text(domain, "train", self.steps * BATCH + 16, TRAIN_WINDOW), training)
+            moments = calibrate(self.base, self.text(text, "train", CALIBRATION), {}) if text else None
+            with patch("quant.adapters.train.ranks_within", ranks):
+                made = train_adapter(self.base, lesson, options, moments)
+            save(made, out / "adapter")
+            ref = f"{self.models / 'base'}+{out / 'adapter'}"
+            return {**self.losses(ref, domain, "wiki"), "written": sum(spec.numel for spec in made.specs.values()), "notes": made.notes}
+
+        return self.measured(f"{domain} {self.steps} {key}", make)
+
+    def started(self, domain: str) -> None:
+        """Adapters that start from components of the weights."""
+        print(f"\nrank 8 on `{domain}`, {self.steps} steps\n\n| start | rate | text | loss | wiki |\n|---|---:|---|---:|---:|")
+        ways: list[tuple[Init, float, str]] = [("lora", 1e-3, ""), ("lora", LR, "")]
+        ways += [(init, lr, text) for lr in (1e-2, RELATIVE_LR) for init, text in (("pissa", ""), ("corda-ipm", domain), ("corda-kpm", "general"))]  # type: ignore[misc]
+        for init, lr, text in ways:
+            row = self.trained(domain, f"{init} {lr}", TrainAdapterOptions(16, 8, init=init), lr, text)
+            print(f"| `{init}` | {lr:g} | {text or 'none'} | {row[domain]:.4f} | {row['wiki']:.4f} |", flush=True)
+
+    def shared(self, domain: str) -> None:
+        """Adapters out of pools, against LoRA of as many parameters, and of as much rank."""
+        print(f"\npools on `{domain}`, {self.steps} steps\n\n| | rank | parameters | loss |\n|---|---:|---:|---:|")
+        each = self.trained(domain, "rank 2", TrainAdapterOptions(16, 2))["written"] // 2
+        for rank in (2, 16):
+            row = self.trained(domain, f"rank {rank}", TrainAdapterOptions(16, rank))
+            print(f"| LoRA | {rank} | {each * rank} | {row[domain]:.4f} |", flush=True)
+        for rank, private, shards in ((8, 1, 4), (16, 1, 4), (16, 0, 4), (16, 1, 1)):
+            row = self.trained(domain, f"pools {rank} {private} {shards}", TrainAdapterOptions(16, rank, sharing=Sharing(2, private, shards)))
+            print(f"| pools of rank 2, {private} private, {shards} shards | {rank} | {each * 2} | {row[domain]:.4f} |", flush=True)
+
+    def budgeted(self, domain: str) -> None:
+        """Ranks within the parameters of rank 4 everywhere: all alike, by sensitivity, and by its inverse."""
+        print(f"\nthe parameters of rank 4, on `{domain}`, {self.steps} steps\n\n| ranks | parameters | loss |\n|---|---:|---:|")
+        uniform = self.trained(domain, "rank 4", TrainAdapterOptions(16, 4))
+        print(f"| 4 everywhere | {uniform['written']} | {uniform[domain]:.4f} |", flush=True)
+        for name, ranks in {"by sensitivity": ranks_within, "inverted": inverted}.items():
+            row = self.trained(domain, f"ranks {name}", TrainAdapterOptions(16, 16, budget=uniform["written"]), ranks=ranks)
+            print(f"| {name}, up to 16 | {row['written']} | {row[domain]:.4f} |  {row['notes'][0]}", flush=True)
+
+
+def inverted(sensitivity: Mapping[str, Tensor], budget: int, most: int) -> dict[str, int]:
+    """The ranks that modules would get were their mean sensitivity its own inverse."""
+    return ranks_within({name: own / own.mean().square() for name, own in sensitivity.items()}, budget, most)
+
 
 def main() -> None:
     """Print the tables."""
@@ -96,14 +154,15 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--tables", default="extract", help="which of the tables")
+    parser.add_argument("--steps", type=int, default=60, help="of every training")
+    parser.add_argument("--tables", default="extract,start,pools,budget", help="which of the tables")
     parser.add_argument("--domains", default="code,drama", help="of the fine-tunes")
     options = parser.parse_args()
     on()
-    bench = Bench(options.models, options.texts, options.cache)
+    bench = Bench(options.models, options.texts, options.cache, options.steps)
     for table in options.tables.split(","):
         for domain in options.domains.split(","):
-            {"extract": bench.extracted}[table](domain)
+            {"extract": bench.extracted, "start": bench.started, "pools": bench.shared, "budget": bench.budgeted}[table](domain)
 
 
 if __name__ == "__main__":

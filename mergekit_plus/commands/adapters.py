@@ -156,6 +156,12 @@ def train(
     target: Annotated[list[str], typer.Option("--target", metavar="PATTERN", help="modules, as in q_proj (default: all linear layers)")] = [],  # noqa: B006
     codebook: Codebook = "l2",
     scale: FactorScale = "component",
+    init: Annotated[str, typer.Option("--init", help="lora; or components of the weights: pissa, corda-ipm (what a text uses), corda-kpm (the rest)")] = "lora",
+    calibration: Calibrate = [],  # noqa: B006
+    budget: Annotated[int | None, typer.Option("--budget", min=1, help="parameters in all: ranks up to --rank, where the loss is most sensitive (SPT)")] = None,
+    pool_rank: Annotated[int | None, typer.Option("--pool-rank", min=1, help="modules of a kind share pools, as large as LoRA of this rank (MoS)")] = None,
+    pool_private: Annotated[int, typer.Option("--pool-private", min=0, help="ranks of the pools that are each module's own")] = 1,
+    pool_shards: Annotated[int, typer.Option("--pool-shards", min=1, help="pieces that a row is put together from")] = 4,
     window: CalibrationWindow = None,
     steps: LessonSteps = 200,
     batch: LessonBatch = 4,
@@ -166,7 +172,9 @@ def train(
     from mergekit_plus.recipe import check
 
     step = {
-        "base": "base", "bits": bits, "rank": rank, "target": target, "codebook": codebook, "scale": scale, **_lesson(text, window, steps, batch, lr, seed),
+        "base": "base", "bits": bits, "rank": rank, "target": target, "codebook": codebook, "scale": scale, "init": init, "budget": budget,
+        "pools": {"rank": pool_rank, "private": pool_private, "shards": pool_shards} if pool_rank else None, **_lesson(text, window, steps, batch, lr, seed),
+        **calibration_key(calibration),
     }  # fmt: skip
     recipe = check({"inputs": {"base": base}, "steps": [{"train_adapter": step}]}, Path(), "compress adapter train")
     carry_out(recipe, how, beside(base, f"{bits}bit-adapter", "folder"))

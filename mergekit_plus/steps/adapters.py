@@ -140,8 +140,16 @@ class QuantizeAdapterStep(LessonStep):
         return self.told(quantize_adapter(read_adapter(adapter), self._options(), base, lesson), lesson)
 
 
+class Pools(Strict):
+    """`pools:` of `train_adapter` — what modules of a kind share."""
+
+    rank: int
+    private: int = 1
+    shards: int = 4
+
+
 class TrainAdapterStep(LessonStep):
-    """`train_adapter:` — a LoRA adapter trained for few bits from scratch."""
+    """`train_adapter:` — a LoRA adapter trained from scratch, for few bits or as it is."""
 
     base: str
     bits: int = 1
@@ -150,22 +158,32 @@ class TrainAdapterStep(LessonStep):
     scale: str = "component"
     target: list[str] = Field(default_factory=list)
     alpha: float = 2.0
+    init: str = "lora"
+    calibration: CalibrationOptions | None = None  # whose inputs CorDA looks at
+    budget: int | None = None
+    pools: Pools | None = None
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
-        yield from (f"train_adapter: {problem}" for problem in [*not_inputs([self.base], inputs), *self._options().problems()])
+        found = [*not_inputs([self.base], inputs), *self._options().problems(calibrated=self.calibration is not None)]
+        yield from (f"train_adapter: {problem}" for problem in found)
         if self.text is None:
             yield "train_adapter: give it a text to train on"
 
     def _options(self) -> Any:
+        from quant.adapters.pools import Sharing
         from quant.adapters.train import TrainAdapterOptions
 
-        return TrainAdapterOptions(self.bits, self.rank, self.codebook, self.scale, tuple(self.target), self.alpha)  # type: ignore[arg-type]
+        pools = Sharing(**self.pools.model_dump()) if self.pools else None
+        own = (self.bits, self.rank, self.codebook, self.scale, tuple(self.target), self.alpha, self.init, self.budget, pools)
+        return TrainAdapterOptions(*own)  # type: ignore[arg-type]
 
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
-        from quant.adapters.train import LR, train_adapter
+        from quant.adapters.train import LR, RELATIVE_LR, train_adapter
 
-        lesson = self.lesson(inputs[self.base], how, LR)
-        return self.told(train_adapter(inputs[self.base], lesson, self._options()), lesson)
+        base = inputs[self.base]
+        lesson = self.lesson(base, how, LR if self.init == "lora" else RELATIVE_LR)
+        moments = moments_of(self.calibration, base, how) if self.calibration else None
+        return self.told(train_adapter(base, lesson, self._options(), moments), lesson)
 
 
 class DeltaStep(LessonStep):

@@ -20,17 +20,17 @@ from mergekit_plus.adapters.weighted import damped
 
 from .latent import Latent, size_of
 
-Start = Literal["lora", "pissa", "corda-ipm", "corda-kpm"]
+Init = Literal["lora", "pissa", "corda-ipm", "corda-kpm"]
 
 
-def components(weight: Tensor, gram: Tensor | None, rank: int, start: Start, name: str) -> tuple[Tensor, Tensor]:
+def components(weight: Tensor, gram: Tensor | None, rank: int, init: Init, name: str) -> tuple[Tensor, Tensor]:
     """A0 [rank, in] and, by its columns, B0 [rank, out], float32, of a weight [out, in]; gram [in, in]: of its inputs, None for PiSSA."""
     if gram is None:
         a, b = factors(*leading(weight.double(), rank, name))
     else:
         c = damped(gram)
         weighed = weight.double() @ c
-        if start == "corda-ipm":
+        if init == "corda-ipm":
             u, s, v = leading(weighed, rank, name)
         else:
             u, s, vt = torch.linalg.svd(weighed, full_matrices=False)

@@ -36,7 +36,7 @@ from .factors import Gauge, encode_pair, turned, wanted
 from .latent import Factors, Latent, Teacher, attached, size_of, small
 from .modules import check_trained, factor_entries, factor_names
 from .pools import Sharing, pooled
-from .principal import Shifted, Start, components
+from .principal import Init, Shifted, components
 from .ranks import ranks_within, sensitivities
 
 HELD_OUT = 16  # windows at most, evenly out of the text, on which the best state is chosen
@@ -151,22 +151,24 @@ class TrainAdapterOptions:
     scale: Scale = "component"
     target: tuple[str, ...] = ()  # shell patterns of modules: "q_proj", "layers.3.*"
     alpha: float = 2.0  # what the product is multiplied with: LoRA's alpha / r
-    start: Start = "lora"  # which components of the weights train, in place of what is added to them
+    init: Init = "lora"  # which components of the weights train, in place of what is added to them
     budget: int | None = None  # of parameters: ranks up to `rank` where they count most
     sharing: Sharing | None = None  # pools that modules of a kind share
 
-    def problems(self) -> list[str]:
-        """Everything wrong with them, a sentence each."""
+    def problems(self, calibrated: bool = False) -> list[str]:
+        """Everything wrong with them, a sentence each; calibrated: where the moments of the base's inputs on a text are given."""
         found = [f"rank must be 1 or more, not {self.rank}"] if self.rank < 1 else []
         found += [f"alpha must be positive, not {self.alpha:g}"] if not self.alpha > 0 else []
         try:
             _ = self.coding
         except OptionError as error:
             found.append(f"{error}; 16 trains a plain LoRA")
-        if self.start not in get_args(Start):
-            found.append(f"start={self.start!r}: one of {', '.join(get_args(Start))}.{nearest(self.start, get_args(Start))}")
-        elif self.start != "lora" and (self.bits != PLAIN or self.sharing is not None):
-            found.append(f"{self.start} starts from components of the weights, as full numbers of each module; train it at 16 bits, without pools")
+        if self.init not in get_args(Init):
+            found.append(f"unknown init '{self.init}'.{nearest(self.init, get_args(Init))}")
+        elif self.init != "lora" and (self.bits != PLAIN or self.sharing is not None):
+            found.append(f"{self.init} starts from components of each weight, in full numbers; train it at 16 bits and without pools")
+        if calibrated != self.init.startswith("corda"):
+            found.append("CorDA looks at a calibration text, the task's or that of what is to stay, and nothing else does; give both or neither")
         if self.sharing is not None:
             found += self.sharing.problems(self.rank)
         if self.budget is not None and self.sharing is not None:
@@ -185,10 +187,7 @@ def train_adapter(base: Checkpoint, lesson: Lesson, options: TrainAdapterOptions
     moments: of the inputs of the base's layers, as `calibrate` makes them, for CorDA. With a budget it runs the base on the text before it returns, for the
     ranks. Errors: OptionError for impossible options; CheckpointError where the base has no linear layers that `target` matches.
     """
-    found = options.problems() + lesson.problems()
-    if options.start.startswith("corda") != (moments is not None):
-        found.append("CorDA needs the moments of the base's inputs on a text, and nothing else does")
-    if found:
+    if found := options.problems(calibrated=moments is not None) + lesson.problems():
         raise OptionError("; ".join(found))
     if reason := quantized_reason(base) or adapter_reason(base):
         raise CheckpointError(reason)
@@ -198,7 +197,7 @@ def train_adapter(base: Checkpoint, lesson: Lesson, options: TrainAdapterOptions
     notes: tuple[str, ...] = ()
     if options.budget is not None:
         ranks, notes = _within(base, lesson, options.budget, options.rank, modules)
-    twice = 1 if options.start == "lora" else 2  # what starts from components of the weight has these taken away
+    twice = 1 if options.init == "lora" else 2  # what starts from components of the weight has these taken away
     products = [Product(name, min(twice * ranks[name], *module.shape), module.shape) for name, module in modules.items() if ranks[name]]
     specs = [spec for product in products for spec in product.specs("F16" if coding is None else "F32")]
     entries = [] if coding is None else factor_entries(specs, [coding] * len(products))
@@ -209,8 +208,8 @@ def train_adapter(base: Checkpoint, lesson: Lesson, options: TrainAdapterOptions
             latents: Mapping[str, Factors]
             if options.sharing is not None:
                 latents = pooled(products, options.rank, options.sharing, coding, options.alpha, generator)
-            elif options.start != "lora":
-                latents = {product.module: _shifted(base, modules[product.module], ranks[product.module], options.start, moments) for product in products}
+            elif options.init != "lora":
+                latents = {product.module: _shifted(base, modules[product.module], ranks[product.module], options.init, moments) for product in products}
             else:
                 latents = {product.module: _fresh(product, coding, options.alpha, generator) for product in products}
             _train(base, latents, lesson, work, teach=False)
@@ -267,7 +266,7 @@ def _within(base: Checkpoint, lesson: Lesson, budget: int, most: int, modules: M
     return ranks, (f"{used} of {budget} parameters; modules by their rank: {told}",)
 
 
-def _shifted(base: Checkpoint, module: _Linear, rank: int, start: Start, moments: Checkpoint | None) -> Shifted:
+def _shifted(base: Checkpoint, module: _Linear, rank: int, init: Init, moments: Checkpoint | None) -> Shifted:
     """Latents that start from components of a module's weight."""
     weight = base.read(module.stored)
     gram = None
@@ -276,7 +275,7 @@ def _shifted(base: Checkpoint, module: _Linear, rank: int, start: Start, moments
         grams.check(base)
         part, name = grams.reads(module.stored)[0]
         gram = part.read(name)
-    return Shifted(*components(weight.T if module.transposed else weight, gram, rank, start, module.stored))
+    return Shifted(*components(weight.T if module.transposed else weight, gram, rank, init, module.stored))
 
 
 def _fresh(product: Product, coding: Coding | None, alpha: float, generator: torch.Generator) -> Latent:
