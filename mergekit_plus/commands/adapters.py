@@ -162,6 +162,7 @@ def train(
     pool_rank: Annotated[int | None, typer.Option("--pool-rank", min=1, help="modules of a kind share pools, as large as LoRA of this rank (MoS)")] = None,
     pool_private: Annotated[int, typer.Option("--pool-private", min=0, help="ranks of the pools that are each module's own")] = 1,
     pool_shards: Annotated[int, typer.Option("--pool-shards", min=1, help="pieces that a row is put together from")] = 4,
+    neurons: Annotated[int | None, typer.Option("--neurons", min=1, help="in place of a LoRA, so many neurons in every MLP (AdaptFormer)")] = None,
     window: CalibrationWindow = None,
     steps: LessonSteps = 200,
     batch: LessonBatch = 4,
@@ -173,8 +174,8 @@ def train(
 
     step = {
         "base": "base", "bits": bits, "rank": rank, "target": target, "codebook": codebook, "scale": scale, "init": init, "budget": budget,
-        "pools": {"rank": pool_rank, "private": pool_private, "shards": pool_shards} if pool_rank else None, **_lesson(text, window, steps, batch, lr, seed),
-        **calibration_key(calibration),
+        "neurons": neurons, "pools": {"rank": pool_rank, "private": pool_private, "shards": pool_shards} if pool_rank else None,
+        **_lesson(text, window, steps, batch, lr, seed), **calibration_key(calibration),
     }  # fmt: skip
     recipe = check({"inputs": {"base": base}, "steps": [{"train_adapter": step}]}, Path(), "compress adapter train")
     carry_out(recipe, how, beside(base, f"{bits}bit-adapter", "folder"))

@@ -162,10 +162,15 @@ class TrainAdapterStep(LessonStep):
     calibration: CalibrationOptions | None = None  # whose inputs CorDA looks at
     budget: int | None = None
     pools: Pools | None = None
+    neurons: int | None = None  # beside those of every MLP, in place of a LoRA
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
         found = [*not_inputs([self.base], inputs), *self._options().problems(calibrated=self.calibration is not None)]
-        yield from (f"train_adapter: {problem}" for problem in found)
+        if self.neurons is not None:
+            found += self._neurons().problems()
+            if self.target or self.init != "lora" or self.budget is not None or self.pools is not None:
+                found.append("neurons stand beside those of every MLP; target, init, budget and pools are for LoRA")
+        yield from (f"train_adapter: {problem}" for problem in dict.fromkeys(found))
         if self.text is None:
             yield "train_adapter: give it a text to train on"
 
@@ -177,11 +182,19 @@ class TrainAdapterStep(LessonStep):
         own = (self.bits, self.rank, self.codebook, self.scale, tuple(self.target), self.alpha, self.init, self.budget, pools)
         return TrainAdapterOptions(*own)  # type: ignore[arg-type]
 
+    def _neurons(self) -> Any:
+        from quant.adapters.neurons import NeuronOptions
+
+        return NeuronOptions(self.neurons or 0, self.bits, self.codebook, self.scale)  # type: ignore[arg-type]
+
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
+        from quant.adapters.neurons import train_neurons
         from quant.adapters.train import LR, RELATIVE_LR, train_adapter
 
         base = inputs[self.base]
         lesson = self.lesson(base, how, LR if self.init == "lora" else RELATIVE_LR)
+        if self.neurons is not None:
+            return self.told(train_neurons(base, lesson, self._neurons()), lesson)
         moments = moments_of(self.calibration, base, how) if self.calibration else None
         return self.told(train_adapter(base, lesson, self._options(), moments), lesson)
 
