@@ -29,6 +29,7 @@ from mergekit_plus.evaluate import load_model, load_tokenizer
 from mergekit_plus.model import describe
 from mergekit_plus.progress import on
 from mergekit_plus.training import TrainOptions, loss_on
+from quant.adapters.neurons import NeuronOptions, train_neurons
 from quant.adapters.pools import Sharing
 from quant.adapters.principal import Init
 from quant.adapters.ranks import ranks_within
@@ -98,18 +99,25 @@ class Bench:
                 sums[2 + place] += ((change @ gram) * change).sum()
         return {"weights": float((sums[1] / sums[0]).sqrt()), "outputs": float((sums[3] / sums[2]).sqrt()), "loss": self.losses(adapted, domain)[domain]}
 
-    def trained(self, domain: str, key: str, options: TrainAdapterOptions, lr: float = LR, text: str = "", ranks: Ranks = ranks_within) -> Mapping[str, Any]:
-        """The losses of a trained adapter on its domain and on what nothing is trained on, and what trains and is written, in numbers."""
+    def trained(
+        self, domain: str, key: str, options: TrainAdapterOptions | NeuronOptions, lr: float = LR, text: str = "", ranks: Ranks = ranks_within
+    ) -> Mapping[str, Any]:
+        """The losses of a trained adapter on its domain and on what nothing is trained on, and how many numbers and bytes it has."""
 
         def make(out: Path) -> Mapping[str, Any]:
             training = TrainOptions(self.steps, lr, BATCH, schedule="cosine", warmup=0.05, clip=None, evaluations=2)
             lesson = Lesson(self.text(domain, "train", self.steps * BATCH + 16, TRAIN_WINDOW), training)
             moments = calibrate(self.base, self.text(text, "train", CALIBRATION), {}) if text else None
-            with patch("quant.adapters.train.ranks_within", ranks):
-                made = train_adapter(self.base, lesson, options, moments)
+            if isinstance(options, NeuronOptions):
+                made = train_neurons(self.base, lesson, options)
+            else:
+                with patch("quant.adapters.train.ranks_within", ranks):
+                    made = train_adapter(self.base, lesson, options, moments)
             save(made, out / "adapter")
-            ref = f"{self.models / 'base'}+{out / 'adapter'}"
-            return {**self.losses(ref, domain, "wiki"), "written": sum(spec.numel for spec in made.specs.values()), "notes": made.notes}
+            numbers = sum(spec.numel for spec in Checkpoint.open(out / "adapter").specs.values())
+            size = sum(path.stat().st_size for path in (out / "adapter").iterdir() if path.suffix == ".safetensors")
+            losses = self.losses(f"{self.models / 'base'}+{out / 'adapter'}", domain, "wiki")
+            return {**losses, "numbers": numbers, "bytes": size, "notes": made.notes}
 
         return self.measured(f"{domain} {self.steps} {key}", make)
 
@@ -125,22 +133,33 @@ class Bench:
     def shared(self, domain: str) -> None:
         """Adapters out of pools, against LoRA of as many parameters, and of as much rank."""
         print(f"\npools on `{domain}`, {self.steps} steps\n\n| | rank | parameters | loss |\n|---|---:|---:|---:|")
-        each = self.trained(domain, "rank 2", TrainAdapterOptions(16, 2))["written"] // 2
+        each = self.trained(domain, "rank 2", TrainAdapterOptions(16, 2))["numbers"] // 2
         for rank in (2, 16):
             row = self.trained(domain, f"rank {rank}", TrainAdapterOptions(16, rank))
             print(f"| LoRA | {rank} | {each * rank} | {row[domain]:.4f} |", flush=True)
-        for rank, private, shards in ((8, 1, 4), (16, 1, 4), (16, 0, 4), (16, 1, 1)):
+        for rank, private, shards in ((8, 1, 4), (16, 1, 4), (16, 0, 1)):
             row = self.trained(domain, f"pools {rank} {private} {shards}", TrainAdapterOptions(16, rank, sharing=Sharing(2, private, shards)))
             print(f"| pools of rank 2, {private} private, {shards} shards | {rank} | {each * 2} | {row[domain]:.4f} |", flush=True)
+
+    def widened(self, domain: str) -> None:
+        """Neurons beside those of every MLP, against LoRA of about as many numbers."""
+        print(f"\nneurons on `{domain}`, {self.steps} steps\n\n| | bits | numbers | bytes | loss | wiki |\n|---|---:|---:|---:|---:|---:|")
+        for bits, lr in ((16, LR), (1, 1e-2)):
+            lora, neurons = TrainAdapterOptions(bits, 8), NeuronOptions(50, bits)
+            for name, row in (
+                ("LoRA, rank 8", self.trained(domain, f"lora {lr}" if bits == 16 else "lora 1 bit", lora, lr)),
+                ("50 neurons", self.trained(domain, f"neurons {bits}", neurons, lr)),
+            ):
+                print(f"| {name} | {bits} | {row['numbers']} | {row['bytes']} | {row[domain]:.4f} | {row['wiki']:.4f} |", flush=True)
 
     def budgeted(self, domain: str) -> None:
         """Ranks within the parameters of rank 4 everywhere: all alike, by sensitivity, and by its inverse."""
         print(f"\nthe parameters of rank 4, on `{domain}`, {self.steps} steps\n\n| ranks | parameters | loss |\n|---|---:|---:|")
         uniform = self.trained(domain, "rank 4", TrainAdapterOptions(16, 4))
-        print(f"| 4 everywhere | {uniform['written']} | {uniform[domain]:.4f} |", flush=True)
+        print(f"| 4 everywhere | {uniform['numbers']} | {uniform[domain]:.4f} |", flush=True)
         for name, ranks in {"by sensitivity": ranks_within, "inverted": inverted}.items():
-            row = self.trained(domain, f"ranks {name}", TrainAdapterOptions(16, 16, budget=uniform["written"]), ranks=ranks)
-            print(f"| {name}, up to 16 | {row['written']} | {row[domain]:.4f} |  {row['notes'][0]}", flush=True)
+            row = self.trained(domain, f"ranks {name}", TrainAdapterOptions(16, 16, budget=uniform["numbers"]), ranks=ranks)
+            print(f"| {name}, up to 16 | {row['numbers']} | {row[domain]:.4f} |  {row['notes'][0]}", flush=True)
 
 
 def inverted(sensitivity: Mapping[str, Tensor], budget: int, most: int) -> dict[str, int]:
@@ -155,14 +174,14 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=60, help="of every training")
-    parser.add_argument("--tables", default="extract,start,pools,budget", help="which of the tables")
+    parser.add_argument("--tables", default="extract,start,pools,budget,neurons", help="which of the tables")
     parser.add_argument("--domains", default="code,drama", help="of the fine-tunes")
     options = parser.parse_args()
     on()
     bench = Bench(options.models, options.texts, options.cache, options.steps)
     for table in options.tables.split(","):
         for domain in options.domains.split(","):
-            {"extract": bench.extracted, "start": bench.started, "pools": bench.shared, "budget": bench.budgeted}[table](domain)
+            {"extract": bench.extracted, "start": bench.started, "pools": bench.shared, "budget": bench.budgeted, "neurons": bench.widened}[table](domain)
 
 
 if __name__ == "__main__":

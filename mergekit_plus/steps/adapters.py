@@ -196,7 +196,7 @@ class TrainAdapterStep(LessonStep):
         if self.neurons is not None:
             return self.told(train_neurons(base, lesson, self._neurons()), lesson)
         moments = moments_of(self.calibration, base, how) if self.calibration else None
-        return self.told(train_adapter(base, lesson, self._options(), moments), lesson)
+        return self.told(train_adapter(base, lesson, self._options(), moments, how.save.progress), lesson)
 
 
 class DeltaStep(LessonStep):

@@ -27,6 +27,7 @@ from mergekit_plus.checkpoint.spec import matches, natural_order
 from mergekit_plus.errors import CheckpointError, OptionError, nearest
 from mergekit_plus.evaluate import load_model
 from mergekit_plus.model import adapter_reason, describe, quantized_reason
+from mergekit_plus.progress import Progress
 from mergekit_plus.training import Loss, TrainOptions, TrainRecord, distillation, loss_on, next_token, train
 
 from .codebooks import Codebook
@@ -181,7 +182,9 @@ class TrainAdapterOptions:
         return None if self.bits == PLAIN else Coding(self.bits, self.codebook, self.scale)
 
 
-def train_adapter(base: Checkpoint, lesson: Lesson, options: TrainAdapterOptions, moments: Checkpoint | None = None) -> Checkpoint:
+def train_adapter(
+    base: Checkpoint, lesson: Lesson, options: TrainAdapterOptions, moments: Checkpoint | None = None, progress: Progress | None = None
+) -> Checkpoint:
     """A LoRA adapter of the base, trained on the text: at few bits packed, at 16 bits an ordinary one in float16.
 
     moments: of the inputs of the base's layers, as `calibrate` makes them, for CorDA. With a budget it runs the base on the text before it returns, for the
@@ -196,7 +199,7 @@ def train_adapter(base: Checkpoint, lesson: Lesson, options: TrainAdapterOptions
     ranks = {name: min(options.rank, *module.shape) for name, module in modules.items()}
     notes: tuple[str, ...] = ()
     if options.budget is not None:
-        ranks, notes = _within(base, lesson, options.budget, options.rank, modules)
+        ranks, notes = _within(base, lesson, options.budget, options.rank, modules, progress)
     twice = 1 if options.init == "lora" else 2  # what starts from components of the weight has these taken away
     products = [Product(name, min(twice * ranks[name], *module.shape), module.shape) for name, module in modules.items() if ranks[name]]
     specs = [spec for product in products for spec in product.specs("F16" if coding is None else "F32")]
@@ -256,10 +259,12 @@ def _modules(base: Checkpoint, target: Sequence[str]) -> dict[str, _Linear]:
     return found
 
 
-def _within(base: Checkpoint, lesson: Lesson, budget: int, most: int, modules: Mapping[str, _Linear]) -> tuple[dict[str, int], tuple[str, ...]]:
+def _within(
+    base: Checkpoint, lesson: Lesson, budget: int, most: int, modules: Mapping[str, _Linear], progress: Progress | None
+) -> tuple[dict[str, int], tuple[str, ...]]:
     """The ranks of modules within the budget, by the windows that are trained on, and a note that says them."""
     transposed = {name: module.transposed for name, module in modules.items()}
-    ranks = ranks_within(sensitivities(load_model(base), transposed, lesson.parts()[0]), budget, most)
+    ranks = ranks_within(sensitivities(load_model(base, progress=progress), transposed, lesson.parts()[0], progress), budget, most)
     used = sum(rank * sum(modules[name].shape) for name, rank in ranks.items())
     count = Counter(ranks.values())
     told = ", ".join(f"rank {rank}: {count[rank]}" for rank in sorted(count))
