@@ -70,6 +70,8 @@ def extract(
     if found := options.problems(calibrated=moments is not None):
         raise OptionError("; ".join(found))
     grams = MomentsFile(moments) if moments is not None else None
+    if grams is not None:
+        grams.check(tuned)
     pairs = pairs_of(base, tuned, options.exclude)
     progress = progress or quiet()
     meanings = describe(base)

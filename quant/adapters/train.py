@@ -194,6 +194,9 @@ def train_adapter(
         raise OptionError("; ".join(found))
     if reason := quantized_reason(base) or adapter_reason(base):
         raise CheckpointError(reason)
+    grams = None if moments is None else MomentsFile(moments)
+    if grams is not None:
+        grams.check(base)
     modules = _modules(base, options.target)
     coding, turned_weights = options.coding, any(module.transposed for module in modules.values())
     ranks = {name: min(options.rank, *module.shape) for name, module in modules.items()}
@@ -212,7 +215,7 @@ def train_adapter(
             if options.sharing is not None:
                 latents = pooled(products, options.rank, options.sharing, coding, options.alpha, generator)
             elif options.init != "lora":
-                latents = {product.module: _shifted(base, modules[product.module], ranks[product.module], options.init, moments) for product in products}
+                latents = {product.module: _shifted(base, modules[product.module], ranks[product.module], options.init, grams) for product in products}
             else:
                 latents = {product.module: _fresh(product, coding, options.alpha, generator) for product in products}
             _train(base, latents, lesson, work, teach=False)
@@ -271,13 +274,10 @@ def _within(
     return ranks, (f"{used} of {budget} parameters; modules by their rank: {told}",)
 
 
-def _shifted(base: Checkpoint, module: _Linear, rank: int, init: Init, moments: Checkpoint | None) -> Shifted:
+def _shifted(base: Checkpoint, module: _Linear, rank: int, init: Init, grams: MomentsFile | None) -> Shifted:
     """Latents that start from components of a module's weight."""
-    weight = base.read(module.stored)
-    gram = None
-    if moments is not None:
-        grams = MomentsFile(moments)
-        grams.check(base)
+    weight, gram = base.read(module.stored), None
+    if grams is not None:
         part, name = grams.reads(module.stored)[0]
         gram = part.read(name)
     return Shifted(*components(weight.T if module.transposed else weight, gram, rank, init, module.stored))

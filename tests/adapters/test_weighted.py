@@ -18,7 +18,7 @@ from mergekit_plus.adapters.weighted import DAMP, leading_for
 from mergekit_plus.calibration import read_text
 from mergekit_plus.calibration.statistics import MomentsFile, calibrate
 from mergekit_plus.checkpoint import Checkpoint, save
-from mergekit_plus.errors import OptionError
+from mergekit_plus.errors import CheckpointError, OptionError
 from mergekit_plus.evaluate import load_tokenizer
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -102,6 +102,12 @@ def test_as_a_user_asks_for_it(compress: Program, tmp_path: Path) -> None:
     line = compress("adapter", "extract", *models, "--energy", 0.5, *heard).line
     assert "an energy is of the differences alone; with a calibration text, give a rank" in line
     assert "--windows says how a text is read" in compress("adapter", "extract", *models, "--rank", 2, "--windows", 4).line
+    base, tuned = map(Checkpoint.open, models)
     with pytest.raises(OptionError, match="an energy is of the differences alone"):
-        extract(*map(Checkpoint.open, models), ExtractOptions(energy=0.5), moments=Checkpoint.from_tensors({"x": torch.zeros(1)}))
+        extract(base, tuned, ExtractOptions(energy=0.5), moments=base)
+    with pytest.raises(CheckpointError, match="base holds no moments; `compress calibrate MODEL --text FILE -o "):
+        extract(base, tuned, ExtractOptions(rank=2), moments=base)
+    others = calibrate(Checkpoint.open(saved(model_of(), tmp_path / "other")), torch.arange(24).view(2, 12), {})
+    with pytest.raises(CheckpointError, match="was measured on a model of other shapes than .*code; measure this one"):
+        extract(base, tuned, ExtractOptions(rank=2), moments=others)
 
