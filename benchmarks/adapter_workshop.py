@@ -83,7 +83,8 @@ class Bench:
                     make = lambda out, rank=rank, heard=heard: self.extract(domain, tuned, rank, heard, out, Path(folder))  # noqa: E731
                     row = self.measured(f"extract {domain} {rank} {heard}", make)
                     share = (start - row["loss"]) / (start - end)
-                    print(f"| {rank} | {'yes' if heard else 'no'} | {row['weights']:.3f} | {row['outputs']:.3f} | {row['loss']:.4f} | {share:.1%} |", flush=True)
+                    errors = f"{row['weights']:.3f} | {row['outputs']:.3f}"
+                    print(f"| {rank} | {'yes' if heard else 'no'} | {errors} | {row['loss']:.4f} | {share:.1%} |", flush=True)
 
     def moments(self, tuned: Checkpoint, domain: str, part: str, windows: int, folder: Path) -> Checkpoint:
         """The moments of a fine-tune on a text, measured once."""
