@@ -33,7 +33,7 @@ from quant.adapters.neurons import NeuronOptions, train_neurons
 from quant.adapters.pools import Sharing
 from quant.adapters.principal import Init
 from quant.adapters.ranks import ranks_within
-from quant.adapters.train import LR, RELATIVE_LR, Lesson, TrainAdapterOptions, train_adapter
+from quant.adapters.train import LR, Lesson, TrainAdapterOptions, train_adapter
 
 WINDOW, WINDOWS, CALIBRATION = 256, 16, 128
 BATCH, TRAIN_WINDOW = 4, 128
@@ -134,7 +134,7 @@ class Bench:
         """Adapters that start from components of the weights."""
         print(f"\nrank 8 on `{domain}`, {self.steps} steps\n\n| start | rate | text | loss | wiki |\n|---|---:|---|---:|---:|")
         ways: list[tuple[Init, float, str]] = [("lora", 1e-3, ""), ("lora", LR, ""), ("pissa", 1e-2, ""), ("corda-ipm", 1e-2, domain)]
-        ways += [("corda-kpm", 1e-2, "general"), ("corda-kpm", RELATIVE_LR, "general")]
+        ways += [("corda-kpm", 1e-2, "general"), ("corda-kpm", 1e-1, "general"), ("pissa", 3e-2, "")]
         for init, lr, text in ways:
             row = self.trained(domain, f"{init} {lr}", TrainAdapterOptions(16, 8, init=init), lr, text)
             print(f"| `{init}` | {lr:g} | {text or 'none'} | {row[domain]:.4f} | {row['wiki']:.4f} |", flush=True)
@@ -146,9 +146,8 @@ class Bench:
         for rank in (2, 16):
             row = self.trained(domain, f"rank {rank}", TrainAdapterOptions(16, rank))
             print(f"| LoRA | {rank} | {each * rank} | {row[domain]:.4f} |", flush=True)
-        for rank, private, shards in ((16, 1, 4), (8, 1, 4)):
-            row = self.trained(domain, f"pools {rank} {private} {shards}", TrainAdapterOptions(16, rank, sharing=Sharing(2, private, shards)))
-            print(f"| pools of rank 2, {private} private, {shards} shards | {rank} | {each * 2} | {row[domain]:.4f} |", flush=True)
+        row = self.trained(domain, "pools", TrainAdapterOptions(16, 16, sharing=Sharing(2)))
+        print(f"| pools of rank 2 | 16 | {each * 2} | {row[domain]:.4f} |", flush=True)
 
     def widened(self, domain: str) -> None:
         """Neurons beside those of every MLP, against LoRA of about as many numbers."""
