@@ -14,9 +14,10 @@ from torch import Tensor
 from mergekit_plus.errors import OptionError
 
 from ..formats.bits import words
-from . import ops, reference
+from . import cpu, ops, reference
+from .library import available
 
-__all__ = ["packed_linear", "signs_linear", "reference"]
+__all__ = ["available", "cpu", "packed_linear", "reference", "signs_linear"]
 
 
 def packed_linear(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int) -> Tensor:
