@@ -57,10 +57,10 @@ bool signs_fit(const mkp_signs& signs, const mkp_rows& x, const mkp_rows& y) {
   return fits(signs.rows) && fits(signs.width) && fits(x.m) && x.m == y.m && known(x.dtype) && y.dtype == MKP_FLOAT32;
 }
 
-int32_t run_signs(const mkp_signs* s, int64_t apart, const int32_t* owner, const mkp_rows* x, const mkp_rows* y, bool transposed, void* stream) {
-  if (!signs_fit(*s, *x, *y)) return MKP_UNSUPPORTED;
+int32_t run_signs(const mkp_signs* s, const int32_t* owner, int64_t adapters, int64_t apart, const mkp_rows* x, const mkp_rows* y, bool transposed, void* stream) {
+  if (!signs_fit(*s, *x, *y) || !fits(adapters)) return MKP_UNSUPPORTED;
   if (x->m == 0 || (transposed ? s->width : s->rows) == 0) return MKP_OK;
-  const Signs call = {s->bits, s->stride, apart, owner, x->data, static_cast<float*>(y->data), x->stride, y->stride,
+  const Signs call = {s->bits, s->stride, apart, owner, static_cast<int>(adapters), x->data, static_cast<float*>(y->data), x->stride, y->stride,
                       static_cast<int>(x->m), static_cast<int>(s->rows), static_cast<int>(s->width)};
   return status_of(signs(call, x->dtype, transposed, stream));
 }
@@ -120,12 +120,12 @@ int32_t mkp_cuda_dequantize(const mkp_weight* weight, const mkp_rows* out, void*
   return status_of(dequantize(call, out->dtype, stream));
 }
 
-int32_t mkp_cuda_signs(const mkp_signs* signs, int64_t apart, const int32_t* owner, const mkp_rows* x, const mkp_rows* y, void* stream) {
-  return run_signs(signs, apart, owner, x, y, false, stream);
+int32_t mkp_cuda_signs(const mkp_signs* signs, const int32_t* owner, int64_t adapters, int64_t apart, const mkp_rows* x, const mkp_rows* y, void* stream) {
+  return run_signs(signs, owner, adapters, apart, x, y, false, stream);
 }
 
-int32_t mkp_cuda_signs_transposed(const mkp_signs* signs, int64_t apart, const int32_t* owner, const mkp_rows* x, const mkp_rows* y, void* stream) {
-  return run_signs(signs, apart, owner, x, y, true, stream);
+int32_t mkp_cuda_signs_transposed(const mkp_signs* signs, const int32_t* owner, int64_t adapters, int64_t apart, const mkp_rows* x, const mkp_rows* y, void* stream) {
+  return run_signs(signs, owner, adapters, apart, x, y, true, stream);
 }
 
 }  // extern "C"

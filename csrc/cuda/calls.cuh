@@ -47,7 +47,8 @@ cudaError_t dequantize(const Dequantize& call, int dtype, void* stream);
 struct Signs {
   const uint8_t* signs;
   int64_t pitch, apart;  // bytes from one row to the next, and from one adapter to the next
-  const int32_t* owner;  // [m], below zero: none, and y is zero; or null
+  const int32_t* owner;  // [m], none outside of 0 ... adapters-1, and y is zero; or null
+  int adapters;
   const void* x;
   float* y;
   int64_t x_pitch, y_pitch;

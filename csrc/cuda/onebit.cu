@@ -24,7 +24,7 @@ MKP_DEVICE float input(const Signs& call, int token, int at) {
 // The signs of a token's adapter; null where it has none.
 MKP_DEVICE const uint8_t* signs_of(const Signs& call, int token) {
   const int owner = call.owner ? load_global(call.owner + token) : 0;
-  return owner < 0 ? nullptr : call.signs + owner * call.apart;
+  return call.owner && (owner < 0 || owner >= call.adapters) ? nullptr : call.signs + owner * call.apart;
 }
 
 // x, or -x where the bit is zero.

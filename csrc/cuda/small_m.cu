@@ -247,7 +247,7 @@ MKP_DEVICE void for_each(const Linear& call, int first_row, int lane, const Sums
   }
 }
 
-// Whether all other slices of these rows have come before; said to every thread.
+// Whether all other slices of these rows have come before; said to every thread, by way of shared memory that nobody reads any more after the barrier.
 MKP_DEVICE bool is_last(const Linear& call, uint32_t* shared) {
   __threadfence();  // this thread's sums are seen by whoever sees the counter
   __syncthreads();  // of all threads of the block
@@ -323,7 +323,6 @@ __global__ void __launch_bounds__(kThreads, (residents<kBits, kTiles>())) linear
   }
   float* partial = call.partial + static_cast<int64_t>(blockIdx.y) * call.tokens * call.weight.rows;
   for_each<kTiles>(call, first_row, lane, total, [&](int token, int row, float sum) { store_global(partial + static_cast<int64_t>(token) * call.weight.rows + row, sum); });
-  __syncthreads();  // the last stage is read by all: is_last writes there
   if (is_last(call, shared)) add_slices<kFloat, block_rows(kTiles)>(call);
 }
 

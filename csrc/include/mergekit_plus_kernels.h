@@ -97,11 +97,11 @@ MKP_API int64_t mkp_cuda_workspace(const mkp_weight *weight, int64_t m);
 MKP_API int32_t mkp_cuda_linear(const mkp_weight *weight, const mkp_rows *x, const mkp_rows *y, void *workspace, int64_t workspace_bytes, void *stream);
 /* out = W, [n, k], rounded once to out's dtype; bits 1 to 8, any group. */
 MKP_API int32_t mkp_cuda_dequantize(const mkp_weight *weight, const mkp_rows *out, void *stream);
-/* y = x S^T: x [m, width], y [m, rows] float32. Row i uses the signs that begin owner[i] * apart bytes after the first; below zero none, and y is zero.
- * owner null: all use the first. */
-MKP_API int32_t mkp_cuda_signs(const mkp_signs *signs, int64_t apart, const int32_t *owner, const mkp_rows *x, const mkp_rows *y, void *stream);
+/* y = x S^T: x [m, width], y [m, rows] float32. Row i uses the signs that begin owner[i] * apart bytes after the first; none, and y is zero, where
+ * owner[i] is not one of 0 ... adapters-1. owner null: all use the first. */
+MKP_API int32_t mkp_cuda_signs(const mkp_signs *signs, const int32_t *owner, int64_t adapters, int64_t apart, const mkp_rows *x, const mkp_rows *y, void *stream);
 /* y = x S: x [m, rows], y [m, width] float32. */
-MKP_API int32_t mkp_cuda_signs_transposed(const mkp_signs *signs, int64_t apart, const int32_t *owner, const mkp_rows *x, const mkp_rows *y, void *stream);
+MKP_API int32_t mkp_cuda_signs_transposed(const mkp_signs *signs, const int32_t *owner, int64_t adapters, int64_t apart, const mkp_rows *x, const mkp_rows *y, void *stream);
 
 #ifdef __cplusplus
 }

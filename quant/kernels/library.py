@@ -11,6 +11,7 @@ import logging
 from ctypes import CDLL, POINTER, Structure, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,14 +63,15 @@ class Signs(Structure):
 
 
 WEIGHT, ROWS, SIGNS = POINTER(Weight), POINTER(Rows), POINTER(Signs)
-TAKES = {
+TAKES: dict[str, dict[str, tuple[Any, ...]]] = {
     "cpu": {
         "linear": (WEIGHT, ROWS, ROWS, c_int32, c_int32), "dequantize": (WEIGHT, ROWS, c_int32, c_int32),
         "signs": (SIGNS, ROWS, ROWS, c_int32, c_int32), "signs_transposed": (SIGNS, ROWS, ROWS, c_int32, c_int32), "isa": (),
     },
     "cuda": {
         "linear": (WEIGHT, ROWS, ROWS, c_void_p, c_int64, c_void_p), "dequantize": (WEIGHT, ROWS, c_void_p),
-        "signs": (SIGNS, ROWS, ROWS, c_void_p), "signs_transposed": (SIGNS, ROWS, ROWS, c_void_p),
+        "signs": (SIGNS, c_void_p, c_int64, c_int64, ROWS, ROWS, c_void_p), "signs_transposed": (SIGNS, c_void_p, c_int64, c_int64, ROWS, ROWS, c_void_p),
+        "workspace": (WEIGHT, c_int64), "capture": (c_void_p,),
     },
 }  # fmt: skip
 
@@ -95,7 +97,7 @@ def library(device: str) -> CDLL | None:
         getattr(opened, f"mkp_{device}_{function}").argtypes = takes
     if device == "cuda":
         opened.mkp_cuda_error.restype = ctypes.c_char_p
-        opened.mkp_cuda_workspace.argtypes, opened.mkp_cuda_workspace.restype = (WEIGHT, c_int64), c_int64
+        opened.mkp_cuda_workspace.restype = opened.mkp_cuda_capture.restype = c_int64
     return opened
 
 
