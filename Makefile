@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-$(VENV)/ready: pyproject.toml constraints.txt cli.py
+$(VENV)/ready: pyproject.toml constraints.txt cli.py CMakeLists.txt $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
@@ -24,4 +24,4 @@ check: $(VENV)/ready
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) demo-merged-4bit build dist
+	rm -rf $(VENV) demo-merged-4bit build dist quant/kernels/lib
