@@ -113,12 +113,12 @@ Row = dict[str, Any]
 def measure(checkpoint: Checkpoint, checks: Checks, folder: Path, progress: Progress, reference: Checkpoint | None = None) -> Row:
     """One row of the table: size, perplexity on every text, and with a reference KL(reference || model) in nats and top-1 agreement.
 
-    Packed checkpoints are measured as servers compute them: dequantized. Texts are tokenized by the checkpoint's own tokenizer (or the
-    reference's, where it has none).
+    Packed checkpoints are measured as servers compute them: by their dequantized weights, of which no more than one is there at a time. Texts are
+    tokenized by the checkpoint's own tokenizer (or the reference's, where it has none).
     """
-    from quant.plan import dequantize, is_packed
+    from quant.loading import load
 
-    from .evaluate import Size, compare, load_model, load_tokenizer, perplexity, size, tokenize
+    from .evaluate import Size, compare, load_tokenizer, perplexity, size, tokenize
     from .inspection import stored_bytes
 
     facts = Size(stored_bytes(checkpoint), size(checkpoint).parameters)
@@ -126,8 +126,8 @@ def measure(checkpoint: Checkpoint, checks: Checks, folder: Path, progress: Prog
     if not checks.texts:
         return row
     texts = {name: read_text(folder / text) for name, text in checks.texts.items()}
-    model = load_model(dequantize(checkpoint) if is_packed(checkpoint) else checkpoint, progress=progress)
-    other = load_model(dequantize(reference) if is_packed(reference) else reference, progress=progress) if reference else None
+    model = load(checkpoint, progress=progress, as_dequantized=True)
+    other = load(reference, progress=progress, as_dequantized=True) if reference else None
     tokenizer = load_tokenizer(checkpoint if reference is None or _has_tokenizer(checkpoint) else reference)
     for name, text in texts.items():
         ids = tokenize(tokenizer, text)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapters.extract import Kept
+    from .generate import Speed
     from .recipe import Outcome
 
 
@@ -31,6 +32,12 @@ def size(nbytes: float) -> str:
         if nbytes >= factor:
             return f"{nbytes / factor:.2f} {unit}"
     return f"{nbytes:.0f} B"
+
+
+def speed_line(speed: Speed) -> str:
+    """How fast `compress generate` was."""
+    decode = "" if speed.decode is None else f"; then {speed.decode:.1f} tokens/s, {speed.new_tokens} in all"
+    return f"prompt of {speed.prompt_tokens} tokens at {speed.prefill:.1f} tokens/s{decode}; weights of {size(speed.weight_bytes)}"
 
 
 def method_lines(facts: Mapping[str, Any]) -> list[str]:
@@ -163,6 +170,17 @@ def allocation_lines(facts: Mapping[str, Any]) -> list[str]:
         "; ".join(f"{count} groups in {kind}" for kind, count in counts.items()),
         f"wrote {facts['out']}: {facts['bits_per_weight']:.4f} stored bits a quantized weight, {size(facts['file_bytes'])} of weight files; "
         f"`compress quantize MODEL --allocation {facts['out']}` makes them",
+    ]  # fmt: skip
+
+
+def depth_lines(facts: Mapping[str, Any]) -> list[str]:
+    """`compress fold --budget`: the candidates, what stays and shares, and the file."""
+    return [
+        *table(facts["candidates"]), "",
+        f"blocks: {facts['blocks']}",
+        f"wrote {facts['out']}: {facts['bytes']:.1%} of the bytes, {facts['operations']:.1%} of the operations of blocks; "
+        f"{facts['loss']:.4f} nats a token are lost before any cure; "
+        f"`compress fold MODEL --plan {facts['out']}` makes it",
     ]  # fmt: skip
 
 

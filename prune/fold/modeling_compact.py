@@ -86,7 +86,7 @@ class CompactModelForCausalLM(PreTrainedModel):  # type: ignore[misc]
 
 def _architecture(config: Any) -> Any:
     """The class that the model is of when it is expanded."""
-    for name in getattr(config, KEY)["expanded"]["architectures"] or []:
+    for name in getattr(config, KEY)["expanded"].get("architectures") or []:
         known = getattr(transformers, name, None)
         if isinstance(known, type) and issubclass(known, PreTrainedModel):
             return known
@@ -143,10 +143,9 @@ def _shared(stack: str, blocks: nn.ModuleList, groups: Sequence[int], private: C
     found = {}
     for place, block in enumerate(blocks):
         first = groups.index(groups[place])
-        names = [name for name, _ in block.named_parameters()]
-        if unknown := set(private) - set(names):
+        if unknown := set(private) - set(block.state_dict()):
             raise ValueError(f"block {place} has no parameter {min(unknown)}")
         if place != first:
-            voices = (".lora_A.weight", ".lora_B.weight")
-            found.update({f"{stack}.{place}.{name}": f"{stack}.{first}.{name}" for name in names if name not in private and not name.endswith(voices)})
+            names = [name for name, _ in block.named_parameters() if name not in private and not name.endswith((".lora_A.weight", ".lora_B.weight"))]
+            found.update({f"{stack}.{place}.{name}": f"{stack}.{first}.{name}" for name in names})
     return found

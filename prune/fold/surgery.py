@@ -106,7 +106,7 @@ def operated(checkpoint: Checkpoint, fold: Fold, part: Part, shared: Collection[
             if name not in shared:
                 steps.append(copy_step(checkpoint, name, new))
             elif not once or fold.first(place) == place:
-                steps.append(_mean_step(checkpoint, [part.moved(name, own, block) for block in fold.sources(place)], new))
+                steps.append(mean_step(checkpoint, [part.moved(name, own, block) for block in fold.sources(place)], new))
     label = f"{checkpoint.label} folded to {len(fold.kept)} blocks" + (f" in {len(fold.parents)} groups" if len(fold.parents) < len(fold.kept) else "")
     gone = [str(block) for block in range(len(part.layers)) if block not in fold.kept]
     notes = [f"without the blocks {', '.join(gone)} of 0 to {len(part.layers) - 1}"] if gone else []
@@ -114,14 +114,17 @@ def operated(checkpoint: Checkpoint, fold: Fold, part: Part, shared: Collection[
 
 
 def shareable(checkpoint: Checkpoint, part: Part) -> frozenset[str]:
-    """The tensors of blocks that share: linear weights, their biases, and packed experts."""
+    """The tensors of blocks that share: linear weights, their biases, and what else is no vector: routers, packed experts."""
     tensors = describe(checkpoint).tensors
     linears = {meaning.module for meaning in tensors.values() if meaning.role == "linear"}
     inside = (name for layer in part.layers for name in layer)
-    return frozenset(name for name in inside if tensors[name].module in linears or tensors[name].role == "other")
+    return frozenset(
+        name for name in inside
+        if tensors[name].module in linears or (tensors[name].role == "other" and len(checkpoint.specs[name].shape) > 1)
+    )  # fmt: skip
 
 
-def _mean_step(checkpoint: Checkpoint, names: Sequence[str], to: str) -> Step:
+def mean_step(checkpoint: Checkpoint, names: Sequence[str], to: str) -> Step:
     """A copy, or the mean of several tensors, in float32, rounded once."""
     if len(names) == 1 and names[0] in checkpoint.specs:
         return copy_step(checkpoint, names[0], to)
