@@ -1,3 +1,24 @@
-"""mergekit-plus: merge and compress model checkpoints as one stream."""
+"""mergekit-plus: merge and compress model checkpoints as one stream.
+
+    import mergekit_plus as mp
+
+    mp.merge(["./code", "./docs"], "ties", base="org/base").quantize(bits=4).save("out")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import CheckFailed, CompressError, Model, RecipeError, merge, open_model, run_recipe
 
 __version__ = "0.1.0"
+__all__ = ["CheckFailed", "CompressError", "Model", "RecipeError", "merge", "open_model", "run_recipe"]
+
+
+def __getattr__(name: str) -> Any:
+    """What the API has, when it is asked for: importing the package loads no torch, so that `compress --help` is quick."""
+    if name in __all__:
+        return getattr(importlib.import_module(".api", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
