@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,3 +24,18 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         return getattr(importlib.import_module(".api", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _Package(ModuleType):
+    """`mp.merge` is the API's function, though the package of merge methods has that name too: `from mergekit_plus.merge import METHODS`."""
+
+    @property
+    def merge(self) -> Any:
+        return __getattr__("merge")
+
+    @merge.setter
+    def merge(self, methods: ModuleType) -> None:
+        """The import system's, when it has loaded that package; it finds it in `sys.modules`."""
+
+
+sys.modules[__name__].__class__ = _Package

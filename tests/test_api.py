@@ -81,7 +81,7 @@ def test_what_is_wrong_is_said_where_it_is_called() -> None:
 
 def test_a_plan_reads_headers_and_writes_nothing(tmp_path: Path) -> None:
     facts = merged(density=0.5).plan(tmp_path / "out")
-    assert facts["bytes_read"] == 3 * facts["bytes_written"] > 0
+    assert 2.9 * facts["bytes_written"] < facts["bytes_read"] <= 3 * facts["bytes_written"]
     assert not (tmp_path / "out").exists()
 
 
