@@ -180,10 +180,10 @@ def open_listing(folder: Listing, label: str, pinned: str = "") -> Checkpoint:
         return _open_packed(folder, label, pinned, packed)
     else:
         raise CheckpointError(_nothing_to_open(folder))
-    return _whole(Checkpoint(label, source, _small(folder, carried), pinned=pinned))
+    return whole(Checkpoint(label, source, _small(folder, carried), pinned=pinned))
 
 
-def _whole(opened: Checkpoint) -> Checkpoint:
+def whole(opened: Checkpoint) -> Checkpoint:
     """The model that a compact one stands for; another as it is."""
     try:
         is_compact = opened.config.get("model_type") == COMPACT

@@ -24,7 +24,7 @@ from mergekit_plus.checkpoint import Checkpoint, Plan, Step, copy_step
 from mergekit_plus.checkpoint.folder import COMPACT
 from mergekit_plus.errors import CheckpointError, OptionError, nearest
 from mergekit_plus.layers import Part
-from mergekit_plus.model import describe, layer_of
+from mergekit_plus.model import Meaning, describe, layer_of
 
 from .surgery import Fold, operated, shareable, stack_of
 
@@ -52,17 +52,22 @@ def compacted(checkpoint: Checkpoint, fold: Fold, factors: Mapping[str, Factor] 
     shared = shareable(checkpoint, part)
     result = operated(checkpoint, fold, part, shared, once=True)
     private = _private(checkpoint, fold, part, shared)
-    voices = [step for module, factor in (factors or {}).items() for step in _voice_steps(checkpoint, fold, part, module, factor)]
+    meanings = describe(checkpoint).tensors
+    voices = [step for module, factor in (factors or {}).items() for step in _voice_steps(checkpoint, fold, part, meanings, module, factor)]
     assert isinstance(result.source, Plan)
     said = {
         "version": VERSION, "expanded": {key: checkpoint.config[key] for key in OWN if key in checkpoint.config}, "stack": part.stack,
         "kept": list(fold.kept), "groups": list(fold.groups), "parents": list(fold.parents), "private": private,
         **({"ranks": _ranks(voices, len(fold.kept))} if voices else {}),
     }  # fmt: skip
-    code = Path(__file__).with_name(CODE).read_bytes()
-    result = replace(result, label=f"{result.label}, compact", source=Plan([*result.source.steps, *voices]), files={**result.files, CODE: code})
+    result = with_code(replace(result, label=f"{result.label}, compact", source=Plan([*result.source.steps, *voices])))
     auto_map = {"AutoConfig": f"{CODE[:-3]}.CompactConfig", "AutoModelForCausalLM": f"{CODE[:-3]}.{ARCHITECTURE}"}
     return result.with_config(**DISK, architectures=[ARCHITECTURE], auto_map=auto_map, **{KEY: said})
+
+
+def with_code(compact: Checkpoint) -> Checkpoint:
+    """A compact checkpoint with the file that transformers runs; one that was opened comes without."""
+    return replace(compact, files={**compact.files, CODE: Path(__file__).with_name(CODE).read_bytes()})
 
 
 def fold_of(checkpoint: Checkpoint) -> Fold | None:
@@ -103,13 +108,15 @@ def _private(checkpoint: Checkpoint, fold: Fold, part: Part, shared: frozenset[s
     return list(found)
 
 
-def _voice_steps(checkpoint: Checkpoint, fold: Fold, part: Part, module: str, factor: Factor) -> Iterator[Step]:
+def _voice_steps(
+    checkpoint: Checkpoint, fold: Fold, part: Part, meanings: Mapping[str, Meaning], module: str, factor: Factor
+) -> Iterator[Step]:
     """The copies of a module's A and B. Errors: OptionError where they do not fit it."""
     place = layer_of(f"{module}.")
     if place is None or place[0] != (part.stack or "") or place[1] >= len(fold.kept):
         raise OptionError(f"{module} is not a module of the blocks 0 to {len(fold.kept) - 1} that the result has")
     name = part.moved(f"{module}.weight", place[1], fold.sources(place[1])[0])
-    meaning = describe(checkpoint).tensors.get(name)
+    meaning = meanings.get(name)
     if meaning is None:
         raise OptionError(f"{module}: {checkpoint.label} has no tensor '{name}'.{nearest(name, part.layers[0])}")
     if meaning.role != "linear" or meaning.transposed or not (meaning.parameter or name).endswith(f".{_local(name, part.stack or '', meaning.block or 0)}"):

@@ -106,7 +106,7 @@ def operated(checkpoint: Checkpoint, fold: Fold, part: Part, shared: Collection[
             if name not in shared:
                 steps.append(copy_step(checkpoint, name, new))
             elif not once or fold.first(place) == place:
-                steps.append(_mean_step(checkpoint, [part.moved(name, own, block) for block in fold.sources(place)], new))
+                steps.append(mean_step(checkpoint, [part.moved(name, own, block) for block in fold.sources(place)], new))
     label = f"{checkpoint.label} folded to {len(fold.kept)} blocks" + (f" in {len(fold.parents)} groups" if len(fold.parents) < len(fold.kept) else "")
     gone = [str(block) for block in range(len(part.layers)) if block not in fold.kept]
     notes = [f"without the blocks {', '.join(gone)} of 0 to {len(part.layers) - 1}"] if gone else []
@@ -124,7 +124,7 @@ def shareable(checkpoint: Checkpoint, part: Part) -> frozenset[str]:
     )  # fmt: skip
 
 
-def _mean_step(checkpoint: Checkpoint, names: Sequence[str], to: str) -> Step:
+def mean_step(checkpoint: Checkpoint, names: Sequence[str], to: str) -> Step:
     """A copy, or the mean of several tensors, in float32, rounded once."""
     if len(names) == 1 and names[0] in checkpoint.specs:
         return copy_step(checkpoint, names[0], to)
