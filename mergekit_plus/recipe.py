@@ -24,7 +24,7 @@ from typing import Any
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
 from .checkpoint import Checkpoint, Deferred, Manifest, SaveOptions, save, steps_of
-from .checkpoint.folder import ADAPTER_CONFIG, DELTA_QUANT
+from .checkpoint.folder import ADAPTER_CONFIG, COMPACT, DELTA_QUANT
 from .checkpoint.hub import HubFile
 from .checkpoint.inputs import check_target, input_files
 from .checkpoint.layout import MANIFEST, computations, plan_save
@@ -395,6 +395,8 @@ def _check_out(recipe: Recipe, result: Checkpoint, out: Path) -> None:
         raise RecipeError(
             f"{out}: packed weights need a folder, because its config.json says how they were packed; write to {folder}, or quantize with the format dense"
         )
+    if result.config.get("model_type") == COMPACT:
+        raise RecipeError(f"{out}: a compact model needs a folder, because its config.json says which blocks share; write to the folder {folder}")
     if recipe.checks.texts:
         raise RecipeError(f"{out}: a text is measured on a model, which needs its config.json; write to the folder {folder}")
 

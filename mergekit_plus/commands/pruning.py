@@ -29,6 +29,7 @@ from .common import (
     execution_of,
     hash_early,
     open_model,
+    outcome_of,
     print_result,
     settings,
     text_key,
@@ -171,17 +172,23 @@ def _export(model: str, how: Writing, layout: str, folds: bool, digests: Digests
     """`compress fold COMPACT --export peft`: a base, and an adapter that names it."""
     from mergekit_plus.errors import OptionError
     from mergekit_plus.recipe import check
+    from mergekit_plus.show import outcome_facts, outcome_lines
 
     if folds:
         raise OptionError("--export writes out what a compact model stands for; fold, or expand, in a run of its own")
     out = how.out or beside(model, layout, "folder")
     if how.push or str(out).startswith("hf://"):
         raise OptionError("--export writes two folders; write them here, and publish each of them")
-    base = out.with_name(f"{out.name}-base")
+    base, facts, lines = out.with_name(f"{out.name}-base"), dict[str, Any](), list[str]()
     for part in ("base", "adapter"):
         step = {"part": part, "layout": layout, **({"base": str(base)} if part == "adapter" else {})}
         recipe = check({"inputs": {"model": model}, "steps": [{"export_fold": step}]}, Path(), "compress fold --export")
-        carry_out(recipe, replace(how, out=out.with_name(f"{out.name}-{part}")), None, digests)
+        outcome = outcome_of(recipe, replace(how, out=out.with_name(f"{out.name}-{part}")), None, digests)
+        if outcome is not None:
+            facts[part] = outcome_facts(outcome)
+            lines += outcome_lines(outcome)
+    if facts:
+        print_result(facts, lines, how.as_json)
 
 
 def _plan_depth(model: str, budget: float | None, operations: float | None, text: dict[str, Any], how: Writing) -> None:

@@ -32,6 +32,7 @@ KEY = "compact"  # of config.json
 CODE, ARCHITECTURE = "modeling_compact.py", "CompactModelForCausalLM"  # what transformers runs with trust_remote_code, and its class
 # A type that transformers does not know, and, for who names a class that it knows, a file of weights that there is not.
 DISK = {"model_type": COMPACT, "transformers_weights": "compact-needs-trust_remote_code-or-expanding.safetensors"}
+OWN = ("model_type", "architectures", "auto_map", "transformers_weights")  # keys of config.json that say something else of the expanded model
 VERSION = 1
 MOST = 1 << 14  # blocks, above which a config.json is not believed
 A, B = "lora_A.weight", "lora_B.weight"
@@ -45,8 +46,8 @@ def compacted(checkpoint: Checkpoint, fold: Fold, factors: Mapping[str, Factor] 
     factors: the own voices of linear layers, by the module's name in the result ("model.layers.1.self_attn.q_proj").
     Errors: as `folded`; OptionError for factors that do not fit; CheckpointError for blocks of a group that are not alike, and without a config.json.
     """
-    if not checkpoint.config:
-        raise CheckpointError(f"{checkpoint.label} has no config.json, which says which blocks of a compact model share; open the model's folder")
+    if not isinstance(checkpoint.config.get("model_type"), str):
+        raise CheckpointError(f"{checkpoint.label} has no config.json with a model_type, to say which blocks share; open the model's folder")
     part = stack_of(checkpoint)
     shared = shareable(checkpoint, part)
     result = operated(checkpoint, fold, part, shared, once=True)
@@ -55,7 +56,7 @@ def compacted(checkpoint: Checkpoint, fold: Fold, factors: Mapping[str, Factor] 
     voices = [step for module, factor in (factors or {}).items() for step in _voice_steps(checkpoint, fold, part, meanings, module, factor)]
     assert isinstance(result.source, Plan)
     said = {
-        "version": VERSION, "expanded": {key: checkpoint.config.get(key) for key in ("model_type", "architectures")}, "stack": part.stack,
+        "version": VERSION, "expanded": {key: checkpoint.config[key] for key in OWN if key in checkpoint.config}, "stack": part.stack,
         "kept": list(fold.kept), "groups": list(fold.groups), "parents": list(fold.parents), "private": private,
         **({"ranks": _ranks(voices, len(fold.kept))} if voices else {}),
     }  # fmt: skip
@@ -85,7 +86,7 @@ def expanded(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     files = {name: content for name, content in checkpoint.files.items() if name != CODE}
     result = replace(checkpoint, source=Plan(_expanding(checkpoint, layout)), files=files)
-    return result.with_config(**{**dict.fromkeys((KEY, "auto_map", *DISK)), **layout.config})
+    return result.with_config(**{**dict.fromkeys((KEY, *OWN)), **layout.config})
 
 
 # ---- writing ----
@@ -186,9 +187,9 @@ def _checked(checkpoint: Checkpoint, said: Any) -> _Layout:
     stack, private, ranks = said["stack"] or "", frozenset(said["private"]), {local: _numbers(each) for local, each in said.get("ranks", {}).items()}
     if not isinstance(stack, str) or any(len(each) != len(kept) for each in ranks.values()):
         raise ValueError("stack is a name, and ranks are a number for every block")
-    config = {key: said["expanded"][key] for key in ("model_type", "architectures")}
-    if not isinstance(config["model_type"], str | None) or not isinstance(config["architectures"], list | None):
-        raise ValueError("expanded is a model_type, and architectures")
+    config = {key: value for key, value in said["expanded"].items() if key in OWN}
+    if not isinstance(config["model_type"], str) or config["model_type"] == COMPACT:
+        raise ValueError("expanded has the model_type of an ordinary model")
     stored: dict[int, list[str]] = {place: [] for place in range(len(kept))}
     for name in checkpoint.specs:
         if (found := layer_of(name)) and found[0] == stack:
@@ -198,6 +199,8 @@ def _checked(checkpoint: Checkpoint, said: Any) -> _Layout:
     for place, there in stored.items():
         if place >= len(kept):
             raise ValueError(f"{layout.name(place, there[0])} is in a block of which nothing is said")
+        if not own[fold.first(place)]:
+            raise ValueError(f"the first block of a group, {layout.name(fold.first(place), '*')}, has no tensors")
         wanted = own[fold.first(place)] if fold.first(place) == place else [local for local in own[fold.first(place)] if local in private]
         voices = [f"{local}.{ab}" for local in layout.voices(place) for ab in (A, B)]
         for local in sorted({*wanted, *voices} ^ set(there)):

@@ -86,7 +86,7 @@ class CompactModelForCausalLM(PreTrainedModel):  # type: ignore[misc]
 
 def _architecture(config: Any) -> Any:
     """The class that the model is of when it is expanded."""
-    for name in getattr(config, KEY)["expanded"]["architectures"] or []:
+    for name in getattr(config, KEY)["expanded"].get("architectures") or []:
         known = getattr(transformers, name, None)
         if isinstance(known, type) and issubclass(known, PreTrainedModel):
             return known

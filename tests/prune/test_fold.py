@@ -6,11 +6,12 @@ import importlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from program import Program
-from tiny import ARCHITECTURES, tiny_model
+from tiny import ARCHITECTURES, EXPERTS, GROUPED, tiny_model
 from torch.nn import functional
 
 from mergekit_plus.checkpoint import Checkpoint, save
@@ -75,6 +76,34 @@ def test_what_config_says_of_layers_goes_with_them(folder: Path) -> None:
     result = folded(deep, Fold.of([0, 3, 4]))
     assert (result.config["num_hidden_layers"], result.config["layer_types"]) == (3, [types[0], types[3], types[4]])
     assert logits(result, ROWS[:1] % 64).isfinite().all()
+
+
+@pytest.mark.parametrize("stated", [True, False])
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("Qwen2ForCausalLM", {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 2}),
+        ("Gemma2ForCausalLM", {"sliding_window": 6, "head_dim": 8}),
+        ("Gemma3ForCausalLM", {"sliding_window": 6, "head_dim": 8}),
+        ("SmolLM3ForCausalLM", {"pad_token_id": 0}),
+        ("Qwen3MoeForCausalLM", {**EXPERTS, "head_dim": 8, "mlp_only_layers": [1, 4]}),
+        ("Gemma4ForCausalLM", {"sliding_window": 6, "head_dim": 8, "hidden_size_per_layer_input": 0}),
+    ],
+)
+def test_every_block_keeps_its_kind_also_where_config_leaves_it_to_a_default(name: str, more: dict[str, Any], stated: bool, folder: Path) -> None:
+    """As in older config.json on the Hub, where the library works out kinds of attention by the numbers of layers, which are others now."""
+    (folder / "six").mkdir(exist_ok=True)
+    model = tiny_model(name, folder / "six", {**GROUPED, **more, "num_hidden_layers": 6})
+    if not stated:
+        model = model.with_config(layer_types=None, no_rope_layers=None)
+    rows = ROWS[:, :24] % 64
+    blocks = blocks_of(load_model(model), model)
+    for kept in ([2, 3, 4, 5], [0, 2, 4], [1, 3, 5], [5], [1, 4]):
+        if name == "Gemma4ForCausalLM" and kept[-1] != 5:  # its last block is of the other kind whatever config.json says
+            continue
+        with blocks.changed(lambda number, entering, leaving, kept=kept: leaving if number in kept else entering), torch.no_grad():
+            wanted = blocks.model(input_ids=rows, use_cache=False).logits
+        torch.testing.assert_close(logits(folded(model, Fold.of(kept)), rows), wanted)
 
 
 def test_parameters_are_those_of_the_formula() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def test_a_model_is_folded_cured_and_handed_to_peft(compress: Program, tmp_path:
     ran(compress("fold", "cured", "--export", "lora", "-o", "out"))
     whole, parts = Checkpoint.open(tmp_path / "cured"), Checkpoint.open(f"{tmp_path / 'out-base'}+{tmp_path / 'out-adapter'}")
     assert all(torch.equal(whole.read(name), parts.read(name)) for name in whole.specs)
-    ran(compress("fold", "cured", "--export", "peft", "-o", "few"))
+    assert list(json.loads(ran(compress("fold", "cured", "--export", "peft", "-o", "few", "--json")).stdout)) == ["base", "adapter"]
     assert Checkpoint.open(tmp_path / "few-base").config["num_hidden_layers"] == BLOCKS // 2
     assert "is not a compact model" in compress("fold", MODELS / "base", "--export", "peft").line
     assert "in a run of its own" in compress("fold", "cured", "--export", "peft", "--share", 2).line
