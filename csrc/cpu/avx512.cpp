@@ -39,13 +39,52 @@ void unpack(const uint32_t *words, int bits, int64_t count, float *out) {
   }
 }
 
+inline void store_vector(void *out, int32_t dtype, __m512 value) {
+  if (dtype == MKP_FLOAT32) return _mm512_storeu_ps(out, value);
+  if (dtype == MKP_FLOAT16) return _mm256_storeu_si256((__m256i *)out, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  const __m512i bits = _mm512_castps_si512(value), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  const __m512i kept = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  _mm256_storeu_si256((__m256i *)out, _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+}
+
+// A row in one pass, where a group is so many times the 64 codes of a load.
+template <int BITS> void dequantize_row(const mkp_weight &w, int64_t n, const mkp_rows &out) {
+  const Spread<BITS> spread;
+  const uint8_t *row = (const uint8_t *)row_words(w, n);
+  const int64_t groups = groups_of(w), bytes = divided_up(w.k * BITS, 32) * 4, size = size_of(out.dtype);
+  const __m512i mask = _mm512_set1_epi8(char((1 << BITS) - 1));
+  char *to = (char *)row_of(out, n);
+  for (int64_t group = 0; group < groups; group++) {
+    const __m512 scale = _mm512_set1_ps(::load(row_scale(w, n), w.scale_dtype, group)), zero = _mm512_set1_ps(zero_of(w, n, group, groups));
+    for (int64_t i = group * w.group_size; i < (group + 1) * w.group_size; i += 64) {
+      const __m512i codes = _mm512_and_si512(spread.load(row, i / 64, bytes), mask);
+      const __m128i quarter[4] = {_mm512_castsi512_si128(codes), _mm512_extracti32x4_epi32(codes, 1), _mm512_extracti32x4_epi32(codes, 2), _mm512_extracti32x4_epi32(codes, 3)};
+      for (int j = 0; j < 4; j++) {
+        const __m512 value = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(quarter[j])), zero);
+        store_vector(to + (i + 16 * j) * size, out.dtype, _mm512_mul_ps(value, scale));
+      }
+    }
+  }
+}
+
+int32_t dequantize(const mkp_weight &w, const mkp_rows &out, int threads) {
+  if (w.k % 64 || w.k % w.group_size || w.group_size % 64) return rows_dequantize(w, out, threads);
+  static constexpr void (*const ROW[])(const mkp_weight &, int64_t, const mkp_rows &) = {
+      dequantize_row<1>, dequantize_row<2>, dequantize_row<3>, dequantize_row<4>, dequantize_row<5>, dequantize_row<6>, dequantize_row<7>, dequantize_row<8>};
+#pragma omp parallel for schedule(static) num_threads(team(w.n *w.k, threads))
+  for (int64_t n = 0; n < w.n; n++) ROW[w.bits - 1](w, n, out);
+  return MKP_OK;
+}
+
 int32_t linear(const mkp_weight &w, const mkp_rows &x, const mkp_rows &y, int threads) {
   int32_t status = MKP_UNSUPPORTED;
   switch (w.bits) {
     case 1: status = vector_linear<Floats<Spread<1>, 1>>(w, x, y, threads); break;
-    case 2: status = vector_linear<Floats<Plain<256, 2>, 2>>(w, x, y, threads); break;
+    case 2: status = vector_linear<Floats<Plain<256>, 2>>(w, x, y, threads); break;
     case 3: status = vector_linear<Floats<Spread<3>, 3>>(w, x, y, threads); break;
-    case 4: status = vector_linear<Floats<Plain<128, 4>, 4>>(w, x, y, threads); break;
+    case 4: status = vector_linear<Floats<Plain<128>, 4>>(w, x, y, threads); break;
     case 5: status = vector_linear<Floats<Spread<5>, 5>>(w, x, y, threads); break;
     case 6: status = vector_linear<Floats<Spread<6>, 6>>(w, x, y, threads); break;
     case 7: status = vector_linear<Floats<Spread<7>, 7>>(w, x, y, threads); break;
@@ -123,4 +162,4 @@ int32_t signs_transposed(const mkp_signs &s, const mkp_rows &x, const mkp_rows &
 
 }  // namespace
 
-const Isa mkp_isa_avx512 = {linear, rows_dequantize, signs, signs_transposed};
+const Isa mkp_isa_avx512 = {linear, dequantize, signs, signs_transposed};

@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr int BLOCK = 16;     // rows of W between two visits of the same activations
+constexpr int BLOCK = 16;      // rows of W between two visits of the same activations
 constexpr int SEGMENT = 1024;  // codes after which sums are flushed and, with many tokens, other activations are taken: they must stay in the first cache
 
 inline __m512i bytes_of(const uint8_t *from, int64_t count) { return _mm512_maskz_loadu_epi8(count >= 64 ? ~0ull : (1ull << count) - 1, from); }
@@ -41,7 +41,7 @@ template <int BITS> struct Spread {
   }
 };
 
-template <int CODES, int SIZE> struct Plain {  // the words as they lie
+template <int CODES> struct Plain {  // the words as they lie
   static constexpr int CHUNK = CODES, BYTES = 64, LANE = CODES / 16;
   __m512i load(const uint8_t *row, int64_t chunk, int64_t bytes) const {
     const int64_t at = chunk * BYTES, left = bytes - at;
@@ -87,14 +87,14 @@ template <int BITS> __m512i bfloat_table() {
   return _mm512_load_si512(values);
 }
 
-struct Bfloats4 : Plain<128, 4>, Bfloats {
+struct Bfloats4 : Plain<128>, Bfloats {
   static constexpr int VECTORS = 4;
   __m512i table = bfloat_table<4>();
   static constexpr int code(int v, int e) { return 4 * e + v; }
   template <int V> __m512i weights(__m512i raw) const { return _mm512_permutexvar_epi16(_mm512_srli_epi16(raw, 4 * V), table); }
 };
 
-struct Bfloats2 : Plain<256, 2>, Bfloats {  // four bits at a time are two codes
+struct Bfloats2 : Plain<256>, Bfloats {  // four bits at a time are two codes
   static constexpr int VECTORS = 8;
   __m512i table;
   Bfloats2() {
@@ -147,7 +147,8 @@ template <class Layout> int64_t segments_of(const mkp_weight &w, int64_t chunks,
     }
     if (out) {
       out[count] = {int32_t(chunk), int32_t(end), int32_t(group), {}};
-      for (int lane = 0; lane < 16; lane++) out[count].place[lane] = int32_t(whole ? 0 : least((code + lane * Layout::LANE) / w.group_size, groups - 1) - group);
+      for (int lane = 0; lane < 16; lane++)
+        out[count].place[lane] = int32_t(whole ? 0 : least((code + lane * Layout::LANE) / w.group_size, groups - 1) - group);
     }
     chunk = end;
   }
@@ -174,7 +175,8 @@ template <class Layout> void lane_sums(const Segment *segment, int64_t segments,
     }
 }
 
-template <class Layout, int V, int R, int T> inline __attribute__((always_inline)) void multiply(const Layout &layout, const __m512i (&raw)[R], const char *x, int64_t pitch, __m512 (&sums)[R][T]) {
+template <class Layout, int V, int R, int T>
+inline __attribute__((always_inline)) void multiply(const Layout &layout, const __m512i (&raw)[R], const char *x, int64_t pitch, __m512 (&sums)[R][T]) {
   if constexpr (V < Layout::VECTORS) {
     for (int r = 0; r < R; r++) {
       const auto weights = layout.template weights<V>(raw[r]);
@@ -186,13 +188,10 @@ template <class Layout, int V, int R, int T> inline __attribute__((always_inline
 
 // R rows with T tokens over some segments. scales, zeros: [row][pitch]; totals: [row][m][16].
 template <class Layout, int R, int T>
-void tile(const Layout &layout, const Product &p, int64_t row, int64_t token, int64_t from, int64_t to, const float *scales, const float *zeros, int64_t pitch, float *totals, int64_t m) {
+void tile(const Layout &layout, const Product &p, int64_t row, int64_t token, int64_t from, int64_t to, const float *scales, const float *zeros,
+          int64_t pitch, float *totals, int64_t m) {
   const uint8_t *rows[R];
-  __m512 total[R][T];
-  for (int r = 0; r < R; r++) {
-    rows[r] = (const uint8_t *)row_words(p.w, row + r);
-    for (int t = 0; t < T; t++) total[r][t] = _mm512_load_ps(totals + (r * m + token + t) * 16);
-  }
+  for (int r = 0; r < R; r++) rows[r] = (const uint8_t *)row_words(p.w, row + r);
   const char *x = p.x + token * p.x_pitch;
   for (int64_t s = from; s < to; s++) {
     const Segment &segment = p.segment[s];
@@ -212,22 +211,16 @@ void tile(const Layout &layout, const Product &p, int64_t row, int64_t token, in
         const __m512 zero = _mm512_permutexvar_ps(place, _mm512_loadu_ps(zeros + r * pitch + segment.group));
         for (int t = 0; t < T; t++) sums[r][t] = _mm512_fnmadd_ps(zero, _mm512_load_ps(p.x_sum + ((token + t) * p.segments + s) * 16), sums[r][t]);
       }
-      for (int t = 0; t < T; t++) total[r][t] = _mm512_fmadd_ps(scale, sums[r][t], total[r][t]);
+      for (int t = 0; t < T; t++) {
+        float *total = totals + (r * m + token + t) * 16;
+        _mm512_store_ps(total, _mm512_fmadd_ps(scale, sums[r][t], _mm512_load_ps(total)));
+      }
     }
   }
-  for (int r = 0; r < R; r++)
-    for (int t = 0; t < T; t++) _mm512_store_ps(totals + (r * m + token + t) * 16, total[r][t]);
 }
 
-template <class Layout, int R> int64_t tokens(const Layout &layout, const Product &p, int64_t row, int64_t from, int64_t to, const float *scales, const float *zeros, int64_t pitch, float *totals, int64_t m) {
-  int64_t t = 0;
-  for (; t + 4 <= m; t += 4) tile<Layout, R, 4>(layout, p, row, t, from, to, scales, zeros, pitch, totals, m);
-  for (; t + 2 <= m; t += 2) tile<Layout, R, 2>(layout, p, row, t, from, to, scales, zeros, pitch, totals, m);
-  for (; t < m; t++) tile<Layout, R, 1>(layout, p, row, t, from, to, scales, zeros, pitch, totals, m);
-  return R;
-}
-
-template <class Layout> void block(const Layout &layout, const Product &p, int64_t row, int64_t count, const mkp_rows &y, float *scratch, int64_t pitch) {
+template <class Layout>
+void block(const Layout &layout, const Product &p, int64_t row, int64_t count, const mkp_rows &y, float *scratch, int64_t pitch) {
   float *scales = scratch, *zeros = p.w.zero_point ? scales + BLOCK * pitch : nullptr, *totals = scales + 2 * BLOCK * pitch;
   const float middle = float(1 << (p.w.bits - 1));
   for (int64_t r = 0; r < count; r++) {
@@ -241,15 +234,22 @@ template <class Layout> void block(const Layout &layout, const Product &p, int64
     const int64_t limit = y.m == 1 ? p.chunks : p.segment[from].from + SEGMENT / Layout::CHUNK;
     for (to = from + 1; to < p.segments && p.segment[to].to <= limit;) to++;
     for (int64_t r = 0; r < count;) {
-      const int64_t at = r * pitch;
-      const float *zero = zeros ? zeros + at : nullptr;
-      float *total = totals + r * y.m * 16;
-      if (y.m == 1 && r + 4 <= count) {
-        tile<Layout, 4, 1>(layout, p, row + r, 0, from, to, scales + at, zero, pitch, total, 1);
+      const int64_t at = r * pitch, left = count - r, m = y.m;
+      const float *scale = scales + at, *zero = zeros ? zeros + at : nullptr;
+      float *total = totals + r * m * 16;
+      int64_t t = 0;
+      if (m == 1 && left >= 4) {
+        tile<Layout, 4, 1>(layout, p, row + r, 0, from, to, scale, zero, pitch, total, 1);
         r += 4;
+      } else if (left >= 2) {
+        for (; t + 8 <= m; t += 8) tile<Layout, 2, 8>(layout, p, row + r, t, from, to, scale, zero, pitch, total, m);
+        for (; t + 4 <= m; t += 4) tile<Layout, 2, 4>(layout, p, row + r, t, from, to, scale, zero, pitch, total, m);
+        for (; t + 2 <= m; t += 2) tile<Layout, 2, 2>(layout, p, row + r, t, from, to, scale, zero, pitch, total, m);
+        for (; t < m; t++) tile<Layout, 2, 1>(layout, p, row + r, t, from, to, scale, zero, pitch, total, m);
+        r += 2;
       } else {
-        r += r + 2 <= count ? tokens<Layout, 2>(layout, p, row + r, from, to, scales + at, zero, pitch, total, y.m)
-                            : tokens<Layout, 1>(layout, p, row + r, from, to, scales + at, zero, pitch, total, y.m);
+        for (; t < m; t++) tile<Layout, 1, 1>(layout, p, row + r, t, from, to, scale, zero, pitch, total, m);
+        r += 1;
       }
     }
   }
@@ -264,12 +264,14 @@ template <class Layout> int32_t vector_linear(const mkp_weight &w, const mkp_row
   const int64_t blocks = divided_up(w.n, BLOCK), own = 2 * BLOCK * pitch + BLOCK * x.m * 16 + padded;
   const int parts = team(w.n * w.k, threads);
   const int64_t x_floats = divided_up(padded * int64_t(sizeof(typename Layout::Number)), 64) * 16;
-  Scratch list(segments * int64_t(sizeof(Segment)) / 4), staged(x.m * x_floats), sums(w.zero_point ? x.m * segments * 16 : 0), scratch(parts * own);
+  Scratch list(segments * int64_t(sizeof(Segment)) / 4), staged(x.m * x_floats), sums(w.zero_point ? x.m * segments * 16 : 0);
+  Scratch scratch(parts * own);
   if (!list.data || !staged.data || !sums.data || !scratch.data) return MKP_FAILED;
   Segment *segment = (Segment *)list.data;
   segments_of<Layout>(w, chunks, segment);
   const bool whole = groups == 1 || w.group_size % Layout::CHUNK == 0;
-  const Product p = {w, groups, chunks, segments, divided_up(w.k * w.bits, 32) * 4, whole, segment, (const char *)staged.data, w.zero_point ? sums.data : nullptr, x_floats * 4};
+  const int64_t bytes = divided_up(w.k * w.bits, 32) * 4;
+  const Product p = {w, groups, chunks, segments, bytes, whole, segment, (const char *)staged.data, w.zero_point ? sums.data : nullptr, x_floats * 4};
 #pragma omp parallel num_threads(parts)
   {
 #pragma omp for schedule(static)

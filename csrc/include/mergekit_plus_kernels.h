@@ -65,12 +65,12 @@ typedef struct mkp_signs {
 } mkp_signs;
 
 /* ---- CPU ----
- * threads: how many of OpenMP's to use, at most. isa: one of mkp_isa; above what the machine has, or without a kernel for the case, a lower one runs. */
+ * threads: how many of OpenMP's to use, at most. isa: MKP_BEST; a lower one, for tests, is not gone beyond. */
 
-enum mkp_isa { MKP_SCALAR = 0, MKP_AVX2 = 1, MKP_AVX512 = 2, MKP_AVX512_BF16 = 3 };
+enum mkp_isa { MKP_SCALAR = 0, MKP_AVX2 = 1, MKP_AVX512 = 2, MKP_AVX512_BF16 = 3, MKP_BEST = 99 };
 
 MKP_API int32_t mkp_cpu_abi(void);
-/* The best mkp_isa that this machine can run. */
+/* The highest mkp_isa that this machine can run. */
 MKP_API int32_t mkp_cpu_isa(void);
 /* y = x W^T. x [m, k], y [m, n], both float32, float16 or bfloat16; every product and sum in float32, rounded once. */
 MKP_API int32_t mkp_cpu_linear(const mkp_weight *weight, const mkp_rows *x, const mkp_rows *y, int32_t threads, int32_t isa);

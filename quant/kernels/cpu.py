@@ -15,15 +15,15 @@ from torch.nn import functional
 from . import ops, reference
 from .library import DTYPES, OK, Rows, Signs, Weight, library
 
-DIRECT = 32  # tokens
-PANEL = 1 << 22  # weights that are unpacked at once
+DIRECT = {torch.float32: 32, torch.float16: 32, torch.bfloat16: 16}  # tokens; matrix units make torch's bfloat16 product the faster one sooner
+PANEL = 1 << 20  # weights that are unpacked at once: they stay in the second cache
 BEST = 99  # the best instruction set of the machine; mkp_isa's 0 scalar, 1 AVX2, 2 AVX-512, 3 with BF16 are for tests and benchmarks
 
 
 def packed_linear(
-    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int, isa: int = BEST, direct: int = DIRECT
+    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int, isa: int = BEST, direct: int | None = None
 ) -> Tensor:
-    """As quant.kernels.packed_linear, whose shapes it believes; up to `direct` tokens from the codes, on an instruction set up to `isa`."""
+    """As quant.kernels.packed_linear, whose shapes it believes; up to `direct` tokens, DIRECT of x's dtype where None, from the codes, on a set up to `isa`."""
     opened = library("cpu")
     if opened is None or x.dtype not in DTYPES or scale.dtype not in DTYPES:
         return reference.packed_linear(x, packed, scale, zero_point, bits, group_size)
@@ -35,7 +35,7 @@ def packed_linear(
     zero_point = None if zero_point is None else zero_point.contiguous()
     weight = Weight.of(packed, scale, zero_point, bits, group_size, width)
     threads = torch.get_num_threads()
-    if len(rows) <= direct:
+    if len(rows) <= (DIRECT[x.dtype] if direct is None else direct):
         _done(opened.mkp_cpu_linear(byref(weight), byref(Rows.of(rows)), byref(Rows.of(y)), threads, isa))
         return out
     # a panel begins at a whole word of zero points; float16 products are slow on most processors, and float32 ones are exact

@@ -11,6 +11,7 @@ import logging
 from ctypes import CDLL, POINTER, Structure, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class Signs(Structure):
 
 
 WEIGHT, ROWS, SIGNS = POINTER(Weight), POINTER(Rows), POINTER(Signs)
-TAKES = {
+TAKES: dict[str, dict[str, tuple[Any, ...]]] = {
     "cpu": {
         "linear": (WEIGHT, ROWS, ROWS, c_int32, c_int32), "dequantize": (WEIGHT, ROWS, c_int32, c_int32),
         "signs": (SIGNS, ROWS, ROWS, c_int32, c_int32), "signs_transposed": (SIGNS, ROWS, ROWS, c_int32, c_int32), "isa": (),
