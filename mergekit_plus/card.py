@@ -28,7 +28,8 @@ def card(
     merged, pruned = "merge" in operations, "prune" in operations
     tags = ["mergekit-plus", *(tag for tag, does in (("merge", merged), ("pruned", pruned), ("quantized", quantized)) if does)]
     adapter = bool(operations) and operations[-1].endswith(("_adapter", "_adapters"))
-    front: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "tags": tags}
+    own = any(isinstance(options, dict) and options.get("neurons") for step in steps for options in step.values())  # a kind that peft does not know
+    front: dict[str, Any] = {"library_name": "mergekit-plus" if own else "peft" if adapter else "transformers", "tags": tags}
     if models:
         relation = "quantized" if quantized else "merge" if merged else None
         front = {"base_model": list(dict.fromkeys(models)), **({"base_model_relation": relation} if relation else {}), **front}

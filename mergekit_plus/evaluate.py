@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.folder import whole
 from .checkpoint.layout import computations
 from .checkpoint.plan import Plan, Step, execute
 from .errors import CheckpointError, CompressError, OptionError
@@ -82,10 +83,11 @@ def load_model(
 ) -> Any:
     """The transformers model of a dense checkpoint, in evaluation mode on the CPU; each tensor is read, or computed, once.
 
-    transformers itself maps names (packed experts, prefixes, tied weights). Memory: the model in `dtype`, and a few tensors more.
+    transformers itself maps names (packed experts, prefixes, tied weights). A compact one is expanded. Memory: the model in `dtype`, and a few tensors more.
     instead: modules that stand in place of the model's own, by where they stand; the checkpoint has no tensors for them.
     Errors: CheckpointError for a quantised checkpoint or an adapter, an unknown architecture, and a tensor too few, too many or of another shape.
     """
+    checkpoint = whole(checkpoint)
     if reason := quantized_reason(checkpoint) or adapter_reason(checkpoint):
         raise CheckpointError(reason)
     progress = progress or quiet()

@@ -28,6 +28,9 @@ FUSED = (
     ("q_a_proj", "kv_a_proj_with_mqa"), ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"),
     ("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"),
 )  # fmt: skip
+# The layers that make the neurons of an MLP and the one that reads them, by the last part of their names; between them stand elementwise functions alone.
+NEURONS = ((("gate_proj", "up_proj"), "down_proj"), (("fc1",), "fc2"))
+NEURON_COUNTS = ("intermediate_size", "ffn_dim")  # keys of config.json
 _EXPERT = re.compile(r"(.*\bexperts)\.\d+\.")  # model.layers.0.mlp.experts.7.
 _IN_STACK = re.compile(r"(?:(.*?)\.)?(\d+)\.")  # model.layers.3.
 _ROUTERS = ("gate", "router", "shared_expert_gate")  # beside `experts`; servers keep them dense
@@ -254,7 +257,7 @@ def meta_model(checkpoint: Checkpoint) -> Any:
     Errors: CheckpointError as `architecture`, and where transformers cannot build it.
     """
     parts = [checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, dict))]
-    layers = [value for part in parts for key, value in part.items() if isinstance(value, int) and re.search("layer|depth", key)]
+    layers = [value for part in parts for key, value in part.items() if isinstance(value, int) and re.search("layers|layer$|depth", key)]
     if max(layers, default=0) > len(checkpoint.specs) + 1000:
         raise CheckpointError(f"{checkpoint.label}: config.json asks for {max(layers)} layers, the tensors are {len(checkpoint.specs)}")
     import torch

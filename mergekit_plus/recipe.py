@@ -24,7 +24,7 @@ from typing import Any
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
 from .checkpoint import Checkpoint, Deferred, Manifest, SaveOptions, save, steps_of
-from .checkpoint.folder import ADAPTER_CONFIG, DELTA_QUANT
+from .checkpoint.folder import ADAPTER_CONFIG, COMPACT, DELTA_QUANT
 from .checkpoint.hub import HubFile
 from .checkpoint.inputs import check_target, input_files
 from .checkpoint.layout import MANIFEST, computations, plan_save
@@ -50,7 +50,7 @@ from .steps import (
     parse_steps,
     schema_problems,
     source_of,
-    with_allocations,
+    with_files,
 )
 
 
@@ -174,7 +174,7 @@ def check(parsed: Mapping[str, Any], folder: Path, name: str) -> Recipe:
     """
     steps, found = parsed.get("steps", []), list[str]()
     if isinstance(steps, list):
-        written, unread = with_allocations(steps, folder)
+        written, unread = with_files(steps, folder)
         steps, found = parse_steps(written)
         found = unread + found
     try:
@@ -395,6 +395,8 @@ def _check_out(recipe: Recipe, result: Checkpoint, out: Path) -> None:
         raise RecipeError(
             f"{out}: packed weights need a folder, because its config.json says how they were packed; write to {folder}, or quantize with the format dense"
         )
+    if result.config.get("model_type") == COMPACT:
+        raise RecipeError(f"{out}: a compact model needs a folder, because its config.json says which blocks share; write to the folder {folder}")
     if recipe.checks.texts:
         raise RecipeError(f"{out}: a text is measured on a model, which needs its config.json; write to the folder {folder}")
 

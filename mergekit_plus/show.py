@@ -71,6 +71,10 @@ def inspection_lines(facts: Mapping[str, Any]) -> list[str]:
     if packed := facts["packed"]:
         coding = f"{packed['bits']} bit{'s' * (packed['bits'] > 1)}, {packed['codebook']}, a scale for each {packed['scale']}"
         lines.append(f"packed: {size(packed['bytes'])} on the disk, {coding}; above is what it expands to")
+    if compact := facts["compact"]:
+        groups, voices = compact["groups"], f", voices of rank {compact['rank']} at most" if compact["rank"] else ""
+        share = f"{len(groups)} blocks in {len(set(groups))} groups ({','.join(map(str, groups))}){voices}"
+        lines.append(f"compact: {size(compact['bytes'])} on the disk, {compact['parameters'] / 1e6:.1f} M weights, {share}; above is what it expands to")
     return lines + [f"  {t['name']}  {t['dtype']} {tuple(t['shape'])}  {t['role']}" for t in facts.get("list", [])]
 
 
@@ -166,6 +170,17 @@ def allocation_lines(facts: Mapping[str, Any]) -> list[str]:
         "; ".join(f"{count} groups in {kind}" for kind, count in counts.items()),
         f"wrote {facts['out']}: {facts['bits_per_weight']:.4f} stored bits a quantized weight, {size(facts['file_bytes'])} of weight files; "
         f"`compress quantize MODEL --allocation {facts['out']}` makes them",
+    ]  # fmt: skip
+
+
+def depth_lines(facts: Mapping[str, Any]) -> list[str]:
+    """`compress fold --budget`: the candidates, what stays and shares, and the file."""
+    return [
+        *table(facts["candidates"]), "",
+        f"blocks: {facts['blocks']}",
+        f"wrote {facts['out']}: {facts['bytes']:.1%} of the bytes, {facts['operations']:.1%} of the operations of blocks; "
+        f"{facts['loss']:.4f} nats a token are lost before any cure; "
+        f"`compress fold MODEL --plan {facts['out']}` makes it",
     ]  # fmt: skip
 
 

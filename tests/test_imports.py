@@ -19,8 +19,7 @@ LAYERS = [
     ],
     [
         "mergekit_plus.recipe", "mergekit_plus.provenance", "mergekit_plus.steps", "mergekit_plus.mergekit", "mergekit_plus.checks", "mergekit_plus.card",
-        "mergekit_plus.search", "mergekit_plus.sparsities", "mergekit_plus.verify",
-        "mergekit_plus.generate",
+        "mergekit_plus.search", "mergekit_plus.sparsities", "mergekit_plus.depths", "mergekit_plus.verify", "mergekit_plus.generate",
     ],
     ["mergekit_plus.merge", "mergekit_plus.moe", "quant", "prune"],
     [
@@ -33,8 +32,9 @@ LAYERS = [
     ["mergekit_plus.errors"],
 ]
 METHODS = LAYERS[2]
-DOORS = {  # `Checkpoint.open` opens what operations make too: model+adapter, packed adapters
+DOORS = {  # `Checkpoint.open` opens what operations make too: model+adapter, packed adapters, compact models
     ("mergekit_plus.checkpoint.folder", "mergekit_plus.adapters.apply"), ("mergekit_plus.checkpoint.folder", "quant.adapters.container"),
+    ("mergekit_plus.checkpoint.folder", "prune.fold.compact"),
 }  # fmt: skip
 
 
