@@ -87,12 +87,21 @@ MKP_API int32_t mkp_cpu_signs_transposed(const mkp_signs *signs, const mkp_rows 
 MKP_API int32_t mkp_cuda_abi(void);
 /* What the last MKP_FAILED of this thread was. */
 MKP_API const char *mkp_cuda_error(void);
-/* Bytes of workspace that mkp_cuda_linear wants for m rows of x, zeroed once when it is made; the kernel leaves it zeroed as it needs it. */
+/* Which capture into a graph a stream is in: a number of its own for each, -1 for none. */
+MKP_API int64_t mkp_cuda_capture(void *stream);
+/* Bytes of workspace that mkp_cuda_linear needs for m rows of x, -1 where it has no kernel. A workspace begins zeroed and is left so that any other call may
+ * follow with it on the same stream; calls that may run at once need one each. */
 MKP_API int64_t mkp_cuda_workspace(const mkp_weight *weight, int64_t m);
+/* y = x W^T for 1 to 64 rows of float16 or bfloat16, bits 2, 3, 4 or 8, groups of a multiple of 8 or one a row. x begins at a multiple of 16 bytes, its stride
+ * is a multiple of 8, and inputs between k and the next multiple of 8 are zeros. Sums in float32 of exact integers times x; the same bits every time. */
 MKP_API int32_t mkp_cuda_linear(const mkp_weight *weight, const mkp_rows *x, const mkp_rows *y, void *workspace, int64_t workspace_bytes, void *stream);
+/* out = W, [n, k], rounded once to out's dtype; bits 1 to 8, any group. */
 MKP_API int32_t mkp_cuda_dequantize(const mkp_weight *weight, const mkp_rows *out, void *stream);
-MKP_API int32_t mkp_cuda_signs(const mkp_signs *signs, const mkp_rows *x, const mkp_rows *y, void *stream);
-MKP_API int32_t mkp_cuda_signs_transposed(const mkp_signs *signs, const mkp_rows *x, const mkp_rows *y, void *stream);
+/* y = x S^T: x [m, width], y [m, rows] float32. Row i uses the signs that begin owner[i] * apart bytes after the first; none, and y is zero, where
+ * owner[i] is not one of 0 ... adapters-1. owner null: all use the first. */
+MKP_API int32_t mkp_cuda_signs(const mkp_signs *signs, const int32_t *owner, int64_t adapters, int64_t apart, const mkp_rows *x, const mkp_rows *y, void *stream);
+/* y = x S: x [m, rows], y [m, width] float32. */
+MKP_API int32_t mkp_cuda_signs_transposed(const mkp_signs *signs, const int32_t *owner, int64_t adapters, int64_t apart, const mkp_rows *x, const mkp_rows *y, void *stream);
 
 #ifdef __cplusplus
 }

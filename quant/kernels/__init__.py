@@ -14,11 +14,11 @@ from torch import Tensor
 from mergekit_plus.errors import OptionError
 
 from ..formats.bits import words
-from . import cpu, ops, reference
+from . import cpu, cuda, ops, reference
 from .library import available
 from .order import grouped
 
-__all__ = ["available", "cpu", "grouped", "packed_linear", "reference", "signs_linear"]
+__all__ = ["available", "cpu", "cuda", "grouped", "packed_linear", "reference", "signs_linear", "signs_linear_batched"]
 
 
 def packed_linear(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int) -> Tensor:
@@ -49,6 +49,23 @@ def signs_linear(x: Tensor, signs: Tensor, width: int, transposed: bool = False)
     if torch.is_grad_enabled() and x.requires_grad:
         return reference.signs_linear(x, signs, width, transposed)
     return ops.signs_linear(x, signs, width, transposed)
+
+
+def signs_linear_batched(x: Tensor, signs: Tensor, owner: Tensor, width: int, transposed: bool = False) -> Tensor:
+    """`signs_linear` for a batch whose rows have adapters of their own: one launch, whatever their number.
+
+    x: [..., width], or [..., rows] where transposed; a float. signs: uint8 [adapters, rows, ceil(width/8)]. owner: integers [...], the adapter of each row
+    of x; where it is none of them, such as -1, the result is zero. Derivatives exist by x.
+
+    Errors: OptionError for tensors whose shapes do not fit each other.
+    """
+    inputs = signs.shape[1] if transposed and signs.dim() == 3 else width
+    if signs.dim() != 3 or signs.shape[2] != -(-width // 8) or x.shape[-1:] != (inputs,) or owner.shape != x.shape[:-1]:
+        sizes = f"signs {list(signs.shape)} of width {width}, owners {list(owner.shape)}"
+        raise OptionError(f"{sizes} do not fit inputs {list(x.shape)}: an owner for each input, ceil(width/8) bytes a row, {inputs} numbers an input")
+    if torch.is_grad_enabled() and x.requires_grad:
+        return reference.signs_linear_batched(x, signs, owner, width, transposed)
+    return ops.signs_linear_batched(x, signs, owner, width, transposed)
 
 
 def _check(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int) -> None:

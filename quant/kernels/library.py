@@ -70,7 +70,8 @@ TAKES: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "cuda": {
         "linear": (WEIGHT, ROWS, ROWS, c_void_p, c_int64, c_void_p), "dequantize": (WEIGHT, ROWS, c_void_p),
-        "signs": (SIGNS, ROWS, ROWS, c_void_p), "signs_transposed": (SIGNS, ROWS, ROWS, c_void_p),
+        "signs": (SIGNS, c_void_p, c_int64, c_int64, ROWS, ROWS, c_void_p), "signs_transposed": (SIGNS, c_void_p, c_int64, c_int64, ROWS, ROWS, c_void_p),
+        "workspace": (WEIGHT, c_int64), "capture": (c_void_p,),
     },
 }  # fmt: skip
 
@@ -96,7 +97,7 @@ def library(device: str) -> CDLL | None:
         getattr(opened, f"mkp_{device}_{function}").argtypes = takes
     if device == "cuda":
         opened.mkp_cuda_error.restype = ctypes.c_char_p
-        opened.mkp_cuda_workspace.argtypes, opened.mkp_cuda_workspace.restype = (WEIGHT, c_int64), c_int64
+        opened.mkp_cuda_workspace.restype = opened.mkp_cuda_capture.restype = c_int64
     return opened
 
 

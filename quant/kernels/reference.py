@@ -20,7 +20,7 @@ def dequantized(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: 
     codes = unpack(packed, bits, width).float()  # signed
     group = torch.arange(width, device=packed.device) // (group_size or max(1, width))
     if zero_point is not None:
-        zeros = unpack(zero_point.T.contiguous(), bits, rows).T.float()  # [N, groups], signed like the codes
+        zeros = unpack(zero_point.T.clone(memory_format=torch.contiguous_format), bits, rows).T.float()  # [N, groups], signed like the codes
         codes = codes - zeros[:, group]
     return (codes * scale.float()[:, group]).to(dtype)
 
@@ -42,3 +42,12 @@ def signs_linear(x: Tensor, signs: Tensor, width: int, transposed: bool) -> Tens
     """`x S^T`, or `x S` where transposed, float32."""
     values = signs_of(signs, width)
     return functional.linear(x.float(), values.T if transposed else values)
+
+
+def signs_linear_batched(x: Tensor, signs: Tensor, owner: Tensor, width: int, transposed: bool) -> Tensor:
+    """`signs_linear` with the signs [adapters, rows, bytes] of each row's owner; zeros where the owner is none of them."""
+    out = x.new_zeros((*x.shape[:-1], width if transposed else signs.shape[1]), dtype=torch.float32)
+    for number, own in enumerate(signs):
+        rows = owner == number
+        out[rows] = signs_linear(x[rows], own, width, transposed)
+    return out
