@@ -124,7 +124,7 @@ def torch_int4_calls(x: Tensor, rows: int, group: int) -> tuple[list[Call], int]
 
 
 def ways(x: Tensor, rows: int, bits: int, group: int) -> Iterator[tuple[str, list[Call], int]]:
-    """What is compared: a name, calls, and the bytes of one weight. The dense product first; each way's weights are gone before the next one's are made."""
+    """What is compared: a name, calls, and the bytes of one weight. The dense product is the first."""
     yield "cuBLAS bf16", *dense_calls(x, rows)
     if len(x) <= cuda.TOKENS:
         yield f"W{bits} codes", *packed_calls(x, rows, bits, group, cuda.TOKENS)
@@ -171,6 +171,7 @@ def main() -> None:
             print("|", " | ".join(map(str, table[-1])), "|", flush=True)
             if tokens == 1 and way.endswith("codes"):
                 at_one.append((size + moving, us))
+            del calls  # and with them the weights, before the next are made
     if len(at_one) > 1:
         intercept, slope = line(at_one)
         print(f"\nW{bits} at one token: {intercept:.1f} us and {1e-6 / slope:.2f} TB/s")
