@@ -9,7 +9,7 @@ $(VENV)/ready: pyproject.toml constraints.txt cli.py CMakeLists.txt $(wildcard c
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
 	touch $@
 
-.PHONY: install demo test check clean
+.PHONY: install demo test check sanitize clean
 install: $(VENV)/ready
 
 # PCB-merge two fine-tunes of the small model in tests/models, quantize to 4 bits, measure before and after
@@ -22,6 +22,12 @@ test: $(VENV)/ready
 check: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# the CPU kernels, every one that this machine can run, under ASan and UBSan
+sanitize: $(VENV)/ready
+	$(BIN)/cmake -S . -B build/sanitize -D MERGEKIT_PLUS_SANITIZE=ON -D MERGEKIT_PLUS_CUDA=OFF
+	$(BIN)/cmake --build build/sanitize --target sanitize
+	build/sanitize/csrc/cpu/sanitize
 
 clean:
 	rm -rf $(VENV) demo-merged-4bit build dist quant/kernels/lib

@@ -16,8 +16,9 @@ from mergekit_plus.errors import OptionError
 from ..formats.bits import words
 from . import cpu, cuda, ops, reference
 from .library import available
+from .order import grouped
 
-__all__ = ["available", "cpu", "cuda", "packed_linear", "reference", "signs_linear", "signs_linear_batched"]
+__all__ = ["available", "cpu", "cuda", "grouped", "packed_linear", "reference", "signs_linear", "signs_linear_batched"]
 
 
 def packed_linear(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int) -> Tensor:
@@ -69,7 +70,7 @@ def signs_linear_batched(x: Tensor, signs: Tensor, owner: Tensor, width: int, tr
 
 def _check(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int) -> None:
     """Shapes that kernels may believe."""
-    if x.dim() < 1 or packed.dim() != 2 or scale.dim() != 2 or bits not in range(1, 9) or group_size < 0:
+    if x.dim() < 1 or packed.dim() != 2 or scale.dim() != 2 or not 1 <= bits <= 8 or group_size < 0:
         raise OptionError(f"packed_linear takes x [..., K], packed [N, words], scale [N, groups] and 1 to 8 bits; bits={bits}, group_size={group_size}")
     width, rows = x.shape[-1], packed.shape[0]
     groups = -(-width // group_size) if group_size else 1

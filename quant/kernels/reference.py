@@ -15,6 +15,8 @@ def dequantized(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: 
     packed: int32 [N, ceil(width*bits/32)]. scale: [N, ceil(width/group_size)]. zero_point: int32 [ceil(N*bits/32), groups] or None.
     """
     rows = scale.shape[0]
+    if not rows * width:
+        return torch.zeros((rows, width), dtype=dtype, device=packed.device)
     codes = unpack(packed, bits, width).float()  # signed
     group = torch.arange(width, device=packed.device) // (group_size or max(1, width))
     if zero_point is not None:
