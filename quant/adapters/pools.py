@@ -67,8 +67,8 @@ def pooled(products: Sequence[Product], rank: int, sharing: Sharing, coding: Cod
         kinds.setdefault((product.module.rpartition(".")[2], product.shape), []).append(product)
     found: dict[str, Pooled] = {}
     for (kind, (out, width)), own in kinds.items():
-        if found_problem := _misfit(kind, (out, width), len(own), rank, sharing):
-            raise OptionError(found_problem)
+        if problem := _misfit(kind, (out, width), len(own), rank, sharing):
+            raise OptionError(problem)
         pieces = sharing.rank * len(own) * sharing.shards
         bound = 1 / sqrt(width)  # of whole rows
         a = torch.empty(pieces, width // sharing.shards).uniform_(-bound, bound, generator=generator)
