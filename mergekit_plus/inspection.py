@@ -48,6 +48,12 @@ def inspect(checkpoint: Checkpoint, tensors: bool = False) -> dict[str, Any]:
     return facts
 
 
+def stored_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of a checkpoint where it lies, or would lie: of what is expanded as it is read, those that it is expanded from."""
+    kept = _packed(checkpoint) or _compact(checkpoint)
+    return kept["bytes"] if kept else checkpoint.nbytes
+
+
 def _packed(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """How what was opened lies on the disk, where it is expanded from a few bits."""
     if not {ADAPTER_CONFIG, DELTA_QUANT} & checkpoint.files.keys():

@@ -28,6 +28,9 @@ FUSED = (
     ("q_a_proj", "kv_a_proj_with_mqa"), ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"),
     ("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"),
 )  # fmt: skip
+# The layers that make the neurons of an MLP and the one that reads them, by the last part of their names; between them stand elementwise functions alone.
+NEURONS = ((("gate_proj", "up_proj"), "down_proj"), (("fc1",), "fc2"))
+NEURON_COUNTS = ("intermediate_size", "ffn_dim")  # keys of config.json
 _EXPERT = re.compile(r"(.*\bexperts)\.\d+\.")  # model.layers.0.mlp.experts.7.
 _IN_STACK = re.compile(r"(?:(.*?)\.)?(\d+)\.")  # model.layers.3.
 _ROUTERS = ("gate", "router", "shared_expert_gate")  # beside `experts`; servers keep them dense
@@ -43,6 +46,7 @@ class Meaning:
 
     `stack` and `block` say where it stands: "model.layers", 3. `parameter` is its name in the transformers model, None where it has none;
     the experts of a layer share one where transformers packs them. `transposed`: a weight that is stored [in, out] (GPT-2's Conv1D).
+    `converted`: the parameter is made of it, perhaps with others, by more than giving it another name.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Meaning:
     block: int | None
     parameter: str | None
     transposed: bool = False
+    converted: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ def describe(checkpoint: Checkpoint) -> ModelMap:
             role = "head"
         if stack is not None:
             stacks[stack] += spec.numel
-        tensors[name] = Meaning(name, role, module, stack, block, parameter, transposed)
+        tensors[name] = Meaning(name, role, module, stack, block, parameter, transposed, converted)
 
     if unknown := [name for name in names if model is not None and tensors[name].parameter is None]:
         notes.append(f"{len(unknown)} tensors are not in {type(model).__name__} ('{unknown[0]}'); {guessed}")
@@ -252,7 +257,7 @@ def meta_model(checkpoint: Checkpoint) -> Any:
     Errors: CheckpointError as `architecture`, and where transformers cannot build it.
     """
     parts = [checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, dict))]
-    layers = [value for part in parts for key, value in part.items() if isinstance(value, int) and re.search("layer|depth", key)]
+    layers = [value for part in parts for key, value in part.items() if isinstance(value, int) and re.search("layers|layer$|depth", key)]
     if max(layers, default=0) > len(checkpoint.specs) + 1000:
         raise CheckpointError(f"{checkpoint.label}: config.json asks for {max(layers)} layers, the tensors are {len(checkpoint.specs)}")
     import torch

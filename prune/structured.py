@@ -18,15 +18,14 @@ from torch import Tensor
 
 from mergekit_plus.checkpoint import Checkpoint, Plan, Step, TensorSpec, copy_step
 from mergekit_plus.errors import CheckpointError, OptionError, nearest
-from mergekit_plus.model import ModelMap, adapter_reason, describe, meta_model, quantized_reason
+from mergekit_plus.model import NEURON_COUNTS, NEURONS, ModelMap, adapter_reason, describe, meta_model, quantized_reason
 from mergekit_plus.moments import Moments
 
 # The layers that make a unit, and the one that reads it, by the last part of their names.
 LAYERS: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
-    "mlp": ((("gate_proj", "up_proj"), "down_proj"), (("fc1",), "fc2")),
+    "mlp": NEURONS,
     "heads": ((("q_proj", "k_proj", "v_proj"), "o_proj"),),
 }
-WIDTHS = ("intermediate_size", "ffn_dim")  # keys of config.json
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ def _units(checkpoint: Checkpoint, kind: str, rows: int) -> int:
     """Neurons, or groups of heads that share a key-value head; 0 where config.json does not say."""
     config = checkpoint.config
     if kind == "mlp":
-        return rows if rows in (config.get(key) for key in WIDTHS) else 0
+        return rows if rows in (config.get(key) for key in NEURON_COUNTS) else 0
     groups = config.get("num_key_value_heads") or config.get("num_attention_heads")
     return groups if isinstance(groups, int) else 0
 
@@ -202,7 +201,7 @@ def _config(checkpoint: Checkpoint, result: Checkpoint, roles: ModelMap) -> dict
         if before.shape == after.shape or not name.endswith(".weight"):
             continue
         if leaf in ("down_proj", "fc2"):
-            changes |= {key: after.shape[1] for key in WIDTHS if key in config}
+            changes |= {key: after.shape[1] for key in NEURON_COUNTS if key in config}
         if leaf == "q_proj":
             heads = config["num_attention_heads"]
             changes |= {"num_attention_heads": heads * after.rows // before.rows, "head_dim": before.rows // heads}

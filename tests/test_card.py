@@ -49,6 +49,7 @@ inputs: {}
 def test_an_adapter_is_for_peft() -> None:
     told = front(card(["./a"], [], [{"train_adapter": {}}, {"quantize_adapter": {}}], "", []))
     assert told == {"library_name": "peft", "tags": ["mergekit-plus", "quantized"]}
+    assert front(card(["./a"], [], [{"train_adapter": {"neurons": 8}}], "", []))["library_name"] == "mergekit-plus"
 
 
 def test_base_models_are_those_on_the_hub_each_once() -> None:

@@ -14,12 +14,12 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     [
         "cli", "mergekit_plus.__main__", "mergekit_plus.commands", "mergekit_plus.show", "mergekit_plus.listing", "mergekit_plus.report",
-        "mergekit_plus.compare",
-        "mergekit_plus.bits_plot",
+        "mergekit_plus.results", "mergekit_plus.recipe_schema", "mergekit_plus.starter", "mergekit_plus.compare", "mergekit_plus.bits_plot",
     ],
     [
         "mergekit_plus.recipe", "mergekit_plus.provenance", "mergekit_plus.steps", "mergekit_plus.mergekit", "mergekit_plus.checks", "mergekit_plus.card",
-        "mergekit_plus.search", "mergekit_plus.sparsities", "mergekit_plus.depths", "mergekit_plus.verify",
+        "mergekit_plus.template", "mergekit_plus.trial", "mergekit_plus.search", "mergekit_plus.sparsities", "mergekit_plus.depths", "mergekit_plus.verify",
+        "mergekit_plus.generate",
     ],
     ["mergekit_plus.merge", "mergekit_plus.moe", "quant", "prune"],
     [

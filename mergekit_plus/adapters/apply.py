@@ -26,6 +26,7 @@ from ..checkpoint.spec import natural_order
 from ..errors import CheckpointError, nearest
 from ..model import ModelMap, adapter_reason, describe, quantized_reason, tied_alias
 from .difference import add_difference, is_difference
+from .neurons import is_neurons, widened
 from .peft import Adapter, LowRank, read_adapter, refuse_misfits
 from .product import block_rows, blocks, working_dtype
 
@@ -33,16 +34,21 @@ Change = Callable[[Checkpoint, TensorSpec, TensorSpec], Step]  # a checkpoint, a
 
 
 def open_adapted(ref: str, cache: bool = False) -> Checkpoint:
-    """Open `model+adapter+adapter`: the base with these adapters, or packed differences of fine-tunes, applied in this order.
+    """Open `model+adapter+adapter`: the base with these adapters (LoRA, neurons), or packed differences of fine-tunes, applied in this order.
 
     Errors: CheckpointError where one of them cannot be opened, or where they do not fit together.
     """
     opened, *changes = (Checkpoint.open(part, cache) for part in split_reference(ref))
     pins, result = [part.pinned for part in (opened, *changes)], opened
-    for different, run in groupby(changes, is_difference):  # adapters that follow each other are applied together
+    for add, run in groupby(changes, _way_of):
         same = list(run)
-        result = reduce(add_difference, same, result) if different else apply(result, [read_adapter(part) for part in same])
+        result = reduce(add, same, result) if add else apply(result, [read_adapter(part) for part in same])  # LoRAs that follow each other, together
     return replace(result, pinned="+".join(pins) if all(pins) else "")
+
+
+def _way_of(change: Checkpoint) -> Callable[[Checkpoint, Checkpoint], Checkpoint] | None:
+    """How something that is no LoRA is applied."""
+    return add_difference if is_difference(change) else widened if is_neurons(change) else None
 
 
 def apply(base: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..calibration.statistics import MomentsFile
 from ..checkpoint import Checkpoint, Plan, Scan, Step, TensorSpec, copy_step
 from ..checkpoint.hub import parse_reference
 from ..checkpoint.plan import row_multiple
@@ -29,6 +30,7 @@ from .apply import apply, targets
 from .layout import Product, adapter_of
 from .lowrank import factors, leading, rank_for
 from .peft import PREFIX, read_adapter, refuse_misfits
+from .weighted import leading_for
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,11 @@ class ExtractOptions:
     save_rest: bool = False  # store norms, embeddings, heads, biases that changed whole, so that nothing is lost but by rank
     dtype: str = "F32"  # of the factors
 
-    def problems(self) -> list[str]:
-        """Everything wrong with them, a sentence each."""
+    def problems(self, calibrated: bool = False) -> list[str]:
+        """Everything wrong with them, a sentence each; calibrated: for differences that a text weighs."""
         found = []
+        if calibrated and self.energy is not None:
+            found.append("an energy is of the differences alone; with a calibration text, give a rank")
         if (self.rank is None) == (self.energy is None):
             found.append("give a rank, or an energy from which ranks follow, and not both")
         if self.rank is not None and self.rank < 1:
@@ -53,15 +57,21 @@ class ExtractOptions:
         return found
 
 
-def extract(base: Checkpoint, tuned: Checkpoint, options: ExtractOptions, progress: Progress | None = None) -> Checkpoint:
+def extract(
+    base: Checkpoint, tuned: Checkpoint, options: ExtractOptions, progress: Progress | None = None, moments: Checkpoint | None = None
+) -> Checkpoint:
     """The LoRA adapter that makes `tuned` of `base`, in peft's layout: of the weight of every linear layer that changed, the leading singular
     triples of the difference, taken in float32.
 
-    Reads both once before it returns (with an energy, it decomposes every difference too).
+    moments: of the inputs of the fine-tune's layers on a text, as `calibrate` makes them; with them each layer gets what is best for its outputs on the
+    text, as far as they say something of it. Reads both once before it returns (with an energy, it decomposes every difference too).
     Errors: OptionError for impossible options; CheckpointError where the models do not fit together, or are equal.
     """
-    if found := options.problems():
+    if found := options.problems(calibrated=moments is not None):
         raise OptionError("; ".join(found))
+    grams = MomentsFile(moments) if moments is not None else None
+    if grams is not None:
+        grams.check(tuned)
     pairs = pairs_of(base, tuned, options.exclude)
     progress = progress or quiet()
     meanings = describe(base)
@@ -89,7 +99,8 @@ def extract(base: Checkpoint, tuned: Checkpoint, options: ExtractOptions, progre
         meaning, shape = linears[name], base.specs[name].shape
         product = Product(module_of[name], rank, shape[::-1] if meaning.transposed else shape)
         products.append(product)
-        steps.append(product.step([(differences, name)], _Truncate(product.module, rank, count, meaning.transposed), options.dtype))
+        gram = grams.reads(name)[:1] if grams is not None and name in grams else ()
+        steps.append(product.step([(differences, name), *gram], _Truncate(product.module, rank, count, meaning.transposed), options.dtype))
     saved, stored = _saved(tuned, rest, linears, module_of, meanings.tied) if options.save_rest else ([], {})
     steps += [copy_step(tuned, name, to) for to, name in stored.items()]
     there = parse_reference(base.pinned)
@@ -179,13 +190,14 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
 
 
 class _Truncate:
-    """The factors of a difference."""
+    """The factors of a difference, and of the Gram matrix of its inputs where there is one."""
 
     def __init__(self, module: str, rank: int, count: int, transposed: bool) -> None:
         self.module, self.rank, self.count, self.transposed = module, rank, count, transposed
 
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        u, s, v = leading(tensors[0].T if self.transposed else tensors[0], self.count, self.module)
+        matrix, *gram = tensors[0].T if self.transposed else tensors[0], *tensors[1:]
+        u, s, v = leading_for(matrix, gram[0], self.count, self.module) if gram else leading(matrix, self.count, self.module)
         return factors(u[:, : self.rank], s[: self.rank], v[:, : self.rank])
 
 

@@ -103,6 +103,8 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
         raise CheckpointError(f"{checkpoint.label} is {what}")
     config = checkpoint.json_file(ADAPTER_CONFIG)
     way_out = "apply it with peft (merge_and_unload)"
+    if config.get("peft_type") == "NEURONS":
+        raise CheckpointError(f"{checkpoint.label} holds neurons, not products B A: it is no LoRA; with its base it is the model BASE+{checkpoint.label}")
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{checkpoint.label} is an adapter of type {config.get('peft_type')}; LORA is the one that is known here: {way_out}")
     if asked := next((key for key in _UNKNOWN if config.get(key)), None):

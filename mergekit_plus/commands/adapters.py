@@ -8,7 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from .common import (
+    Calibrate,
+    CalibrationSeed,
     CalibrationWindow,
+    CalibrationWindows,
     Dtype,
     Exclude,
     LessonText,
@@ -16,10 +19,11 @@ from .common import (
     Writing,
     adapter,
     beside,
+    calibration_key,
+    carried_out,
     carry_out,
     distinct,
     open_model,
-    outcome_of,
     print_result,
     settings,
     text_key,
@@ -56,7 +60,7 @@ def merge_adapters(
 
 
 @adapter.command()
-@writes("max_shard_size", "device", "allow_nonfinite")
+@writes("max_shard_size", "allow_nonfinite")
 def extract(
     *,
     how: Writing,
@@ -67,6 +71,10 @@ def extract(
     save_rest: Annotated[bool, typer.Option("--save-rest", help="store what changed and is no linear layer whole: norms, embeddings, heads, biases")] = False,
     exclude: Exclude = [],  # noqa: B006
     dtype: Annotated[str, typer.Option("--dtype", help="float dtype of the factors")] = "float32",
+    calibration: Calibrate = [],  # noqa: B006
+    windows: CalibrationWindows = None,
+    window: CalibrationWindow = None,
+    seed: CalibrationSeed = None,
 ) -> None:
     """Extract a LoRA adapter from a fine-tune, and say what it loses: `compress adapter extract org/base ./tuned --rank 16`."""
     from dataclasses import asdict
@@ -74,15 +82,19 @@ def extract(
     from mergekit_plus.adapters.extract import kept
     from mergekit_plus.checkpoint import Checkpoint
     from mergekit_plus.recipe import check
-    from mergekit_plus.show import kept_lines, outcome_facts, outcome_lines
+    from mergekit_plus.show import kept_lines
 
-    step = {"base": "base", "tuned": "tuned", "rank": rank, "energy": energy, "save_rest": save_rest, "exclude": exclude, "dtype": dtype}
+    step = {
+        "base": "base", "tuned": "tuned", "rank": rank, "energy": energy, "save_rest": save_rest, "exclude": exclude, "dtype": dtype,
+        **calibration_key(calibration, windows=windows, window=window, seed=seed),
+    }  # fmt: skip
     recipe = check({"inputs": {"base": base, "tuned": tuned}, "steps": [{"extract_adapter": step}]}, Path(), "compress adapter extract")
     opened = [Checkpoint.open(ref, how.cache) for ref in (base, tuned)]  # now: a branch on the Hub may be elsewhere when the report is made
-    outcome = outcome_of(recipe, how, beside(tuned, "adapter", "folder"))
+    facts, lines, outcome = carried_out(recipe, how, beside(tuned, "adapter", "folder"))
     if outcome is not None:
         report = kept(opened[0], opened[1], open_model(str(outcome.out)), exclude)
-        print_result({**outcome_facts(outcome), "kept": [asdict(tensor) for tensor in report]}, kept_lines(report) + outcome_lines(outcome), how.as_json)
+        facts, lines = {**facts, "kept": [asdict(tensor) for tensor in report]}, kept_lines(report) + lines
+    print_result(facts, lines, how.as_json)
 
 
 @adapter.command("quantize")
@@ -145,6 +157,13 @@ def train(
     target: Annotated[list[str], typer.Option("--target", metavar="PATTERN", help="modules, as in q_proj (default: all linear layers)")] = [],  # noqa: B006
     codebook: Codebook = "l2",
     scale: FactorScale = "component",
+    init: Annotated[str, typer.Option("--init", help="lora; or components of the weights: pissa, corda-ipm (what a text uses), corda-kpm (the rest)")] = "lora",
+    calibration: Calibrate = [],  # noqa: B006
+    budget: Annotated[int | None, typer.Option("--budget", min=1, help="parameters in all: ranks up to --rank, where the loss is most sensitive (SPT)")] = None,
+    pool_rank: Annotated[int | None, typer.Option("--pool-rank", min=1, help="modules of a kind share pools, as large as LoRA of this rank (MoS)")] = None,
+    pool_private: Annotated[int, typer.Option("--pool-private", min=0, help="ranks of the pools that are each module's own")] = 1,
+    pool_shards: Annotated[int, typer.Option("--pool-shards", min=1, help="pieces that a row is put together from")] = 4,
+    neurons: Annotated[int | None, typer.Option("--neurons", min=1, help="in place of a LoRA, so many neurons in every MLP (AdaptFormer)")] = None,
     window: CalibrationWindow = None,
     steps: LessonSteps = 200,
     batch: LessonBatch = 4,
@@ -155,7 +174,9 @@ def train(
     from mergekit_plus.recipe import check
 
     step = {
-        "base": "base", "bits": bits, "rank": rank, "target": target, "codebook": codebook, "scale": scale, **_lesson(text, window, steps, batch, lr, seed),
+        "base": "base", "bits": bits, "rank": rank, "target": target, "codebook": codebook, "scale": scale, "init": init, "budget": budget,
+        "neurons": neurons, "pools": {"rank": pool_rank, "private": pool_private, "shards": pool_shards} if pool_rank else None,
+        **_lesson(text, window, steps, batch, lr, seed), **calibration_key(calibration),
     }  # fmt: skip
     recipe = check({"inputs": {"base": base}, "steps": [{"train_adapter": step}]}, Path(), "compress adapter train")
     carry_out(recipe, how, beside(base, f"{bits}bit-adapter", "folder"))

@@ -117,29 +117,29 @@ def open_model(ref: str) -> Checkpoint:
 
 def carry_out(recipe: Recipe, how: Writing, default: Path | None = None, digests: Digests | None = None) -> None:
     """Write what a recipe makes and say what came of it; `default` is the output where none is named."""
-    from mergekit_plus.show import outcome_facts, outcome_lines
-
-    outcome = outcome_of(recipe, how, default, digests)
+    facts, lines, outcome = carried_out(recipe, how, default, digests)
+    print_result(facts, lines, how.as_json)
     if outcome is not None:
-        print_result(outcome_facts(outcome), outcome_lines(outcome), how.as_json)
         outcome.raise_failures()
 
 
-def outcome_of(recipe: Recipe, how: Writing, default: Path | None, digests: Digests | None = None) -> Outcome | None:
-    """What came of a recipe; None where only its plan was to be shown."""
+def carried_out(
+    recipe: Recipe, how: Writing, default: Path | None, digests: Digests | None = None
+) -> tuple[dict[str, Any], list[str], Outcome | None]:
+    """What came of a recipe, as data and as text; with --dry-run its plan, and no outcome."""
     from mergekit_plus.recipe import plan, run
-    from mergekit_plus.show import plan_lines
+    from mergekit_plus.show import outcome_facts, outcome_lines, plan_lines
 
     execution = execution_of(how, default, digests)
     if how.dry_run:
         facts = plan(recipe, execution)
-        print_result(facts, plan_lines(facts), how.as_json)
-        return None
+        return facts, plan_lines(facts), None
     try:
-        return run(recipe, execution)
+        outcome = run(recipe, execution)
     except KeyboardInterrupt as interrupt:
         print("; ".join(["compress: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         raise typer.Exit(130) from None
+    return outcome_facts(outcome), outcome_lines(outcome), outcome
 
 
 def hash_early(*refs: str) -> Digests:

@@ -24,12 +24,12 @@ from .common import (
     app,
     beside,
     calibration_key,
+    carried_out,
     carry_out,
     check_device,
     execution_of,
     hash_early,
     open_model,
-    outcome_of,
     print_result,
     settings,
     text_key,
@@ -172,7 +172,6 @@ def _export(model: str, how: Writing, layout: str, folds: bool, digests: Digests
     """`compress fold COMPACT --export peft`: a base, and an adapter that names it."""
     from mergekit_plus.errors import OptionError
     from mergekit_plus.recipe import check
-    from mergekit_plus.show import outcome_facts, outcome_lines
 
     if folds:
         raise OptionError("--export writes out what a compact model stands for; fold, or expand, in a run of its own")
@@ -183,12 +182,9 @@ def _export(model: str, how: Writing, layout: str, folds: bool, digests: Digests
     for part in ("base", "adapter"):
         step = {"part": part, "layout": layout, **({"base": str(base)} if part == "adapter" else {})}
         recipe = check({"inputs": {"model": model}, "steps": [{"export_fold": step}]}, Path(), "compress fold --export")
-        outcome = outcome_of(recipe, replace(how, out=out.with_name(f"{out.name}-{part}")), None, digests)
-        if outcome is not None:
-            facts[part] = outcome_facts(outcome)
-            lines += outcome_lines(outcome)
-    if facts:
-        print_result(facts, lines, how.as_json)
+        facts[part], told, _ = carried_out(recipe, replace(how, out=out.with_name(f"{out.name}-{part}")), None, digests)
+        lines += told
+    print_result(facts, lines, how.as_json)
 
 
 def _plan_depth(model: str, budget: float | None, operations: float | None, text: dict[str, Any], how: Writing) -> None:

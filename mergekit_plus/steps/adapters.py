@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import Field
@@ -12,7 +13,7 @@ from ..checkpoint import Checkpoint
 from ..checkpoint.dtypes import parse_float_dtype
 from ..errors import not_inputs
 from ..merge.plan import MergeOptions
-from .base import Execution, Strict, dtype_problems, lesson_rows, source_of, with_lesson
+from .base import Execution, Strict, dtype_problems, lesson_rows, moments_of, source_of, with_lesson
 from .merging import MergeStep
 
 
@@ -48,7 +49,7 @@ class MergeAdaptersStep(MergeStep):
 
 
 class ExtractAdapterStep(Strict):
-    """`extract_adapter:` — the LoRA adapter that makes one input of another."""
+    """`extract_adapter:` — the LoRA adapter that makes one input of another; with a text, the one that is best for what it makes of the text."""
 
     base: str
     tuned: str
@@ -57,12 +58,13 @@ class ExtractAdapterStep(Strict):
     exclude: list[str] = Field(default_factory=list)
     save_rest: bool = False
     dtype: str = "float32"
+    calibration: CalibrationOptions | None = None
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
         from ..adapters.extract import ExtractOptions
 
         yield from (f"extract_adapter: {problem}" for problem in not_inputs((self.base, self.tuned), inputs))
-        for problem in ExtractOptions(self.rank, self.energy).problems():
+        for problem in ExtractOptions(self.rank, self.energy).problems(calibrated=self.calibration is not None):
             yield f"extract_adapter: {problem}"
         yield from dtype_problems("extract_adapter", self.dtype)
 
@@ -70,7 +72,9 @@ class ExtractAdapterStep(Strict):
         from ..adapters.extract import ExtractOptions, extract
 
         options = ExtractOptions(self.rank, self.energy, tuple(self.exclude), self.save_rest, parse_float_dtype(self.dtype))
-        return extract(inputs[self.base], inputs[self.tuned], options, how.save.progress)
+        moments = moments_of(self.calibration, inputs[self.tuned], how) if self.calibration else None
+        made = extract(inputs[self.base], inputs[self.tuned], options, how.save.progress, moments)
+        return replace(made, notes=moments.notes) if moments else made
 
 
 class LessonStep(Strict):
@@ -136,8 +140,16 @@ class QuantizeAdapterStep(LessonStep):
         return self.told(quantize_adapter(read_adapter(adapter), self._options(), base, lesson), lesson)
 
 
+class Pools(Strict):
+    """`pools:` of `train_adapter` — what modules of a kind share."""
+
+    rank: int
+    private: int = 1
+    shards: int = 4
+
+
 class TrainAdapterStep(LessonStep):
-    """`train_adapter:` — a LoRA adapter trained for few bits from scratch."""
+    """`train_adapter:` — a LoRA adapter trained from scratch, for few bits or as it is."""
 
     base: str
     bits: int = 1
@@ -146,22 +158,45 @@ class TrainAdapterStep(LessonStep):
     scale: str = "component"
     target: list[str] = Field(default_factory=list)
     alpha: float = 2.0
+    init: str = "lora"
+    calibration: CalibrationOptions | None = None  # whose inputs CorDA looks at
+    budget: int | None = None
+    pools: Pools | None = None
+    neurons: int | None = None  # beside those of every MLP, in place of a LoRA
 
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
-        yield from (f"train_adapter: {problem}" for problem in [*not_inputs([self.base], inputs), *self._options().problems()])
+        found = [*not_inputs([self.base], inputs), *self._options().problems(calibrated=self.calibration is not None)]
+        if self.neurons is not None:
+            found += self._neurons().problems()
+            if self.target or self.init != "lora" or self.budget is not None or self.pools is not None:
+                found.append("neurons stand beside those of every MLP; target, init, budget and pools are for LoRA")
+        yield from (f"train_adapter: {problem}" for problem in dict.fromkeys(found))
         if self.text is None:
             yield "train_adapter: give it a text to train on"
 
     def _options(self) -> Any:
+        from quant.adapters.pools import Sharing
         from quant.adapters.train import TrainAdapterOptions
 
-        return TrainAdapterOptions(self.bits, self.rank, self.codebook, self.scale, tuple(self.target), self.alpha)  # type: ignore[arg-type]
+        pools = Sharing(**self.pools.model_dump()) if self.pools else None
+        own = (self.bits, self.rank, self.codebook, self.scale, tuple(self.target), self.alpha, self.init, self.budget, pools)
+        return TrainAdapterOptions(*own)  # type: ignore[arg-type]
+
+    def _neurons(self) -> Any:
+        from quant.adapters.neurons import NeuronOptions
+
+        return NeuronOptions(self.neurons or 0, self.bits, self.codebook, self.scale)  # type: ignore[arg-type]
 
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
-        from quant.adapters.train import LR, train_adapter
+        from quant.adapters.neurons import train_neurons
+        from quant.adapters.train import LR, RELATIVE_LR, train_adapter
 
-        lesson = self.lesson(inputs[self.base], how, LR)
-        return self.told(train_adapter(inputs[self.base], lesson, self._options()), lesson)
+        base = inputs[self.base]
+        lesson = self.lesson(base, how, LR if self.init == "lora" else RELATIVE_LR)
+        if self.neurons is not None:
+            return self.told(train_neurons(base, lesson, self._neurons()), lesson)
+        moments = moments_of(self.calibration, base, how) if self.calibration else None
+        return self.told(train_adapter(base, lesson, self._options(), moments, how.save.progress), lesson)
 
 
 class DeltaStep(LessonStep):

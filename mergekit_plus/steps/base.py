@@ -54,6 +54,16 @@ def lesson_rows(text: CalibrationOptions, windows: int, model: Checkpoint, how: 
     return text.model_copy(update={"windows": max(text.windows, windows)}).placed(how.folder).read(model)[0]
 
 
+def moments_of(text: CalibrationOptions, model: Checkpoint, how: Execution) -> Checkpoint:
+    """The moments of the inputs of a model's linear layers on a text."""
+    from ..calibration.statistics import calibrate
+
+    text = text.placed(how.folder)
+    ids, notes = text.read(model)
+    made = calibrate(model, ids, {"seed": text.seed, "sha256": text.digests()}, how.device)
+    return replace(made, notes=(*made.notes, *notes))
+
+
 def with_lesson(made: Checkpoint, steps: int, batch: int, rows: Tensor) -> Checkpoint:
     """The same, with a note on how long it will train."""
     note = f"trains for {steps} steps of {batch} windows of {rows.shape[1]} tokens; {len(rows)} windows of the text are read"

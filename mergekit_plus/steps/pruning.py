@@ -59,12 +59,12 @@ class PruneStep(BaseModel):
     include: list[str] = Field(default_factory=list)
     of: str | None = None
 
-    @field_validator("reconstruct", mode="before")
+    @field_validator("reconstruct", mode="before", json_schema_input_type=RepairOptions | str | None)
     @classmethod
     def _granularity_alone(cls, value: object) -> object:
         return {"granularity": value} if isinstance(value, str) else value
 
-    @field_validator("pattern", mode="before")
+    @field_validator("pattern", mode="before", json_schema_input_type=str | int | None)
     @classmethod
     def _without_quotes(cls, value: object) -> object:
         """YAML reads 2:4 as 2 * 60 + 4, minutes and seconds."""
@@ -146,7 +146,7 @@ class RetrainStep(BaseModel):
     allow_densify: bool = False
     of: str | None = None
 
-    @field_validator("train", mode="before")
+    @field_validator("train", mode="before", json_schema_input_type=list[str] | str)
     @classmethod
     def _one_or_several(cls, value: object) -> object:
         return [part.strip() for part in value.split(",")] if isinstance(value, str) else value

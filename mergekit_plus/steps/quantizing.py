@@ -12,7 +12,7 @@ from quant.bits_file import GroupScheme
 from ..calibration.options import CalibrationOptions
 from ..checkpoint import Checkpoint
 from ..errors import nearest, not_inputs
-from .base import Execution, Strict, source_of
+from .base import Execution, Strict, moments_of, source_of
 
 
 class QuantizeStep(BaseModel):
@@ -99,13 +99,7 @@ class CalibrateStep(Strict):
             yield from (f"calibrate: {problem}" for problem in not_inputs([self.of], inputs))
 
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
-        from ..calibration.statistics import calibrate
-
-        source = source_of(self.of, inputs, previous, "calibrate")
-        text = self.text.placed(how.folder)
-        ids, notes = text.read(source)
-        made = calibrate(source, ids, {"seed": text.seed, "sha256": text.digests()}, how.device)
-        return replace(made, notes=(*made.notes, *notes))
+        return moments_of(self.text, source_of(self.of, inputs, previous, "calibrate"), how)
 
 
 class DequantizeStep(Strict):

@@ -143,10 +143,9 @@ def _shared(stack: str, blocks: nn.ModuleList, groups: Sequence[int], private: C
     found = {}
     for place, block in enumerate(blocks):
         first = groups.index(groups[place])
-        names = [name for name, _ in block.named_parameters()]
-        if unknown := set(private) - set(names):
+        if unknown := set(private) - set(block.state_dict()):
             raise ValueError(f"block {place} has no parameter {min(unknown)}")
         if place != first:
-            voices = (".lora_A.weight", ".lora_B.weight")
-            found.update({f"{stack}.{place}.{name}": f"{stack}.{first}.{name}" for name in names if name not in private and not name.endswith(voices)})
+            names = [name for name, _ in block.named_parameters() if name not in private and not name.endswith((".lora_A.weight", ".lora_B.weight"))]
+            found.update({f"{stack}.{place}.{name}": f"{stack}.{first}.{name}" for name in names})
     return found

@@ -114,11 +114,14 @@ def operated(checkpoint: Checkpoint, fold: Fold, part: Part, shared: Collection[
 
 
 def shareable(checkpoint: Checkpoint, part: Part) -> frozenset[str]:
-    """The tensors of blocks that share: linear weights, their biases, and packed experts."""
+    """The tensors of blocks that share: linear weights, their biases, and what else is no vector: routers, packed experts."""
     tensors = describe(checkpoint).tensors
     linears = {meaning.module for meaning in tensors.values() if meaning.role == "linear"}
     inside = (name for layer in part.layers for name in layer)
-    return frozenset(name for name in inside if tensors[name].module in linears or tensors[name].role == "other")
+    return frozenset(
+        name for name in inside
+        if tensors[name].module in linears or (tensors[name].role == "other" and len(checkpoint.specs[name].shape) > 1)
+    )  # fmt: skip
 
 
 def mean_step(checkpoint: Checkpoint, names: Sequence[str], to: str) -> Step:

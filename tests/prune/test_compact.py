@@ -34,6 +34,7 @@ DEEP: dict[str, dict[str, Any]] = {  # four blocks each; windows of six tokens w
     "Qwen3ForCausalLM": {**WINDOWED, "use_sliding_window": True, "max_window_layers": 3},
     "Gemma2ForCausalLM": {**WINDOWED, "query_pre_attn_scalar": 8},
     "Gemma3ForCausalLM": {**WINDOWED, "query_pre_attn_scalar": 8},
+    "Gemma4ForCausalLM": {**WINDOWED, "hidden_size_per_layer_input": 0, "layer_types": ["sliding_attention"] * 2 + ["full_attention"] * 2},
     "MixtralForCausalLM": ARCHITECTURES["MixtralForCausalLM"],
     "Qwen3MoeForCausalLM": {**EXPERTS, "head_dim": 8},
     "GPT2LMHeadModel": ARCHITECTURES["GPT2LMHeadModel"],
@@ -168,7 +169,8 @@ def test_transformers_runs_it_with_shared_memory_as_the_expanded_model(name: str
     assert torch.equal(logits(small), logits(big))
     assert torch.equal(logits(big), logits(load_model(folded(model, Fold.of(range(4), 2)))))
     assert torch.equal(greedy(small), greedy(big))
-    assert sum(parameter.numel() for parameter in small.parameters()) == sum(spec.numel for spec in made.specs.values())
+    held = {tensor.data_ptr(): tensor.numel() for tensor in small.state_dict().values()}
+    assert sum(held.values()) == sum(spec.numel for spec in made.specs.values())
     blocks = max((m for m in small.modules() if isinstance(m, torch.nn.ModuleList)), key=lambda stack: sum(p.numel() for p in stack.parameters()))
     for local, own in dict(blocks[1].named_parameters()).items():
         assert (own is blocks[0].get_parameter(local)) == (local not in made.config["compact"]["private"])
@@ -327,6 +329,17 @@ def test_the_program_writes_inspects_measures_and_expands_it(compress: Program, 
     assert "fold that in a run of its own" in compress("fold", "small", "--expand", "--compact").line
     assert "say how many share" in compress("fold", MODELS / "base", "--keep", "0,1", "--compact").line
     assert "write to the folder" in compress("fold", MODELS / "base", "--share", 2, "--compact", "-o", "x.safetensors").line
+
+
+def test_the_code_beside_a_compact_model_is_ours_whatever_lay_beside_the_input(compress: Program, tmp_path: Path) -> None:
+    save(compacted(BASE, PAIRS), tmp_path / "small")
+    (tmp_path / "small" / "modeling_compact.py").write_text("raise SystemExit('this ran')")
+    (tmp_path / "small" / "other.py").write_text("raise SystemExit('this ran')")
+    assert compress("fold", "small", "--share", 2, "--compact", "-o", "again").returncode == 0
+    assert [path.name for path in (tmp_path / "again").glob("*.py")] == ["modeling_compact.py"]
+    assert (tmp_path / "again" / "modeling_compact.py").read_bytes() == Path(modeling_compact.__file__).read_bytes()
+    assert compress("fold", "small", "--expand", "-o", "big").returncode == 0
+    assert not list((tmp_path / "big").glob("*.py"))
 
 
 def test_a_step_after_a_compact_one_is_refused(compress: Program, tmp_path: Path) -> None:
