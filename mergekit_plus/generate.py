@@ -93,9 +93,9 @@ def generate(
             return timed(model, ids, config, _shown(tokenizer, write))
 
 
-def timed(model: Any, ids: Tensor, config: Any, streamer: Any = None) -> Speed:
-    """What it takes to continue ids, int64 [tokens], as a GenerationConfig says; `streamer` gets the tokens, the prompt's first."""
-    clock, rows = _Clock(streamer), ids[None].to(model.device)
+def timed(model: Any, ids: Tensor, config: Any, streamer: Any = None, now: Callable[[], float] = perf_counter) -> Speed:
+    """What it takes to continue ids, int64 [tokens], as a GenerationConfig says; `streamer` gets the tokens, the prompt's first, `now` tells the time."""
+    clock, rows = _Clock(streamer, now), ids[None].to(model.device)
     with torch.inference_mode():
         model.generate(rows, attention_mask=torch.ones_like(rows), generation_config=config, streamer=clock)
     first, last = clock.times[1] - clock.times[0], clock.times[-1] - clock.times[1]
@@ -166,13 +166,13 @@ def _shown(tokenizer: Any, write: Callable[[str], object]) -> Any:
 class _Clock:
     """A streamer that takes down when tokens come, and hands them on."""
 
-    def __init__(self, streamer: Any) -> None:
-        self.streamer = streamer
+    def __init__(self, streamer: Any, now: Callable[[], float]) -> None:
+        self.streamer, self.now = streamer, now
         self.times: list[float] = []
 
     def put(self, tokens: Tensor) -> None:
         """The prompt, or the next token."""
-        self.times.append(perf_counter())
+        self.times.append(self.now())
         if self.streamer is not None:
             self.streamer.put(tokens)
 

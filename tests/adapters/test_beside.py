@@ -13,8 +13,10 @@ from mergekit_plus.adapters import open_adapter
 from mergekit_plus.checkpoint import Checkpoint, save
 from mergekit_plus.errors import CheckpointError
 from mergekit_plus.evaluate import load_model
+from mergekit_plus.training import TrainOptions, loss_on
 from quant import Scheme
 from quant.adapters.plan import QuantizeOptions, quantize_adapter
+from quant.adapters.train import Lesson, TrainAdapterOptions, train_adapter
 from quant.loading import load, opened
 from quant.plan import dequantize, quantize
 
@@ -53,3 +55,14 @@ def test_an_adapter_alone_is_refused_and_so_is_one_whose_base_is_missing(compres
     adapted(model_of(), tmp_path / "lora", target_modules=["q_proj"])
     assert " is an adapter, not a model; a model with it applied is written MODEL+" in compress("generate", tmp_path / "lora", "-p", "x").line
     assert compress("generate", f"{tmp_path / 'gone'}+{tmp_path / 'lora'}", "-p", "x").line.startswith(f"compress: {tmp_path / 'gone'}: no such file or folder")
+
+
+def test_an_adapter_is_trained_beside_a_packed_base_which_stays_packed(tmp_path: Path) -> None:
+    saved(model_of(initializer_range=0.3), tmp_path / "base")
+    save(quantize(Checkpoint.open(tmp_path / "base"), Scheme(4, 16)), tmp_path / "packed")
+    rows = (torch.arange(12) * 5 + 7 * torch.arange(24)[:, None]) % 61
+    lesson = Lesson(rows, TrainOptions(steps=30, lr=3e-2, batch=4))
+    save(train_adapter(Checkpoint.open(tmp_path / "packed"), lesson, TrainAdapterOptions(1, 4)), tmp_path / "one")
+    checkpoint, adapters = opened(f"{tmp_path / 'packed'}+{tmp_path / 'one'}")
+    before, after = (loss_on(load(checkpoint, adapters=found), rows) for found in ([], adapters))
+    assert after < before - 0.5
