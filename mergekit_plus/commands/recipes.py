@@ -49,7 +49,7 @@ def run(
             facts, lines = {"error": str(error)}, [f"failed: {error}"] if combination else []
         told.append({"combination": combination, **facts} if combination else facts)
         runs.append(Ran(name, outcome, facts.get("error"), time.monotonic() - began))
-        if not how.as_json:
+        if not how.as_json and (combination or lines):
             print_result({}, [f"{combination}:", *lines, ""] if combination else lines, False)
     if how.as_json and not (refused and len(runs) == 1):
         print_result({"runs": told} if "" not in recipes else told[0], [], True)
