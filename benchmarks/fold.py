@@ -123,7 +123,7 @@ class Bench:
         """A model, retrained towards the one that it was made from, and kept."""
         folder = self.work / f"{name} {self.training.steps} {rate:g}".replace(" ", "-").replace(",", "")
         if not folder.exists():
-            options = RetrainOptions(tuple(train), self.rows, {"rank": 16}, replace(self.training, lr=rate))
+            options = RetrainOptions(tuple(train), self.rows, {}, replace(self.training, lr=rate))
             save(retrain(make(), options, self.checkpoint), folder)
         return Checkpoint.open(folder)
 
@@ -146,7 +146,7 @@ class Bench:
                 removed = self.chosen(by, count, table)
                 self.measured(f"without {shown(removed)}", lambda removed=removed: folded(self.checkpoint, self.without(removed)))
                 self.tried(removed, rate)
-            if by == "influence":
+            if by == "leave-one-out":
                 self.scaled([best(table, count) for count in counts], rate)
                 self.planned(table)
 
@@ -166,7 +166,8 @@ class Bench:
         """A depth plan that takes out as many blocks as the largest set, and what it loses on the calibration text."""
 
         def compute() -> Row:
-            options = DepthOptions(self.text, operations=(self.count - self.most + 0.5) / self.count, overwrite=True)
+            text = self.text.model_copy(update={"window": WINDOW})
+            options = DepthOptions(text, operations=(self.count - self.most + 0.5) / self.count, overwrite=True)
             found = plan_depth(self.checkpoint, options, self.work / "plan.yaml")
             removed = tuple(block for block in range(self.count) if block not in found.plan.kept)
             candidates = [[one.predicted, one.measured] for one in found.candidates]

@@ -3,11 +3,11 @@
     python benchmarks/fold_pareto.py --work FOLDER [--model MODEL ...]        # as benchmarks/fold.py, whose FOLDER it goes on in
     python benchmarks/fold_pareto.py --work FOLDER --render table.md --plot docs/images/folding-pareto.svg
 
-Removed are the sets that benchmarks/fold.py finds best, and six blocks by influence. Neighbours share in groups of two and three: with the weights of the first
-block (not cured; norms alone cured; norms and MaskLoRA cured), or with their mean and a low-rank voice for each block (norms, MaskLoRA on what is
-shared and the voices cured). Every cure reads the same windows, towards the model as it was; the rate of those that share is chosen on the validation text for
-groups of two, as fold.py does it for removal. Bits are those of GPTQ in groups of 128, calibrated on the windows on which the sets were found; nothing is
-trained then. Bytes are those of the tensors as they are stored: compact, or packed.
+Removed are the sets that benchmarks/fold.py finds best, and half of all blocks by influence. Neighbours share in groups of two and three: with the weights of
+the first (not cured; norms cured; norms and MaskLoRA cured), or with these, or their mean, and a low-rank voice for each block (norms, MaskLoRA on what is
+shared and voices cured). Every cure reads the same windows, towards the model as it was; the rate of those that share is the better of two on the
+validation text, for groups of two. Bits are those of GPTQ in groups of 128, calibrated on the windows on which the sets were found; nothing is
+trained for them. Bytes are those of the tensors as they are stored: compact, or packed.
 """
 
 from __future__ import annotations
@@ -21,13 +21,11 @@ import torch
 from fold import RATES, Bench, Row, arguments, best, read, shown
 
 from mergekit_plus.checkpoint import Checkpoint
-from prune.fold import compacted, expanded, folded, mapped, relaxed
+from prune.fold import Source, compacted, expanded, folded, mapped, relaxed
 from quant import Scheme
 from quant.calibrated import Calibration
 from quant.plan import quantize
 
-FAR = 6  # blocks removed by influence
-VOICES = {2: (4, 16, 64), 3: (4, 16)}  # ranks
 OURS = ("norms", "mask_lora")
 BITS = (4, 3, 2)
 
@@ -40,6 +38,7 @@ class Pareto(Bench):
         self.once({"what": "point", "kind": kind, "name": name}, lambda: {"bytes": stored.nbytes, **self.measure(make() if make else stored)})
 
     def run(self) -> None:
+        """What matters most first, so that a run that is stopped early has it."""
         self.point("dense", "the model", self.checkpoint)
         for bits in BITS:
             self.quantized("fewer bits", "", self.checkpoint, bits)
@@ -47,11 +46,18 @@ class Pareto(Bench):
         for count, checkpoint in removed.items():
             self.point("removed, cured", f"{count} removed", checkpoint)
         rate = self.rate_of_sharing()
-        for share in VOICES:
+        for share in (2, 3):
             self.shared(share, rate)
-        for count in (2, self.most, FAR):
-            for bits in BITS[:2]:
+            self.voiced(share, "first", 16, rate)
+        for bits in reversed(BITS):
+            for count in (2, self.most, self.count // 2):
                 self.quantized("removed, cured, fewer bits", f"{count} removed, ", removed[count], bits)
+        for share in (2, 3):
+            name, first = f"groups of {share}", self.first(share)
+            self.point("shared, norms cured", name, first, partial(self.cured, f"{name} norms", lambda first=first: first, rate, OURS[:1]))
+            for rank in (16, 4, 64):
+                self.voiced(share, "average", rank, rate)
+                self.voiced(share, "first", rank, rate)
 
     def quantized(self, kind: str, name: str, checkpoint: Checkpoint, bits: int) -> None:
         def make() -> Checkpoint:
@@ -63,7 +69,8 @@ class Pareto(Bench):
         """Without so many blocks, cured."""
         table = self.exhaustive()
         rate = self.rate(best(table, self.most))
-        sets = {**{count: best(table, count) for count in range(1, self.most + 1)}, FAR: self.chosen("influence", FAR, table)}
+        sets = {count: best(table, count) for count in range(1, self.most + 1)}
+        sets |= {self.count // 2: self.chosen("influence", self.count // 2, table)}
         made = {count: partial(folded, self.checkpoint, self.without(removed)) for count, removed in sets.items()}
         return {count: self.cured(f"without {shown(removed)}", made[count], rate) for count, removed in sets.items()}
 
@@ -74,17 +81,19 @@ class Pareto(Bench):
         def validation(rate: float) -> float:
             return self.measured("groups of 2, cured", lambda: self.cured("groups of 2", lambda: self.first(2), rate), rate)["validation"]
 
-        return min(RATES, key=validation)
+        return min(RATES[1:], key=validation)
 
     def shared(self, share: int, rate: float) -> None:
-        """Neighbours that share, not cured, cured, and with voices."""
+        """Neighbours that share, as they are and cured."""
         name, first = f"groups of {share}", self.first(share)
         self.point("shared, not cured", name, first, lambda: expanded(first))
-        self.point("shared, norms cured", name, first, lambda: self.cured(f"{name} norms", lambda: first, rate, OURS[:1]))
         self.point("shared, norms and MaskLoRA cured", name, first, lambda: self.cured(name, lambda: first, rate))
-        for rank in VOICES[share]:
-            voiced, full = relaxed(self.checkpoint, mapped(range(self.count), share, "sequence", "average"), rank), f"{name}, rank {rank}"
-            self.point("shared, with voices, all cured", full, voiced, partial(self.cured, full, lambda voiced=voiced: voiced, rate, (*OURS, "lora")))
+
+    def voiced(self, share: int, parent: Source, rank: int, rate: float) -> None:
+        """Neighbours that share, each with a voice, cured."""
+        name = f"groups of {share}, rank {rank} beside the {'mean' if parent == 'average' else parent}"
+        voiced = relaxed(self.checkpoint, mapped(range(self.count), share, "sequence", parent), rank)
+        self.point("shared, with voices, all cured", name, voiced, lambda: self.cured(name, lambda: voiced, rate, (*OURS, "lora")))
 
 
 def points(rows: Sequence[Row]) -> list[Row]:

@@ -214,8 +214,10 @@ class _Bench:
                 found.append(self._solution(closed))
             except OptionError:  # nothing else fits
                 continue
-        sums = [start + sum(row[choice] - start for row, choice in zip(measured, chosen, strict=True)) for chosen in found]
-        return [pair for pair in dict(zip(found, sums, strict=True)).items() if fold_of(self.picked(pair[0])).kept]
+        able = [chosen for chosen in dict.fromkeys(found) if fold_of(self.picked(chosen)).kept]
+        if not able:
+            raise OptionError("within this budget nothing is better than no block at all; allow more")
+        return [(chosen, start + sum(row[choice] - start for row, choice in zip(measured, chosen, strict=True))) for chosen in able]
 
     def _solution(self, measured: Sequence[Sequence[float]]) -> tuple[int, ...]:
         (costs, budget), *second = self.limits

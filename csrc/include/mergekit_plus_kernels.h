@@ -65,7 +65,7 @@ typedef struct mkp_signs {
 } mkp_signs;
 
 /* ---- CPU ----
- * threads: how many of OpenMP's to use, at most. isa: MKP_BEST; a lower one, for tests, is not gone beyond. */
+ * threads: how many of OpenMP's to use, at most. isa: MKP_BEST, the fastest; another, for tests, is not gone beyond. */
 
 enum mkp_isa { MKP_SCALAR = 0, MKP_AVX2 = 1, MKP_AVX512 = 2, MKP_AVX512_BF16 = 3, MKP_BEST = 99 };
 

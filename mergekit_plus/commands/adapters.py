@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mergekit_plus.names import distinct
+
 from .common import (
     Calibrate,
     CalibrationSeed,
@@ -22,7 +24,6 @@ from .common import (
     calibration_key,
     carried_out,
     carry_out,
-    distinct,
     open_model,
     print_result,
     settings,

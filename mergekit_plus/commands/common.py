@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from mergekit_plus.names import distinct
+
 if TYPE_CHECKING:
     from mergekit_plus.checkpoint import Checkpoint
     from mergekit_plus.digests import Digests
@@ -210,18 +212,6 @@ def calibration_key(texts: list[str], **how: Any) -> dict[str, Any]:
     if not texts and (said := [f"--{name}" for name, value in how.items() if value is not None]):
         raise OptionError(f"{' and '.join(said)} {'say' if len(said) > 1 else 'says'} how a text is read: give one with --calibration FILE")
     return {"calibration": text_key(texts, **how)} if texts else {}
-
-
-def distinct(refs: list[str]) -> dict[str, str]:
-    """A short name for each reference, in order: the last part of its path, numbered where two would be the same."""
-    names: dict[str, str] = {}
-    for ref in refs:
-        stem = Path(ref).name.removesuffix(".safetensors").removesuffix(".txt").removesuffix(".yaml") or ref
-        name, number = stem, 2
-        while name in names:
-            name, number = f"{stem}-{number}", number + 1
-        names[name] = ref
-    return names
 
 
 def named(refs: list[str]) -> dict[str, str]:

@@ -331,6 +331,17 @@ def test_the_program_writes_inspects_measures_and_expands_it(compress: Program, 
     assert "write to the folder" in compress("fold", MODELS / "base", "--share", 2, "--compact", "-o", "x.safetensors").line
 
 
+def test_the_code_beside_a_compact_model_is_ours_whatever_lay_beside_the_input(compress: Program, tmp_path: Path) -> None:
+    save(compacted(BASE, PAIRS), tmp_path / "small")
+    (tmp_path / "small" / "modeling_compact.py").write_text("raise SystemExit('this ran')")
+    (tmp_path / "small" / "other.py").write_text("raise SystemExit('this ran')")
+    assert compress("fold", "small", "--share", 2, "--compact", "-o", "again").returncode == 0
+    assert [path.name for path in (tmp_path / "again").glob("*.py")] == ["modeling_compact.py"]
+    assert (tmp_path / "again" / "modeling_compact.py").read_bytes() == Path(modeling_compact.__file__).read_bytes()
+    assert compress("fold", "small", "--expand", "-o", "big").returncode == 0
+    assert not list((tmp_path / "big").glob("*.py"))
+
+
 def test_a_step_after_a_compact_one_is_refused(compress: Program, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(f"inputs: {{m: {MODELS / 'base'}}}\nsteps: [{{fold: {{share: 2, compact: true}}}}, {{quantize: {{bits: 4}}}}]\n")
     assert "step 1, fold: compact says how the output is stored, so that it goes with the last step" in compress("run", "recipe.yaml", "-o", "x").line

@@ -30,4 +30,4 @@ ptxas info    : Function properties for _ZN3mkp
     0 bytes stack frame, 24 bytes spill stores, 40 bytes spill loads
 ptxas info    : Used 168 registers, used 1 barriers, 512 bytes cmem[0]
 """
-    assert list(SCRIPT["kernels"](said)) == [("4 bits, bf16, 16 tokens", 168, 64)]
+    assert list(SCRIPT["kernels"](said)) == [("4 bits, 16 tokens", 168, 64)]
