@@ -54,7 +54,7 @@ def run(
             lines.append(f"wrote {_page(outcome, time.monotonic() - began)}")
         told.append({"combination": combination, **facts} if combination else facts)
         runs.append(Ran(name, outcome, facts.get("error"), time.monotonic() - began))
-        if not how.as_json:
+        if not how.as_json and (combination or lines):
             print_result({}, [f"{combination}:", *lines, ""] if combination else lines, False)
     if how.as_json and not (refused and len(runs) == 1):
         print_result({"runs": told} if "" not in recipes else told[0], [], True)
