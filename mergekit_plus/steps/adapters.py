@@ -80,6 +80,7 @@ class LessonStep(Strict):
     steps: int = 200
     batch: int = 4
     lr: float | None = None
+    autocast: bool = False
     seed: int = 0
 
     def lesson(self, model: Checkpoint, how: Execution, lr: float) -> Any:
@@ -91,7 +92,8 @@ class LessonStep(Strict):
         if self.text is None:
             return None
         ids = lesson_rows(self.text, self.steps * self.batch + HELD_OUT, model, how)
-        training = TrainOptions(self.steps, lr if self.lr is None else self.lr, self.batch, schedule="cosine", warmup=0.05, clip=None, seed=self.seed)
+        rate = lr if self.lr is None else self.lr
+        training = TrainOptions(self.steps, rate, self.batch, schedule="cosine", warmup=0.05, clip=None, seed=self.seed, autocast=self.autocast)
         return Lesson(ids, training)
 
     def told(self, made: Checkpoint, lesson: Any) -> Checkpoint:
@@ -108,6 +110,7 @@ class QuantizeAdapterStep(LessonStep):
     gauge: str | None = None
     refit: bool = True
     average_bits: float | None = None
+    distill: float = 1.0
     base: str | None = None
     of: str | None = None  # an input; by default what the step before made, or the only input
 
@@ -120,7 +123,7 @@ class QuantizeAdapterStep(LessonStep):
     def _options(self) -> Any:
         from quant.adapters.plan import QuantizeOptions
 
-        return QuantizeOptions(self.bits, self.codebook, self.scale, self.gauge, self.refit, self.average_bits)  # type: ignore[arg-type]  # which its `problems` says
+        return QuantizeOptions(self.bits, self.codebook, self.scale, self.gauge, self.refit, self.average_bits, self.distill)  # type: ignore[arg-type]  # which its `problems` says
 
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
         from quant.adapters.container import expanded, is_packed

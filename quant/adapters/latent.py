@@ -1,7 +1,8 @@
 """Factors that train: full-precision latents whose coded form is what the model computes with, and what is stored in the end.
 
-A `Latent` stands beside a linear layer and adds `scale * (x A^T) B^T` to its output, A and B as `straight_through` makes them of the latents. The latents
-are kept relative to a size that is given, so that a learning rate means the same for factors of any size.
+A `Latent` stands beside a linear layer and adds `scale * (x A^T) B^T` to its output, A and B as `straight_through` makes them of the latents; with DoRA's
+lengths it brings every row of `W + scale * B A` to its length, which as in DoRA (arXiv 2402.09353, 4.3) counts as a constant when gradients are taken. The
+latents are kept relative to a size that is given, so that a learning rate means the same for factors of any size.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ NAME = "few_bits"  # of the module that is put beside a layer, while it trains
 class Latent(nn.Module):
     """The latents of one module's A [rank, in] and B, by its columns, [rank, out]. coding: None trains them as they are."""
 
-    def __init__(self, a: Tensor, rows_b: Tensor, scale: float, coding: Coding | None, sizes: tuple[float, float]) -> None:
+    def __init__(
+        self, a: Tensor, rows_b: Tensor, scale: float, coding: Coding | None, sizes: tuple[float, float], lengths: Tensor | None = None
+    ) -> None:
         super().__init__()
+        self.lengths = lengths  # of the rows, where the adapter is one of DoRA
         self.a, self.rows_b = nn.Parameter((a / sizes[0]).float()), nn.Parameter((rows_b / sizes[1]).float())
         self.scale, self.coding, self.sizes = scale, coding, sizes
         self.off = False  # while a teacher answers
@@ -35,14 +39,22 @@ class Latent(nn.Module):
         """The latents in their own size, [rank, in] and [rank, out]."""
         return self.a * self.sizes[0], self.rows_b * self.sizes[1]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B's columns as the model computes with them: the coded latents, or the teacher's own."""
         if self.off and self.plain is not None:
-            a, rows_b = self.plain
-        else:
-            a, rows_b = self.rows()
-            if self.coding is not None:
-                a, rows_b = straight_through(a, self.coding), straight_through(rows_b, self.coding)
-        return functional.linear(functional.linear(x, a), rows_b.T) * self.scale
+            return self.plain
+        a, rows_b = self.rows()
+        return (a, rows_b) if self.coding is None else (straight_through(a, self.coding), straight_through(rows_b, self.coding))
+
+    def forward(self, x: Tensor, output: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The output of the layer with the adapter; what the layer itself gives is `output`, of weight [out, in] and bias."""
+        a, rows_b = self.factors()
+        changed: Tensor = output + functional.linear(functional.linear(x, a), rows_b.T) * self.scale
+        if self.lengths is None:
+            return changed
+        with torch.no_grad():
+            factors: Tensor = self.lengths / torch.linalg.vector_norm(weight + self.scale * (rows_b.T @ a), dim=1)
+        return changed * factors if bias is None else (changed - bias) * factors + bias
 
 
 @contextmanager
@@ -69,8 +81,14 @@ def attached(model: Any, latents: Mapping[str, Latent]) -> Iterator[dict[str, nn
 
 
 def _add(owner: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    added: Tensor = getattr(owner, NAME)(inputs[0])
-    return output + added
+    weight = owner.weight.T if _is_turned(owner) else owner.weight
+    changed: Tensor = getattr(owner, NAME)(inputs[0], output, weight, owner.bias)
+    return changed
+
+
+def _is_turned(owner: Any) -> bool:
+    """Whether the weight is [in, out]: that of transformers' Conv1D."""
+    return type(owner).__name__ == "Conv1D"
 
 
 def _linear(model: Any, name: str, latent: Latent) -> Any:
@@ -80,7 +98,7 @@ def _linear(model: Any, name: str, latent: Latent) -> Any:
         raise CheckpointError(f"the model has no module '{name}', which the adapter changes; give the base that it was trained on") from None
     shape = (latent.rows_b.shape[1], latent.a.shape[1])
     weight = getattr(owner, "weight", None)
-    turned = type(owner).__name__ == "Conv1D"  # of transformers: [in, out]
+    turned = _is_turned(owner)
     found = None if weight is None or weight.ndim != 2 else tuple(weight.shape[::-1] if turned else weight.shape)
     if not (turned or isinstance(owner, nn.Linear)) or found != shape:
         raise CheckpointError(f"{name}: the adapter is for a linear layer {shape}, the model has {type(owner).__name__} {found or ''}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mergekit_plus.adapters import apply
 from mergekit_plus.adapters.extract import task_of
 from mergekit_plus.adapters.layout import Product, adapter_of
-from mergekit_plus.adapters.peft import Adapter
+from mergekit_plus.adapters.peft import Adapter, LowRank
 from mergekit_plus.checkpoint import Checkpoint, Deferred, Work, copy_step
 from mergekit_plus.checkpoint.folder import ADAPTER_QUANT
 from mergekit_plus.checkpoint.spec import matches, natural_order
@@ -66,14 +66,17 @@ class Lesson:
         )
 
 
-def distilled(adapter: Adapter, base: Checkpoint, lesson: Lesson, entries: Sequence[Entry], gauge: Gauge, refit: bool) -> Checkpoint:
-    """The packed tensors of an adapter, trained so that the model predicts with them what it predicts with the adapter (KL, over a text).
+def distilled(
+    adapter: Adapter, base: Checkpoint, lesson: Lesson, entries: Sequence[Entry], gauge: Gauge = "balanced", refit: bool = True, distill: float = 1.0
+) -> Checkpoint:
+    """The packed tensors of an adapter, trained on a text: for what the model predicts with the adapter (KL) and, `distill` being this part's share of
+    the loss, for the text itself.
 
-    Errors: CheckpointError where the adapter does not fit the base, or has modules that are no plain products beside linear layers.
+    DoRA's lengths stay as they are. Errors: CheckpointError where the adapter does not fit the base, or has modules that are no linear layers, or biases.
     """
     apply(base, [adapter])  # refuses what does not fit
     for module in adapter.lowrank.values():
-        if not module.plain or len(adapter.checkpoint.specs[module.a].shape) > 2:
+        if module.embedding or module.bias or len(adapter.checkpoint.specs[module.a].shape) > 2:
             raise CheckpointError(
                 f"{adapter.label}: {module.module} is more than a product B A beside a linear layer, which cannot be distilled; leave --text out"
             )
@@ -85,10 +88,10 @@ def distilled(adapter: Adapter, base: Checkpoint, lesson: Lesson, entries: Seque
             factors = [adapter.checkpoint.read(name) for name in factor_names(modules)]
             check_trained(adapter.checkpoint, modules, factors)
             latents = {
-                module.module: _of_product(a, b, module.scale, entry.coding, gauge, refit)
+                module.module: _of_product(adapter, module, a, b, entry.coding, gauge, refit)
                 for module, a, b, entry in zip(modules, factors[::2], factors[1::2], entries[::2], strict=True)
             }
-            _train(student, latents, lesson, work, teach=True)
+            _train(student, latents, lesson, work, distill)
             return _packed(list(latents.values()), entries)
 
         work.part("adapter", made)
@@ -96,13 +99,14 @@ def distilled(adapter: Adapter, base: Checkpoint, lesson: Lesson, entries: Seque
     return Checkpoint(adapter.label, Deferred(packed_specs(entries), [adapter.checkpoint, student], compute, memory=memory_of(student)))
 
 
-def _of_product(a: Tensor, b: Tensor, scale: float, coding: Coding, gauge: Gauge, refit: bool) -> Latent:
+def _of_product(adapter: Adapter, module: LowRank, a: Tensor, b: Tensor, coding: Coding, gauge: Gauge, refit: bool) -> Latent:
     plain = rows_of(a, 0).float(), rows_of(b, 1).float()
     a, b = turned(plain[0], plain[1].T, gauge)
     rows_b = b.T
     if refit:
         a, rows_b = wanted(a, rows_b, encode_pair(a, b, coding, "none"))
-    latent = Latent(a, rows_b, scale, coding, (_size(a), _size(rows_b)))
+    lengths = adapter.checkpoint.read(module.magnitude).float().flatten() if module.magnitude else None
+    latent = Latent(a, rows_b, module.scale, coding, (_size(a), _size(rows_b)), lengths)
     latent.plain = plain
     return latent
 
@@ -118,11 +122,11 @@ def _packed(latents: Sequence[Latent], entries: Sequence[Entry]) -> dict[str, Te
     return {spec.name: tensor for spec, tensor in zip(packed_specs(entries), packed_tensors(entries, coded), strict=True)}
 
 
-def _train(base: Checkpoint, latents: Mapping[str, Latent], lesson: Lesson, work: Work, teach: bool) -> None:
+def _train(base: Checkpoint, latents: Mapping[str, Latent], lesson: Lesson, work: Work, distill: float = 0.0) -> None:
     """Train latents on a model of this base."""
     model = load_model(base, progress=work.progress)
     with attached(model, latents) as parameters:
-        record = lesson.train(model, parameters, distillation(Teacher(model, latents)) if teach else next_token, work)
+        record = lesson.train(model, parameters, distillation(Teacher(model, latents), distill) if distill else next_token, work)
     work.progress.tell(f"held-out loss {record.evaluations[0][1]:.4f} before, {record.value:.4f} after {record.best} steps")
     refuse_failure(record)
 
@@ -187,7 +191,7 @@ def train_adapter(base: Checkpoint, lesson: Lesson, options: TrainAdapterOptions
         def made() -> Mapping[str, Tensor]:
             generator = torch.Generator().manual_seed(lesson.training.seed)
             latents = {product.module: _fresh(product, coding, options.alpha, generator) for product in products}
-            _train(base, latents, lesson, work, teach=False)
+            _train(base, latents, lesson, work)
             if coding is not None:
                 return _packed(list(latents.values()), entries)
             with torch.no_grad():
