@@ -130,9 +130,13 @@ def expand(
     base: Annotated[str | None, typer.Option("--base", "-b", help="the model that a difference is of; the output is a model then")] = None,
 ) -> None:
     """Turn a packed adapter into an ordinary one, which peft and vLLM load; a packed difference and its base into a model."""
+    from mergekit_plus.errors import CheckpointError
+    from mergekit_plus.inspection import packed_facts
     from mergekit_plus.recipe import check
 
     ref = adapter if base is None else f"{base}+{adapter}"
+    if packed_facts(open_model(ref)) is None:
+        raise CheckpointError(f"{ref} is not packed: it is as peft and engines read it")
     carry_out(check({"inputs": {"adapter": ref}}, Path(), "compress adapter expand"), how, beside(adapter, "expanded", "folder"))
 
 

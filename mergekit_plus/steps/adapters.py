@@ -10,8 +10,9 @@ from pydantic import Field
 from ..calibration.options import CalibrationOptions
 from ..checkpoint import Checkpoint
 from ..checkpoint.dtypes import parse_float_dtype
-from ..errors import not_inputs
+from ..errors import CheckpointError, not_inputs
 from ..merge.plan import MergeOptions
+from ..model import adapter_reason
 from .base import Execution, Strict, dtype_problems, lesson_rows, source_of, with_lesson
 from .merging import MergeStep
 
@@ -91,6 +92,8 @@ class LessonStep(Strict):
 
         if self.text is None:
             return None
+        if reason := adapter_reason(model):
+            raise CheckpointError(reason)
         ids = lesson_rows(self.text, self.steps * self.batch + HELD_OUT, model, how)
         rate = lr if self.lr is None else self.lr
         training = TrainOptions(self.steps, rate, self.batch, schedule="cosine", warmup=0.05, clip=None, seed=self.seed, autocast=self.autocast)

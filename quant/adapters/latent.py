@@ -2,7 +2,7 @@
 
 A `Latent` stands beside a linear layer and adds `scale * (x A^T) B^T` to its output, A and B as `straight_through` makes them of the latents; with DoRA's
 lengths it brings every row of `W + scale * B A` to its length, which as in DoRA (arXiv 2402.09353, 4.3) counts as a constant when gradients are taken. The
-latents are kept relative to a size that is given, so that a learning rate means the same for factors of any size.
+latents are kept relative to sizes that are given, for each component or for all, so that a learning rate means the same whatever their size.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Latent(nn.Module):
     """The latents of one module's A [rank, in] and B, by its columns, [rank, out]. coding: None trains them as they are."""
 
     def __init__(
-        self, a: Tensor, rows_b: Tensor, scale: float, coding: Coding | None, sizes: tuple[float, float], lengths: Tensor | None = None
+        self, a: Tensor, rows_b: Tensor, scale: float, coding: Coding | None, sizes: tuple[Tensor, Tensor], lengths: Tensor | None = None
     ) -> None:
         super().__init__()
         self.lengths = lengths  # of the rows, where the adapter is one of DoRA

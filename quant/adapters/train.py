@@ -106,13 +106,15 @@ def _of_product(adapter: Adapter, module: LowRank, a: Tensor, b: Tensor, coding:
     if refit:
         a, rows_b = wanted(a, rows_b, encode_pair(a, b, coding, "none"))
     lengths = adapter.checkpoint.read(module.magnitude).float().flatten() if module.magnitude else None
-    latent = Latent(a, rows_b, module.scale, coding, (_size(a), _size(rows_b)), lengths)
+    latent = Latent(a, rows_b, module.scale, coding, (_sizes(a), _sizes(rows_b)), lengths)
     latent.plain = plain
     return latent
 
 
-def _size(rows: Tensor) -> float:
-    return float(rows.square().mean().sqrt()) or 1.0
+def _sizes(rows: Tensor) -> Tensor:
+    """Of each component, [rank, 1]; 1 where that is 0."""
+    found = rows.square().mean(1, keepdim=True).sqrt()
+    return torch.where(found > 0, found, torch.ones_like(found)).float()
 
 
 def _packed(latents: Sequence[Latent], entries: Sequence[Entry]) -> dict[str, Tensor]:
@@ -231,4 +233,4 @@ def _fresh(product: Product, coding: Coding | None, alpha: float, generator: tor
     rows_b = torch.zeros(product.rank, out)
     if coding is not None:
         nn.init.trunc_normal_(rows_b, std=1e-3, a=-2e-3, b=2e-3, generator=generator)
-    return Latent(a, alpha * rows_b, 1.0, coding, (1.0, alpha))
+    return Latent(a, alpha * rows_b, 1.0, coding, (torch.tensor(1.0), torch.tensor(alpha)))

@@ -49,7 +49,7 @@ def test_latents_add_what_is_stored_and_leave_the_model_as_it_was(tmp_path: Path
     plain = model(rows()).logits
     generator = torch.Generator().manual_seed(0)
     a, rows_b = (torch.randn((3, 16), generator=generator) for _ in range(2))
-    latent = Latent(a, rows_b, 0.5, None, (2.0, 3.0))
+    latent = Latent(a, rows_b, 0.5, None, (torch.tensor(2.0), torch.tensor(3.0)))
     with attached(model, {"model.layers.0.self_attn.q_proj": latent}) as parameters:
         assert sorted(parameters) == ["model.layers.0.self_attn.q_proj.a", "model.layers.0.self_attn.q_proj.rows_b"]
         changed = model(rows()).logits
@@ -111,8 +111,9 @@ def test_latents_that_are_not_coded_are_the_adapter(kind: str, architecture: str
     expected = adapted(model_of(architecture), tmp_path / "lora", **options)(rows()).logits
     adapter, model = open_adapter(tmp_path / "lora"), load_model(Checkpoint.open(tmp_path / "base"))
     read = adapter.checkpoint.read
+    sizes = torch.tensor(2.0), torch.tensor(3.0)
     latents = {
-        name: Latent(read(module.a), read(module.b).T, module.scale, None, (2.0, 3.0), read(module.magnitude) if module.magnitude else None)
+        name: Latent(read(module.a), read(module.b).T, module.scale, None, sizes, read(module.magnitude) if module.magnitude else None)
         for name, module in adapter.lowrank.items()
     }
     with attached(model, latents):
@@ -194,7 +195,7 @@ def test_train_quantize_expand_peft_merge(compress: Program, tmp_path: Path) -> 
     base, text = MODELS / "base", MODELS / "text" / "docs.val.txt"
     short = ["--text", text, "--window", 32, "--steps", 3]
     printed("adapter", "train", base, "--bits", 16, "--rank", 2, *short, "-o", "lora")
-    printed("adapter", "quantize", "lora", "--bits", 1, "--base", base, *short, "-o", "packed")
+    printed("adapter", "quantize", "lora", "--bits", 1, "--base", base, *short, "--distill", 0.5, "--autocast", "-o", "packed")
     assert "packed: " in printed("inspect", "packed")
     printed("adapter", "expand", "packed", "-o", "expanded")
     printed("adapter", "merge", "packed", "lora", "-s", "weight=1,0", "-o", "both")
