@@ -49,7 +49,7 @@ class Latent(nn.Module):
     def forward(self, x: Tensor, output: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The output of the layer with the adapter; what the layer itself gives is `output`, of weight [out, in] and bias."""
         a, rows_b = self.factors()
-        changed: Tensor = output + functional.linear(functional.linear(x, a), rows_b.T) * self.scale
+        changed: Tensor = output + functional.linear(functional.linear(x, a * self.scale), rows_b.T)  # scaled where it is smallest
         if self.lengths is None:
             return changed
         with torch.no_grad():

@@ -67,7 +67,7 @@ class Lesson:
 
 
 def distilled(
-    adapter: Adapter, base: Checkpoint, lesson: Lesson, entries: Sequence[Entry], gauge: Gauge = "balanced", refit: bool = True, distill: float = 1.0
+    adapter: Adapter, base: Checkpoint, lesson: Lesson, entries: Sequence[Entry], gauge: Gauge, refit: bool, distill: float
 ) -> Checkpoint:
     """The packed tensors of an adapter, trained on a text: for what the model predicts with the adapter (KL) and, `distill` being this part's share of
     the loss, for the text itself.
