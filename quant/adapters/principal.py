@@ -18,7 +18,7 @@ from torch import Tensor
 from mergekit_plus.adapters.lowrank import factors, leading, rank_of_product
 from mergekit_plus.adapters.weighted import damped
 
-from .latent import Latent, size_of
+from .latent import Latent, sizes_of
 
 Init = Literal["lora", "pissa", "corda-ipm", "corda-kpm"]
 
@@ -43,7 +43,7 @@ class Shifted(Latent):
     """Latents that start from components of the weight, and add only what they have become since."""
 
     def __init__(self, a: Tensor, rows_b: Tensor) -> None:
-        super().__init__(a, rows_b, 1.0, None, (size_of(a), size_of(rows_b)))
+        super().__init__(a, rows_b, 1.0, None, (sizes_of(a), sizes_of(rows_b)))
         self.start = tuple(rows.detach().clone() for rows in super().rows())
 
     def rows(self) -> tuple[Tensor, Tensor]:
