@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-$(VENV)/ready: pyproject.toml constraints.txt cli.py
+$(VENV)/ready: pyproject.toml constraints.txt cli.py CMakeLists.txt $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
 	touch $@
 
-.PHONY: install demo test check clean
+.PHONY: install demo test check sanitize clean
 install: $(VENV)/ready
 
 # PCB-merge two fine-tunes of the small model in tests/models, quantize to 4 bits, measure before and after
@@ -23,5 +23,11 @@ check: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# the CPU kernels, every one that this machine can run, under ASan and UBSan
+sanitize: $(VENV)/ready
+	$(BIN)/cmake -S . -B build/sanitize -D MERGEKIT_PLUS_SANITIZE=ON -D MERGEKIT_PLUS_CUDA=OFF
+	$(BIN)/cmake --build build/sanitize --target sanitize
+	build/sanitize/csrc/cpu/sanitize
+
 clean:
-	rm -rf $(VENV) demo-merged-4bit build dist
+	rm -rf $(VENV) demo-merged-4bit build dist quant/kernels/lib

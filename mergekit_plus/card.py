@@ -18,10 +18,12 @@ def card(
     recipe: str,
     table: Sequence[Mapping[str, Any]],
     sparsity: Mapping[str, Any] | None = None,
+    sampled: Sequence[Mapping[str, str]] = (),
 ) -> bytes:
     """The card of a model made from `refs`, of which these `models` are on the Hub, by these steps; it is the same wherever the model is written to.
 
-    recipe: the text of it. table: what was measured, a row for each model, this one last. sparsity: the zeros of what was pruned.
+    recipe: the text of it. table: what was measured, a row for each model, this one last. sparsity: the zeros of what was pruned. sampled: prompts, and
+    how the model goes on with them.
     """
     operations = [operation for step in steps for operation in step]
     quantized = bool({"quantize", "convert", "quantize_adapter"} & set(operations))
@@ -41,14 +43,21 @@ def card(
         "## Recipe", "", "`compress run recipe.yaml` makes it again.", "", *_fenced(recipe.rstrip(), "yaml"),
     ]  # fmt: skip
     if table:
-        table = [*table[:-1], {**table[-1], "model": "this model"}]
-        heads = list(dict.fromkeys(head for row in table for head in row))
-        cells = [heads, ["---", *["---:"] * (len(heads) - 1)], *([_cell(row.get(head)) for head in heads] for row in table)]
-        lines += ["", "## Measured", "", *("| " + " | ".join(row) + " |" for row in cells)]
+        lines += ["", "## Measured", "", *markdown_table([*table[:-1], {**table[-1], "model": "this model"}])]
     if sparsity:
         counts = f"{sparsity['share']:.2%} of {sparsity['weights']} weights in {len(sparsity['tensors'])} linear layers are zero"
         lines += ["", "## Sparsity", "", f"{counts} (asked: {sparsity['asked']}); `sparsity.json` has those of each layer."]
+    if sampled:
+        lines += ["", "## Samples", "", "The likeliest token each time, after the prompt in the first line."]
+        lines += [line for sample in sampled for line in ("", *_fenced(f"{sample['prompt']}\n{sample['text']}", "text"))]
     return ("\n".join(lines) + "\n").encode()
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The lines of a table in Markdown, whatever the cells hold; the headings are the rows' keys, in order of appearance, the first column is text."""
+    heads = list(dict.fromkeys(head for row in rows for head in row))
+    cells = [heads, ["---", *["---:"] * (len(heads) - 1)], *([_cell(row.get(head)) for head in heads] for row in rows)]
+    return ["| " + " | ".join(row) + " |" for row in cells]
 
 
 def _inline(text: str) -> str:

@@ -14,20 +14,21 @@ import math
 import re
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.folder import whole
 from .checkpoint.layout import computations
 from .checkpoint.plan import Plan, Step, execute
 from .errors import CheckpointError, CompressError, OptionError
-from .model import architecture, quantized_reason, silent_transformers
+from .model import adapter_reason, architecture, quantized_reason, silent_transformers
 from .progress import Progress, quiet
 
 WINDOW = 256  # tokens
@@ -77,19 +78,24 @@ class Size:
 # ---- models and tokenizers ----
 
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, progress: Progress | None = None) -> Any:
+def load_model(
+    checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, progress: Progress | None = None, instead: Mapping[str, nn.Module] | None = None
+) -> Any:
     """The transformers model of a dense checkpoint, in evaluation mode on the CPU; each tensor is read, or computed, once.
 
-    transformers itself maps names (packed experts, prefixes, tied weights). Memory: the model in `dtype`, and a few tensors more.
-    Errors: CheckpointError for a quantised checkpoint, an unknown architecture, and a tensor too few, too many or of another shape.
+    transformers itself maps names (packed experts, prefixes, tied weights). A compact one is expanded. Memory: the model in `dtype`, and a few tensors more.
+    instead: modules that stand in place of the model's own, by where they stand; the checkpoint has no tensors for them.
+    Errors: CheckpointError for a quantised checkpoint or an adapter, an unknown architecture, and a tensor too few, too many or of another shape.
     """
-    if reason := quantized_reason(checkpoint):
+    checkpoint = whole(checkpoint)
+    if reason := quantized_reason(checkpoint) or adapter_reason(checkpoint):
         raise CheckpointError(reason)
     progress = progress or quiet()
     for computation in computations(checkpoint):
         computation.run(progress=progress)
     with silent_transformers(), progress.phase(f"loading {checkpoint.label}", checkpoint.nbytes):
-        model_class, config = architecture(checkpoint)
+        known_class, config = architecture(checkpoint)
+        model_class = _without(known_class, instead) if instead else known_class
         reader = Reader(checkpoint, progress)
         state = {name: Unread(reader, name) for name in checkpoint.specs}
         try:
@@ -108,7 +114,21 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, progr
     problems["misshapen"] = [f"{name} {list(here)}, not {list(there)}" for name, here, there in sorted(info["mismatched_keys"])]
     if found := [f"{kind} {_some(names)}" for kind, names in problems.items() if names]:
         raise CheckpointError(f"{checkpoint.label} does not fit {model_class.__name__}: {'; '.join(found)}")
+    model.__class__ = known_class
+    for place, module in (instead or {}).items():
+        model.set_submodule(place, module)
     return model.eval()
+
+
+def _without(model_class: Any, places: Iterable[str]) -> Any:
+    """A class that makes the same models, with nothing to fill at these places."""
+
+    def make(self: Any, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(self, *args, **kwargs)
+        for place in places:
+            self.set_submodule(place, nn.Identity())
+
+    return type(model_class.__name__, (model_class,), {"__init__": make, "__module__": model_class.__module__})
 
 
 def _why(error: Exception) -> str:

@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from .checkpoint import Checkpoint
-from .checkpoint.folder import ADAPTER_CONFIG, ADAPTER_QUANT, DELTA_QUANT
+from .checkpoint.folder import ADAPTER_CONFIG, ADAPTER_QUANT, COMPACT, DELTA_QUANT
 from .checkpoint.inputs import input_files
 from .checkpoint.layout import file_inputs
 from .checkpoint.spec import natural_order
@@ -41,6 +41,7 @@ def inspect(checkpoint: Checkpoint, tensors: bool = False) -> dict[str, Any]:
         "tied": [list(names) for names in roles.tied],
         "quantized": quantized_reason(checkpoint),
         "packed": packed_facts(checkpoint) if {ADAPTER_CONFIG, DELTA_QUANT} & checkpoint.files.keys() else None,
+        "compact": _compact(checkpoint),
     }
     if tensors:
         facts["list"] = [
@@ -48,6 +49,12 @@ def inspect(checkpoint: Checkpoint, tensors: bool = False) -> dict[str, Any]:
             for name in sorted(specs, key=natural_order)
         ]
     return facts
+
+
+def stored_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of a checkpoint where it lies, or would lie: of what is expanded as it is read, those that it is expanded from."""
+    kept = (packed_facts(checkpoint) if {ADAPTER_CONFIG, DELTA_QUANT} & checkpoint.files.keys() else None) or _compact(checkpoint)
+    return kept["bytes"] if kept else checkpoint.nbytes
 
 
 def _adapter(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -78,3 +85,13 @@ def _bits(said: Mapping[str, Any]) -> float:
         elements += prod(facts["shape"])
         bits += prod(facts["shape"]) // max(1, rows) * (sum(own) if isinstance(own, list) else own * rows)
     return said["bits"] if bits == elements * said["bits"] else bits / elements
+
+
+def _compact(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """How what was opened lies on the disk, where it is expanded from a folded model that stores what blocks share once."""
+    parts = [part for part, _ in file_inputs(checkpoint)]
+    if len(parts) != 1 or (part := parts[0]).config.get("model_type") != COMPACT:
+        return None
+    said = part.config["compact"]
+    rank = max((rank for ranks in said.get("ranks", {}).values() for rank in ranks), default=0)
+    return {"bytes": part.nbytes, "parameters": size(part).parameters, "groups": said["groups"], "rank": rank}

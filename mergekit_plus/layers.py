@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -51,6 +51,8 @@ class Part:
     counts: tuple[str, ...] = ()  # keys of that table with the number of layers
     per_layer: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # lists with an entry for each layer
     layer_sets: Mapping[str, Sequence[int]] = field(default_factory=dict)  # lists of numbers of layers
+    layer_tables: Mapping[str, Mapping[int, Any]] = field(default_factory=dict)  # tables with entries for some layers, by their numbers
+    stated: Collection[str] = ()  # which of these config.json itself has; the others are transformers' defaults
 
     def moved(self, tensor: str, old: int, new: int) -> str:
         """A tensor's name when its layer stands at another place."""
@@ -121,23 +123,28 @@ def parts_of(checkpoint: Checkpoint) -> dict[str, Part]:
 
 
 def layer_entries(part: Part, taken: Sequence[tuple[Part, int]]) -> dict[str, Any]:
-    """What the part's table of config.json says when its layers are these ones, each of some part: how many there are, and the lists that go by layers."""
+    """What the part's table of config.json says when its layers are these ones, each of some part: how many there are, and what goes by layers; but for
+    what it does not say and what says nothing."""
     counts: dict[str, Any] = dict.fromkeys(part.counts, len(taken))
     lists = {key: [other.per_layer[key][layer] for other, layer in taken] for key in part.per_layer}
     sets = {key: [new for new, (other, layer) in enumerate(taken) if layer in other.layer_sets.get(key, ())] for key in part.layer_sets}
-    return {**counts, **lists, **sets}
+    tables = {
+        key: {str(new): other.layer_tables[key][layer] for new, (other, layer) in enumerate(taken) if layer in other.layer_tables.get(key, ())}
+        for key in part.layer_tables
+    }  # fmt: skip
+    others = [part, *(other for other, _ in taken)]
+    silent = {key for key in lists if all(item == other.per_layer[key][0] for other in others for item in other.per_layer[key])}  # by what there was:
+    silent |= {key for key in sets if not any(other.layer_sets.get(key) for other in others)}  # the default for other layers need not be that for these
+    return {key: value for key, value in {**counts, **lists, **sets, **tables}.items() if key not in silent or key in part.stated}
 
 
 def with_table(model: Checkpoint, path: Sequence[str], entries: Mapping[str, Any]) -> Checkpoint:
-    """The model under a config.json with these entries in the table at `path`; lists that say nothing are not added where there were none."""
+    """The model under a config.json with these entries in the table at `path`; a number of layers is not added where another one is stated."""
     table = model.config
     for key in path:
         table = table.get(key, {})
     stated = any(key in table for key, value in entries.items() if isinstance(value, int))
-    wanted = {
-        key: value for key, value in entries.items()
-        if key in table or (not stated if isinstance(value, int) else any(item != value[0] for item in value))
-    }  # fmt: skip
+    wanted = {key: value for key, value in entries.items() if key in table or not (stated and isinstance(value, int))}
     if all(table.get(key) == value for key, value in wanted.items()):
         return model
     return model.with_config(**({path[0]: {**table, **wanted}} if path else wanted))
@@ -213,13 +220,11 @@ def _part(name: str, meanings: Sequence[Meaning], checkpoint: Checkpoint, order:
     loose = [meaning for meaning in meanings if meaning.stack != stack or meaning.block is None]
     before = dict.fromkeys(meaning.name for meaning in loose if stands_before(meaning))
     after = tuple(meaning.name for meaning in loose if meaning.name not in before)
-    return Part(name, stack, layers, tuple(before), after, *_said_of_layers(name, len(layers), checkpoint, model, module))
+    return Part(name, stack, layers, tuple(before), after, **_said_of_layers(name, len(layers), checkpoint, model, module))
 
 
-def _said_of_layers(
-    name: str, count: int, checkpoint: Checkpoint, model: Any, module: Any
-) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, Sequence[Any]], dict[str, Sequence[int]]]:
-    """Where config.json speaks of this many layers: the way to the table, the keys of their number, lists of entries, lists of numbers."""
+def _said_of_layers(name: str, count: int, checkpoint: Checkpoint, model: Any, module: Any) -> dict[str, Any]:
+    """Where config.json speaks of this many layers: what a part says of it, by the names of its fields."""
     places: list[tuple[tuple[str, ...], dict[str, Any], Mapping[str, str]]] = []
     if model is not None:
         whole = model.config
@@ -241,8 +246,16 @@ def _said_of_layers(
                 key: value for key, value in lists.items()
                 if len(value) != count and "layers" in key and all(type(item) is int and 0 <= item < count for item in value)
             }  # fmt: skip
-            return way, tuple(keys), per_layer, sets
-    return (), (), {}, {}
+            numbered = {
+                key: {int(number): entry for number, entry in value.items()} for key, value in table.items()
+                if isinstance(value, dict) and value and "layer" in key and all(str(number).isdecimal() and int(number) < count for number in value)
+            }  # fmt: skip
+            written: Mapping[str, Any] = checkpoint.config
+            for part in way:
+                written = written.get(part) or {}
+            stated = frozenset(key for key in (*per_layer, *sets, *numbered) if key in written)
+            return {"config": way, "counts": tuple(keys), "per_layer": per_layer, "layer_sets": sets, "layer_tables": numbered, "stated": stated}
+    return {}
 
 
 def layer_misfits(checkpoint: Checkpoint) -> dict[str, str]:

@@ -46,6 +46,7 @@ class Meaning:
 
     `stack` and `block` say where it stands: "model.layers", 3. `parameter` is its name in the transformers model, None where it has none;
     the experts of a layer share one where transformers packs them. `transposed`: a weight that is stored [in, out] (GPT-2's Conv1D).
+    `converted`: the parameter is made of it, perhaps with others, by more than giving it another name.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Meaning:
     block: int | None
     parameter: str | None
     transposed: bool = False
+    converted: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def describe(checkpoint: Checkpoint) -> ModelMap:
             role = "head"
         if stack is not None:
             stacks[stack] += spec.numel
-        tensors[name] = Meaning(name, role, module, stack, block, parameter, transposed)
+        tensors[name] = Meaning(name, role, module, stack, block, parameter, transposed, converted)
 
     if unknown := [name for name in names if model is not None and tensors[name].parameter is None]:
         notes.append(f"{len(unknown)} tensors are not in {type(model).__name__} ('{unknown[0]}'); {guessed}")
@@ -255,7 +257,7 @@ def meta_model(checkpoint: Checkpoint) -> Any:
     Errors: CheckpointError as `architecture`, and where transformers cannot build it.
     """
     parts = [checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, dict))]
-    layers = [value for part in parts for key, value in part.items() if isinstance(value, int) and re.search("layer|depth", key)]
+    layers = [value for part in parts for key, value in part.items() if isinstance(value, int) and re.search("layers|layer$|depth", key)]
     if max(layers, default=0) > len(checkpoint.specs) + 1000:
         raise CheckpointError(f"{checkpoint.label}: config.json asks for {max(layers)} layers, the tensors are {len(checkpoint.specs)}")
     import torch

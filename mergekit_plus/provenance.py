@@ -36,12 +36,13 @@ def small_files(
     shard_size: int,
     table: Sequence[Mapping[str, Any]],
     sparsity: Mapping[str, Any] | None = None,
+    sampled: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, bytes]:
-    """The recipe and the card of an output; `table` is what was measured, `sparsity` the report of its zeros."""
+    """The recipe and the card of an output; `table` is what was measured, `sparsity` the report of its zeros, `sampled` how it goes on with prompts."""
     text = _resolved(recipe, inputs, manifest, out, shard_size)
     refs = [inputs[name].pinned or source.ref for name, source in recipe.inputs.items()]
     models = [there.repo for model in inputs.values() for part in model.pinned.split("+") if (there := parse_reference(part))]
-    files = {RECIPE: text, CARD: card(refs, models, _plain_steps(recipe, out), text.decode(), table, sparsity)}
+    files = {RECIPE: text, CARD: card(refs, models, _plain_steps(recipe, out), text.decode(), table, sparsity, sampled)}
     return files if sparsity is None else {**files, SPARSITY: json.dumps(sparsity, indent=2).encode() + b"\n"}
 
 

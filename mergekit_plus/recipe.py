@@ -7,15 +7,17 @@
     checks: {texts: {code: code.txt}, limits: {perplexity: 40}}
     out: merged-4bit
 
-Every command of the program is a recipe too, and every output holds the recipe that made it. A file in mergekit's schema is read as well.
+Every command of the program is a recipe too, and every output holds the recipe that made it. A file in mergekit's schema is read as well, and one with
+blanks (variables, a matrix) is as many recipes as its matrix has combinations: `load_all`.
 Paths in a recipe are relative to the recipe's folder; `out` is relative to where you stand.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,7 @@ from typing import Any
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
 from .checkpoint import Checkpoint, Deferred, Manifest, SaveOptions, save, steps_of
-from .checkpoint.folder import ADAPTER_CONFIG, DELTA_QUANT
+from .checkpoint.folder import ADAPTER_CONFIG, COMPACT, DELTA_QUANT
 from .checkpoint.hub import HubFile
 from .checkpoint.inputs import check_target, input_files
 from .checkpoint.layout import MANIFEST, computations, plan_save
@@ -33,7 +35,7 @@ from .checkpoint.references import split_reference
 from .checkpoint.shards import parse_size
 from .checkpoint.stage import partial_of, refuse_leftover
 from .checkpoint.upload import Target, Upload, parse_target
-from .checks import Checks, Row, measure_and_compare
+from .checks import Checks, Row, Verdict, measure_and_compare
 from .errors import CheckFailed, CompressError, OutputError, RecipeError, not_inputs
 from .model import adapter_reason
 from .provenance import check_digests, job, small_files, sparsity_report
@@ -50,8 +52,10 @@ from .steps import (
     parse_steps,
     schema_problems,
     source_of,
-    with_allocations,
+    with_files,
 )
+from .template import expand
+from .trial import Sampled, attempt
 
 
 class Input(Strict):
@@ -86,7 +90,7 @@ class Recipe(Strict):
         """Whether a step leaves something to be found before it can be made."""
         return bool(self.searches) or any(isinstance(options, FoldStep) and options.is_open for step in self.steps for options in step.values())
 
-    @field_validator("inputs", mode="before")
+    @field_validator("inputs", mode="before", json_schema_input_type=dict[str, Input | str])
     @classmethod
     def _short_inputs(cls, value: object) -> object:
         return {name: {"ref": ref} if isinstance(ref, str) else ref for name, ref in value.items()} if isinstance(value, dict) else value
@@ -120,30 +124,55 @@ class Recipe(Strict):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run wrote and measured; `failures` are the limits that were not kept, `published` is where on the Hub it is, and its commit there."""
+    """What a run wrote and measured, what became of each check, and where on the Hub it is (`published`, with its commit there)."""
 
     out: Path | Target
     manifest: Manifest
-    table: list[dict[str, Any]]
-    failures: list[str]
+    table: list[Row]
+    verdicts: list[Verdict]
+    sampled: list[Sampled] = field(default_factory=list)  # how the output goes on with prompts
     searched: list[dict[str, Any]] = field(default_factory=list)  # the record of each search of this run
     published: tuple[Target, str] | None = None
     sparsity: dict[str, Any] | None = None  # the zeros of what was pruned
 
+    @property
+    def failures(self) -> list[str]:
+        """The checks that were not kept, a sentence each."""
+        return failures_of(self.verdicts)
+
     def raise_failures(self) -> None:
-        """CheckFailed where a limit was not kept."""
+        """CheckFailed where a check was not kept."""
         if self.failures:
             raise CheckFailed("; ".join(self.failures))
 
 
-def load(path: Path, lenient: bool = False) -> Recipe:
-    """Read a recipe, ours or mergekit's; `lenient` warns of keys that mergekit ignores instead of refusing them.
+def failures_of(verdicts: Sequence[Verdict]) -> list[str]:
+    """What is wrong, a sentence for each check that was not kept."""
+    return [verdict.sentence for verdict in verdicts if not verdict.kept]
 
+
+def load(path: Path, lenient: bool = False, given: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe that is one, as `load_all` reads those that are several.
+
+    Errors: RecipeError with every problem found.
+    """
+    recipes = load_all(path, lenient, given)
+    if len(recipes) > 1:
+        some = "; ".join([*list(recipes)[:4], *(["..."] if len(recipes) > 4 else [])])
+        raise RecipeError(f"{path} is {len(recipes)} recipes ({some}); choose one with --set NAME=VALUE")
+    return next(iter(recipes.values()))
+
+
+def load_all(path: Path, lenient: bool = False, given: Mapping[str, Any] | None = None) -> dict[str, Recipe]:
+    """Read recipes, ours or mergekit's, by the combination of the matrix that each is ("" where there is none).
+
+    lenient: warn of keys that mergekit ignores instead of refusing them. given: values of variables.
     Errors: RecipeError with every problem found.
     """
     documents = [document for document in read_all(path) if document is not None]
     if any(isinstance(document, dict) and "merge_method" in document for document in documents):
-        return _of_mergekit(documents, str(path), lenient)
+        _without_blanks(given, path)
+        return {"": _of_mergekit(documents, str(path), lenient)}
     if len(documents) > 1:
         raise RecipeError(f"{path} holds {len(documents)} YAML documents, where one is expected; mergekit's may be several")
     if not documents or not isinstance(documents[0], dict):
@@ -151,8 +180,39 @@ def load(path: Path, lenient: bool = False) -> Recipe:
     if "experts" in documents[0]:
         from .mergekit.moe import moe_recipe
 
-        return check(moe_recipe(documents[0], str(path)), Path(), str(path))  # paths relative to where one stands, as with mergekit-moe
-    return check(documents[0], path.parent, str(path))
+        _without_blanks(given, path)
+        return {"": check(moe_recipe(documents[0], str(path)), Path(), str(path))}  # paths relative to where one stands, as with mergekit-moe
+    try:
+        expanded = expand(documents[0], path.parent, given or {})
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
+    return {name: check(document, path.parent, f"{path}{f' ({name})' if name else ''}") for name, document in expanded.items()}
+
+
+def outs(recipes: Mapping[str, Recipe], out: Path | None) -> dict[str, Path | None]:
+    """Where each of these goes: what it says itself, or `out`, with the combination of the matrix after its name.
+
+    Errors: RecipeError where two would go to one place.
+    """
+    if "" in recipes:
+        return {"": out}
+    if out is not None:
+        if parse_target(str(out)):
+            raise RecipeError(f"-o {out}: a recipe with a matrix is several models; name a repository for each in the recipe, as in `out: hf://org/name-$bits`")
+        end = ".safetensors" if out.suffix == ".safetensors" else ""
+        return {name: out.with_name(re.sub(r"[^\w.]+", "-", f"{out.name.removesuffix(end)}-{name}{end}")) for name in recipes}
+    places: dict[str, str] = {}
+    for name, recipe in recipes.items():
+        if recipe.out in places:
+            raise RecipeError(f"out: {places[recipe.out]} and {name} would both be written to {recipe.out}; name what differs in it, as in `out: model-$bits`")
+        if recipe.out:
+            places[recipe.out] = name
+    return dict.fromkeys(recipes)
+
+
+def _without_blanks(given: Mapping[str, Any] | None, path: Path) -> None:
+    if given:
+        raise RecipeError(f"{path}: --set {next(iter(given))}: mergekit's YAML has no variables")
 
 
 def _of_mergekit(documents: list[Any], name: str, lenient: bool) -> Recipe:
@@ -174,7 +234,7 @@ def check(parsed: Mapping[str, Any], folder: Path, name: str) -> Recipe:
     """
     steps, found = parsed.get("steps", []), list[str]()
     if isinstance(steps, list):
-        written, unread = with_allocations(steps, folder)
+        written, unread = with_files(steps, folder)
         steps, found = parse_steps(written)
         found = unread + found
     try:
@@ -274,15 +334,15 @@ def _run(recipe: Recipe, how: Execution, out: Path, upload: Upload | None) -> Ou
     finish = _Finish(recipe, built, options, out)
     manifest = save(built.result, out, options, finish.describe, partial(finish.publish, upload) if upload and how.push is None else None)
 
-    table, failures = finish.measurements()
+    table, verdicts, sampled = finish.measurements()
 
-    if upload and how.push and not failures:
+    if upload and how.push and not failures_of(verdicts):
         try:
             finish.publish(upload, out, manifest)
         except OutputError as error:
             raise OutputError(f"{error}; {out} is complete, and `hf upload {upload.target.repo} {out}` sends it") from None
     sparsity = finish.sparsity or sparsity_report(recipe, out)  # of one file, too
-    return Outcome(out if upload is None or how.push else upload.target, manifest, table, failures, searched, finish.published, sparsity)
+    return Outcome(out if upload is None or how.push else upload.target, manifest, table, verdicts, sampled, searched, finish.published, sparsity)
 
 
 def _begin_upload(upload: Upload, recipe: Recipe, result: Checkpoint, how: Execution, out: Path) -> None:
@@ -293,6 +353,9 @@ def _begin_upload(upload: Upload, recipe: Recipe, result: Checkpoint, how: Execu
     upload.begin(how.save.overwrite, partial_of(out.resolve()) / "files" / MANIFEST if how.save.resume else None)
 
 
+Measured = tuple[list[Row], list[Verdict], list[Sampled]]
+
+
 @dataclass
 class _Finish:
     """What a run does once the weights are written: `save` calls `describe`, and `publish` where the output goes to the Hub alone."""
@@ -301,7 +364,7 @@ class _Finish:
     built: Built
     options: SaveOptions
     out: Path
-    measured: tuple[list[Row], list[str]] | None = None
+    measured: Measured | None = None
     unmeasured: CompressError | None = None  # why it could not be measured; told at the end, for hours of work do not go because of it
     published: tuple[Target, str] | None = None
     sparsity: dict[str, Any] | None = None  # of what was pruned
@@ -315,29 +378,32 @@ class _Finish:
             self.unmeasured = error
         table = self.measured[0] if self.measured else []
         self.sparsity = sparsity_report(self.recipe, folder)
-        return small_files(self.recipe, self.built.inputs, manifest, self.out, self.options.max_shard_size, table, self.sparsity)
+        sampled = self.measured[2] if self.measured else []
+        return small_files(self.recipe, self.built.inputs, manifest, self.out, self.options.max_shard_size, table, self.sparsity, sampled)
 
     def publish(self, upload: Upload, folder: Path, manifest: Manifest) -> None:
         """Give the repository what lies in the folder, unless a check failed."""
-        failures = self.measured[1] if self.measured else []
+        failures = failures_of(self.measured[1]) if self.measured else []
         if self.unmeasured or failures:
             raise CheckFailed(f"{self.unmeasured or '; '.join(failures)}; nothing was published")
         with self.options.progress.phase("publishing", None):
             digests = {name: facts["sha256"] for name, facts in manifest.outputs.items()}
             self.published = upload.target, upload.commit(folder, digests, MANIFEST)
 
-    def measurements(self) -> tuple[list[Row], list[str]]:
-        """The table, and the limits that were not kept; measured now where `describe` was not called (one file, or all was written already)."""
+    def measurements(self) -> Measured:
+        """The table, what became of the checks, and samples; measured now where `describe` was not called (one file, or all was written already)."""
         if self.unmeasured:
             raise self.unmeasured
         return self.measured or self._measure(self.out)
 
-    def _measure(self, folder: Path) -> tuple[list[Row], list[str]]:
+    def _measure(self, folder: Path) -> Measured:
         checks = self.recipe.checks
-        if not (checks.texts or checks.limits.model_fields_set):
-            return [], []
+        if not checks.measures:
+            return [], [], []
         result = replace(Checkpoint.open(folder), label=str(self.out))
-        return measure_and_compare(checks, self.recipe.folder, self.built.inputs, self.built.stages, result, self.options.progress)
+        table, verdicts = measure_and_compare(checks, self.recipe.folder, self.built.inputs, self.built.stages, result, self.options.progress)
+        tried, sampled = attempt(folder, checks)
+        return table, [*verdicts, *tried], sampled
 
 
 def plan(recipe: Recipe, how: Execution | None = None) -> dict[str, Any]:
@@ -352,12 +418,14 @@ def plan(recipe: Recipe, how: Execution | None = None) -> dict[str, Any]:
     if target is None or how.push:
         check_target(out, how.save.overwrite, result)
     layout = plan_save(result, out, _save_options(recipe, how))
-    cached = sum(blob.size for blobs in input_files(result).values() for blob in blobs if isinstance(blob, HubFile)) if how.cache else 0
+    blobs = [blob for blobs in input_files(result).values() for blob in blobs]
+    cached = sum(blob.size for blob in blobs if isinstance(blob, HubFile)) if how.cache else 0
     copies = sum(len(step.writes) for step in steps_of(result) if is_copy(step) and not isinstance(step.reads[0][0].source, Deferred))
     return {
         "out": str(out if target is None or how.push else target), "files": len(layout.shards),
         "tensors": {"computed": len(result.specs) - copies, "copied": copies},
         "bytes_read": layout.bytes_read, "bytes_measured": layout.bytes_measured, "bytes_written": layout.bytes_written,
+        "bytes_hashed": sum(blob.size for blob in blobs if not isinstance(blob, HubFile)) + layout.bytes_written,
         "measurements": len(layout.before) - len(layout.deferred), "computations": len(layout.deferred),
         "memory": layout.memory, "workers": layout.workers, "largest_unit": layout.largest_unit, "peak_memory": layout.peak_memory,
         "from_hub": {"bytes": cached or layout.from_hub[0], "requests": layout.from_hub[1] * (not cached)},
@@ -395,7 +463,9 @@ def _check_out(recipe: Recipe, result: Checkpoint, out: Path) -> None:
         raise RecipeError(
             f"{out}: packed weights need a folder, because its config.json says how they were packed; write to {folder}, or quantize with the format dense"
         )
-    if recipe.checks.texts:
+    if result.config.get("model_type") == COMPACT:
+        raise RecipeError(f"{out}: a compact model needs a folder, because its config.json says which blocks share; write to the folder {folder}")
+    if recipe.checks.texts or recipe.checks.load or recipe.checks.sample:
         raise RecipeError(f"{out}: a text is measured on a model, which needs its config.json; write to the folder {folder}")
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapters.extract import Kept
+    from .generate import Speed
     from .recipe import Outcome
 
 
@@ -31,6 +32,12 @@ def size(nbytes: float) -> str:
         if nbytes >= factor:
             return f"{nbytes / factor:.2f} {unit}"
     return f"{nbytes:.0f} B"
+
+
+def speed_line(speed: Speed) -> str:
+    """How fast `compress generate` was."""
+    decode = "" if speed.decode is None else f"; then {speed.decode:.1f} tokens/s, {speed.new_tokens} in all"
+    return f"prompt of {speed.prompt_tokens} tokens at {speed.prefill:.1f} tokens/s{decode}; weights of {size(speed.weight_bytes)}"
 
 
 def method_lines(facts: Mapping[str, Any]) -> list[str]:
@@ -67,6 +74,10 @@ def inspection_lines(facts: Mapping[str, Any]) -> list[str]:
     if packed := facts["packed"]:
         coding = f"{packed['bits']:.3g} bit{'s' * (packed['bits'] != 1)}, {packed['codebook']}, a scale for each {packed['scale']}"
         lines.append(f"packed: {size(packed['bytes'])} on the disk, {coding}; above is what it expands to")
+    if compact := facts["compact"]:
+        groups, voices = compact["groups"], f", voices of rank {compact['rank']} at most" if compact["rank"] else ""
+        share = f"{len(groups)} blocks in {len(set(groups))} groups ({','.join(map(str, groups))}){voices}"
+        lines.append(f"compact: {size(compact['bytes'])} on the disk, {compact['parameters'] / 1e6:.1f} M weights, {share}; above is what it expands to")
     return lines + [f"  {t['name']}  {t['dtype']} {tuple(t['shape'])}  {t['role']}" for t in facts.get("list", [])]
 
 
@@ -93,7 +104,7 @@ def plan_lines(facts: Mapping[str, Any]) -> list[str]:
         hub = [f"from the Hub: {size(facts['from_hub']['bytes'])} in {facts['from_hub']['requests']} requests{advice}"]
     return [
         f"would write {facts['out']}: {kinds}; {size(facts['bytes_written'])} in {facts['files']} file{'s' * (facts['files'] != 1)}",
-        f"reads {size(facts['bytes_read'])}{again}; "
+        f"reads {size(facts['bytes_read'])}{again}; hashes {size(facts['bytes_hashed'])} beside that; "
         f"at most {size(facts['peak_memory'])} in flight ({facts['workers']} workers, largest unit {size(facts['largest_unit'])}); "
         f"needs {size(facts['disk_needed'])} on the disk, {size(facts['disk_free'])} are free",
         *hub,
@@ -165,12 +176,24 @@ def allocation_lines(facts: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
+def depth_lines(facts: Mapping[str, Any]) -> list[str]:
+    """`compress fold --budget`: the candidates, what stays and shares, and the file."""
+    return [
+        *table(facts["candidates"]), "",
+        f"blocks: {facts['blocks']}",
+        f"wrote {facts['out']}: {facts['bytes']:.1%} of the bytes, {facts['operations']:.1%} of the operations of blocks; "
+        f"{facts['loss']:.4f} nats a token are lost before any cure; "
+        f"`compress fold MODEL --plan {facts['out']}` makes it",
+    ]  # fmt: skip
+
+
 def outcome_facts(outcome: Outcome) -> dict[str, Any]:
     """A run as data."""
     return {
         "out": str(outcome.out), "commit": outcome.published and outcome.published[1],
         "bytes": sum(file["bytes"] for file in outcome.manifest.outputs.values()),
         "outputs": outcome.manifest.outputs, "inputs": outcome.manifest.inputs, "measured": outcome.table, "failures": outcome.failures,
+        "checks": [{"check": verdict.what, "kept": verdict.kept, "found": verdict.found} for verdict in outcome.verdicts], "sampled": outcome.sampled,
         "searched": outcome.searched, "sparsity": outcome.sparsity,
     }  # fmt: skip
 
@@ -179,6 +202,7 @@ def outcome_lines(outcome: Outcome) -> list[str]:
     """A run as text: its table, where it lies, and what failed."""
     lines = [line for record in outcome.searched for line in search_lines(record)]
     lines += [*table(outcome.table), ""] if outcome.table else []
+    lines += [f"{sample['prompt']} >> {sample['text']}" for sample in outcome.sampled]
     if zeros := outcome.sparsity:
         counts = f"{zeros['zeros']} of {zeros['weights']} weights in {len(zeros['tensors'])} linear layers are zero"
         lines.append(f"{counts}: {zeros['share']:.2%}, asked: {zeros['asked']}")

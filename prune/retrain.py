@@ -1,7 +1,7 @@
 """Retraining as an operation: a checkpoint, a text and what is to train, to a checkpoint whose zeros are where they were.
 
 What changes is known from headers alone: the tensors that the variants train, each in the dtype that it had; every other tensor is copied. The
-training itself is one deferred computation. It holds the model in float32.
+training itself is one deferred computation. It holds the model in float32. What a compact checkpoint stores once trains once, and is compact afterwards.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ from mergekit_plus.evaluate import load_model, load_tokenizer, windows
 from mergekit_plus.model import adapter_reason, describe, meta_model, quantized_reason
 from mergekit_plus.training import Loss, TrainOptions, TrainRecord, distillation, from_first, loss_on, next_token, several_processes, train
 
-from .perp import VARIANTS, Adapted, Share, Site, adapt, check_variants, chosen_sites, report, sites_of
+from .fold.blocks import blocks_of
+from .fold.compact import fold_of
+from .fold.surgery import stack_of
+from .fold.tail import with_tail
+from .fold.tied import load_tied, sites_of_compact, stored, without_voices
+from .perp import VARIANTS, Adapted, Share, Site, adapt, check_variants, chosen_sites, report
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # that `tune_lr` tries
 TUNING = 4  # each of them for this part of the steps
@@ -37,7 +42,11 @@ _TRAINING: TypeAdapter[TrainOptions] = TypeAdapter(TrainOptions)
 
 @dataclass(frozen=True)
 class RetrainOptions:
-    """What trains on what. `distill` is the teacher's part of the loss; the rest is the cross entropy of the text."""
+    """What trains on what. `distill` is the teacher's part of the loss; the rest is the cross entropy of the text.
+
+    tail: how many of the last blocks are drawn towards the teacher's blocks that they were, too, with `tail_weight`. kept: which of the teacher's
+    blocks the model's are; as a compact checkpoint says it, or all of them, where it is not said.
+    """
 
     train: tuple[str, ...]
     text: tuple[Path, ...] | Tensor  # files, or windows of them, int64 [windows, window]
@@ -45,6 +54,9 @@ class RetrainOptions:
     training: TrainOptions = field(default_factory=TrainOptions)
     window: int | None = None  # tokens; by default as for perplexity
     distill: float = 1.0
+    tail: int = 0
+    tail_weight: float = 1.0
+    kept: tuple[int, ...] | None = None
     tune_lr: bool = False
     allow_densify: bool = False
     device: str = "cpu"
@@ -72,17 +84,20 @@ def split_options(given: Mapping[str, Any], variants: Sequence[str]) -> tuple[Tr
 def retrain(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpoint | None = None) -> Checkpoint:
     """The checkpoint with what its variants train trained on a text, or towards a teacher; zeros of linear weights stay.
 
+    A compact checkpoint, or the model that it was opened as, stays compact: what blocks share trains once.
     Nothing is computed before a tensor is read; the computation is resumable. `trainable` says what trains.
     Errors: OptionError for options that cannot be, and where there is nothing to train; CheckpointError for what is quantised, no causal model, or
     unknown to transformers.
     """
+    checkpoint = stored(checkpoint)
     if teacher is not None and (reason := quantized_reason(teacher) or adapter_reason(teacher)):
         raise CheckpointError(reason)
     sites = _sites(checkpoint, options)
+    _tail(checkpoint, options, teacher)
     chosen = chosen_sites(sites, options.train)
     specs = {site.name: TensorSpec(site.name, _dtype(checkpoint, site), site.shape) for site in chosen}
     shares = _shares(checkpoint, options, sites)
-    memory = 4 * sum(spec.numel for spec in checkpoint.specs.values()) + 20 * shares[-1].parameters
+    memory = 4 * sum(spec.numel for spec in without_voices(checkpoint).specs.values()) + 20 * shares[-1].parameters
     told = _report(shares)
     reads = [checkpoint, *([teacher] if teacher is not None else [])]
     made = Checkpoint("retrained", Deferred(specs.values(), reads, partial(_compute, checkpoint, options, teacher, sites, told), memory=memory))
@@ -95,6 +110,7 @@ def retrain(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpoint
 
 def trainable(checkpoint: Checkpoint, options: RetrainOptions) -> list[Share]:
     """What each variant trains, and all together ("total"): tensors, parameters, and percent of the model's; from headers alone."""
+    checkpoint = stored(checkpoint)
     return _shares(checkpoint, options, _sites(checkpoint, options))
 
 
@@ -106,11 +122,26 @@ def _sites(checkpoint: Checkpoint, options: RetrainOptions) -> tuple[Site, ...]:
     dense = [name for name in options.train if VARIANTS[name].densifies]
     if dense and not options.allow_densify:
         raise OptionError(f"{dense[0]} trains the smallest weights, zeros first, so that what was pruned comes back; allow it with --allow-densify")
-    return sites_of(checkpoint)
+    return sites_of_compact(checkpoint)
+
+
+def _tail(checkpoint: Checkpoint, options: RetrainOptions, teacher: Checkpoint | None) -> list[tuple[int, int]]:
+    """The last blocks of the model, and the teacher's that they are drawn towards. Errors: OptionError where it is not known which, or is not there."""
+    if not options.tail:
+        return []
+    if teacher is None:
+        raise OptionError("the tail is drawn towards a teacher's blocks: give one with --teacher")
+    blocks, theirs, fold = len(stack_of(without_voices(checkpoint)).layers), len(stack_of(teacher).layers), fold_of(checkpoint)
+    kept = options.kept or (fold.kept if fold is not None else tuple(range(blocks)) if blocks == theirs else None)
+    if kept is None:
+        raise OptionError(f"which of the teacher's {theirs} blocks the {blocks} of {checkpoint.label} were is not known; say it with --kept 0,1,4")
+    if len(kept) != blocks or max(kept) >= theirs or min(kept) < 0 or not 0 < options.tail <= blocks:
+        raise OptionError(f"a tail of {options.tail} blocks of {len(kept)}, {list(kept)}: the model has {blocks} blocks, and its teacher {theirs}")
+    return list(enumerate(kept))[-options.tail :]
 
 
 def _shares(checkpoint: Checkpoint, options: RetrainOptions, sites: Sequence[Site]) -> list[Share]:
-    twice = {name for group in describe(checkpoint).tied for name in group[1:]}
+    twice = {name for group in describe(without_voices(checkpoint)).tied for name in group[1:]}
     total = sum(spec.numel for name, spec in checkpoint.specs.items() if name not in twice)
     return report(sites, options.train, options.variant_options, total)
 
@@ -125,7 +156,7 @@ def _dtype(checkpoint: Checkpoint, site: Site) -> str:
     """That of the tensor; of the embeddings for a head that is tied to them."""
     if site.name in checkpoint.specs:
         return checkpoint.specs[site.name].dtype
-    return next(checkpoint.specs[group[0]].dtype for group in describe(checkpoint).tied if site.name in group)
+    return next(checkpoint.specs[group[0]].dtype for group in describe(without_voices(checkpoint)).tied if site.name in group)
 
 
 def _untied(checkpoint: Checkpoint) -> Checkpoint:
@@ -150,7 +181,7 @@ def _retrained(
 ) -> dict[str, Tensor]:
     rows, held = _rows(checkpoint, options)
     work.progress.tell(told)
-    model = load_model(checkpoint, progress=work.progress)
+    model = load_tied(checkpoint, progress=work.progress)
     chosen = chosen_sites(sites, options.train)
     zeros = {site.name: _zeros(model.get_parameter(site.parameter)) for site in chosen if site.role == "linear"}
     adapted = adapt(model, sites, options.train, options.variant_options, options.training.seed)
@@ -159,7 +190,11 @@ def _retrained(
     rows, held = rows.to(options.device), held.to(options.device)
     loss: Loss = next_token
     if teacher is not None:
-        loss = distillation(load_model(teacher, progress=work.progress).to(options.device), options.distill)
+        master = load_model(teacher, progress=work.progress).to(options.device)
+        loss = distillation(master, options.distill)
+        if tail := _tail(checkpoint, options, teacher):
+            blocks, targets = blocks_of(model, without_voices(checkpoint)).modules, blocks_of(master, teacher).modules
+            loss = with_tail(loss, [blocks[ours] for ours, _ in tail], [targets[theirs] for _, theirs in tail], options.tail_weight)
 
     def run(training: TrainOptions, folder: str) -> TrainRecord:
         return train(
@@ -179,7 +214,7 @@ def _retrained(
 
 def _rows(checkpoint: Checkpoint, options: RetrainOptions) -> tuple[Tensor, Tensor]:
     """The windows of the text to train on, and those held out, int64 [windows, window]."""
-    model = meta_model(checkpoint)
+    model = meta_model(without_voices(checkpoint))
     if isinstance(options.text, Tensor):
         rows = options.text
     else:

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from mergekit_plus.checkpoint import Checkpoint
-from mergekit_plus.checks import Checks, failures, measure, measure_and_compare
+from mergekit_plus.checks import Checks, measure, measure_and_compare, verdicts
 from mergekit_plus.errors import CheckpointError, RecipeError
 from mergekit_plus.evaluate import compare, load_model, load_tokenizer, perplexity, tokenize
 from mergekit_plus.progress import quiet
@@ -21,9 +21,13 @@ ROW = {"model": "m", "MB": 2.0, "bits/weight": 4.5, "ppl a": 10.0, "ppl b": 20.0
 REFERENCE = {"model": "r", "ppl a": 8.0, "ppl b": 20.0}
 
 
+def sentences(checks: Checks, row: dict[str, Any], reference: dict[str, Any]) -> list[str]:
+    return [verdict.sentence for verdict in verdicts(checks, row, reference) if not verdict.kept]
+
+
 def failed(**limits: Any) -> list[str]:
     """What fails of these limits on `ROW`."""
-    return failures(Checks(texts={"a": "a.txt", "b": "b.txt"}, against="r", limits=limits), ROW, REFERENCE)
+    return sentences(Checks(texts={"a": "a.txt", "b": "b.txt"}, against="r", limits=limits), ROW, REFERENCE)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +56,7 @@ def test_all_limits_are_looked_at() -> None:
 
 def test_what_is_not_a_number_keeps_no_limit() -> None:
     checks = Checks(texts={"a": "a.txt"}, limits={"perplexity": 1e9})
-    assert failures(checks, {**ROW, "ppl a": math.nan}, {}) == ["perplexity on a is nan, at most 1e+09 is wanted"]
+    assert sentences(checks, {**ROW, "ppl a": math.nan}, {}) == ["perplexity on a is nan, at most 1e+09 is wanted"]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +104,8 @@ def test_a_model_is_as_good_as_itself() -> None:
     checks = Checks(texts={"c": str(MODELS / "text" / "c.test.txt")}, windows=1, against="code", limits=limits)
     rows, found = measure_and_compare(checks, Path(), {"code": code}, {}, code)
     assert [row["model"] for row in rows] == ["code", str(MODELS / "code")]
-    assert found == []
+    assert [verdict.what for verdict in found] == ["perplexity relative to code on c", "KL from code on c", "top-1 agreement with code on c"]
+    assert all(verdict.kept for verdict in found)
 
 
 def test_a_text_that_is_no_text_is_named(tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     [
         "cli", "mergekit_plus.__main__", "mergekit_plus.commands", "mergekit_plus.show", "mergekit_plus.listing", "mergekit_plus.report",
-        "mergekit_plus.compare",
+        "mergekit_plus.results", "mergekit_plus.api", "mergekit_plus.recipe_schema", "mergekit_plus.starter", "mergekit_plus.compare",
         "mergekit_plus.bits_plot",
     ],
     [
         "mergekit_plus.recipe", "mergekit_plus.provenance", "mergekit_plus.steps", "mergekit_plus.mergekit", "mergekit_plus.checks", "mergekit_plus.card",
-        "mergekit_plus.search", "mergekit_plus.sparsities", "mergekit_plus.verify",
+        "mergekit_plus.template", "mergekit_plus.trial", "mergekit_plus.search", "mergekit_plus.sparsities", "mergekit_plus.depths", "mergekit_plus.verify",
+        "mergekit_plus.generate",
     ],
     ["mergekit_plus.merge", "mergekit_plus.moe", "quant", "prune"],
     [
@@ -28,12 +29,13 @@ LAYERS = [
     ],
     ["mergekit_plus.model", "mergekit_plus.layers", "mergekit_plus.statistics", "mergekit_plus.moments", "mergekit_plus.noise"],
     ["mergekit_plus.checkpoint"],
-    ["mergekit_plus.registry", "mergekit_plus.options", "mergekit_plus.progress", "mergekit_plus.digests", "mergekit_plus.safe_yaml"],
+    ["mergekit_plus.registry", "mergekit_plus.names", "mergekit_plus.options", "mergekit_plus.progress", "mergekit_plus.digests", "mergekit_plus.safe_yaml"],
     ["mergekit_plus.errors"],
 ]
 METHODS = LAYERS[2]
-DOORS = {  # `Checkpoint.open` opens what operations make too: model+adapter, packed adapters
+DOORS = {  # `Checkpoint.open` opens what operations make too: model+adapter, packed adapters, compact models
     ("mergekit_plus.checkpoint.folder", "mergekit_plus.adapters.apply"), ("mergekit_plus.checkpoint.folder", "quant.adapters.container"),
+    ("mergekit_plus.checkpoint.folder", "prune.fold.compact"),
 }  # fmt: skip
 
 
@@ -81,8 +83,11 @@ def test_imports_point_down(name: str) -> None:
             assert not (part(name) in METHODS and part(other) in METHODS), f"{name} imports {other}: methods do not know each other"
 
 
-def test_the_package_itself_imports_nothing_of_the_project() -> None:
-    assert imports("mergekit_plus") == set()
+def test_the_package_itself_names_its_api_alone_and_loads_it_when_it_is_asked_for() -> None:
+    assert imports("mergekit_plus") == {"mergekit_plus.api"}
+    lines = "import sys, mergekit_plus as mp; before = set(sys.modules); mp.merge; print({'torch', 'mergekit_plus.api'} & before, 'torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "set() True\n"
 
 
 def test_the_merge_methods_do_not_import_each_other() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -15,10 +17,14 @@ REPOSITORY = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Our wheel, built from the checkout."""
-    out = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), str(REPOSITORY)]
-    subprocess.run(build, check=True, capture_output=True, timeout=200)
+    """Our wheel, built from the checkout; without the CUDA kernels, which take longest and are like the others here."""
+    return built(tmp_path_factory.mktemp("wheel"), "-C", "cmake.define.MERGEKIT_PLUS_CUDA=OFF")
+
+
+def built(out: Path, *options: str, **environment: str) -> Path:
+    """A wheel of the checkout, as its files stand."""
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), *options, str(REPOSITORY)]
+    subprocess.run(build, check=True, capture_output=True, timeout=280, env=os.environ | environment)
     return next(out.glob("mergekit_plus-*.whl"))
 
 
@@ -41,6 +47,36 @@ def test_the_wheel_holds_cli_inside_the_package_and_none_at_the_top(wheel: Path)
     assert "cli.py" not in names
     assert {name.split("/")[0] for name in names if not name.startswith("mergekit_plus-")} == {"mergekit_plus", "quant", "prune"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_wheel_holds_the_kernels_and_runs_on_every_python_3(wheel: Path) -> None:
+    assert "-py3-none-" in wheel.name
+    assert not wheel.name.endswith("-any.whl")
+    assert "quant/kernels/lib/libmergekit_plus_cpu.so" in zipfile.ZipFile(wheel).namelist()
+
+
+def test_without_a_compiler_the_wheel_is_pure_python_and_says_what_it_lacks(tmp_path: Path) -> None:
+    wheel = built(tmp_path, "-C", f"build-dir={tmp_path / 'build'}", CXX="/nonexistent/c++")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert "mergekit_plus/cli.py" in names
+    assert not [name for name in names if name.endswith(".so")]
+    python = environment(tmp_path / "venv", wheel)
+    product = "k.packed_linear(torch.ones(8), torch.tensor([[-1]], dtype=torch.int32), torch.ones(1, 1), None, 4, 8)"
+    code = f"import torch, quant.kernels as k; print(k.available()['cpu'], {product})"
+    run = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert run.stdout == "False tensor([56.])\n"  # eight times 7
+    assert run.stderr.count("no CPU kernels: libmergekit_plus_cpu.so was not built; it needs a C++ compiler when mergekit-plus is installed") == 1
+
+
+def test_the_source_distribution_holds_what_a_wheel_is_built_from(tmp_path: Path) -> None:
+    code = f"from scikit_build_core.build import build_sdist; build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, capture_output=True, timeout=100)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {"CMakeLists.txt", "csrc/cpu/avx512.h", "csrc/include/mergekit_plus_kernels.h", "cli.py", "tests/test_packaging.py", "constraints.txt", "LICENSE"}
+    assert wanted <= names
+    assert not [name for name in names if name.startswith((".", "build/")) or name.endswith(".so")]
 
 
 def test_compress_runs_beside_a_distribution_that_owns_cli_py(wheel: Path, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_no_module_unpickles_evaluates_or_renders_what_it_reads() -> None:
     forbidden += r"|eval|exec|compile|__import__|os\.(system|popen|exec\w*)|subprocess\.\w+|\w+\.apply_chat_template|Template|Environment"
     forbidden += r"|yaml\.(safe_load|safe_load_all)"  # safe_yaml bounds what they do not
     found = [f"{name}: {called}" for name, call, called in calls() if re.fullmatch(forbidden, called) and not _of_weights_only(call, called)]
-    assert found == []
+    assert found == ["mergekit_plus.generate: tokenizer.apply_chat_template"]  # with --chat, in a sandbox: see below
 
 
 def _of_weights_only(call: ast.Call, called: str) -> bool:
@@ -96,6 +96,23 @@ def test_a_chat_template_is_copied_and_never_rendered(compress: Program, model: 
         assert code == 0, err
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == template
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("reach", ["cycler.__init__.__globals__.os.system('touch {}')", "messages.append('{}')", "''.__class__.__mro__[1].__subclasses__()"])
+def test_a_chat_template_that_is_asked_for_is_rendered_in_a_sandbox(compress: Program, model: Path, tmp_path: Path, reach: str) -> None:
+    (model / "chat_template.jinja").write_text(f"{{{{ {reach.format(tmp_path / 'ran')} }}}}")
+    assert re.search(r"model: its chat template fails \(Security", compress("generate", model, "-p", "hello", "-n", 1, "--chat").line)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_a_model_says_does_not_steer_a_terminal(model: Path) -> None:
+    from mergekit_plus.evaluate import load_tokenizer
+    from mergekit_plus.generate import _shown
+
+    parts: list[str] = []
+    shown = _shown(load_tokenizer(Checkpoint.open(model)), parts.append)
+    shown.on_finalized_text("a\x1b[2Jb\tc\nd\x07", stream_end=True)
+    assert "".join(parts) == "a\ufffd[2Jb\tc\nd\ufffd\n"
 
 
 # ---- paths ----

@@ -66,10 +66,13 @@ def test_the_bytes_do_not_depend_on_workers_memory_or_how_the_inputs_are_sharded
     assert tensor_bytes(tmp_path / "one") == tensor_bytes(tmp_path / "other")
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "recipes").rglob("*.yaml")), ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_every_recipe_runs_and_its_checks_hold(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+RECIPES = [(path, name) for path in sorted((REPOSITORY / "recipes").rglob("*.yaml")) for name in recipes.load_all(path)]
+
+
+@pytest.mark.parametrize(("path", "combination"), RECIPES, ids=lambda part: str(part.relative_to(REPOSITORY)) if isinstance(part, Path) else part)
+def test_every_recipe_runs_and_its_checks_hold(tmp_path: Path, path: Path, combination: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)  # mergekit's files are relative to where one stands
-    outcome = recipes.run(recipes.load(path), Execution(out=tmp_path / "out"))
+    outcome = recipes.run(recipes.load_all(path)[combination], Execution(out=tmp_path / "out"))
     assert outcome.failures == []
     again = recipes.run(recipes.load(tmp_path / "out" / "recipe.yaml"), Execution(out=tmp_path / "again"))
     assert tensor_bytes(tmp_path / "out") == tensor_bytes(tmp_path / "again")

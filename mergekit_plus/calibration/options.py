@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
@@ -42,7 +42,17 @@ class CalibrationOptions(BaseModel):
             return {"texts": [value]}
         if isinstance(value, list):
             return {"texts": value}
-        return {**value, "texts": [value["texts"]]} if isinstance(value, dict) and isinstance(value.get("texts"), str) else value
+        return value
+
+    @field_validator("texts", mode="before", json_schema_input_type=list[str] | str)
+    @classmethod
+    def _one_text(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
+        """A text, or several, may stand for the table."""
+        return {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, handler.resolve_ref_schema(handler(core))]}
 
     @property
     def paths(self) -> list[Path]:

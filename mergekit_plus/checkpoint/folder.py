@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import CheckpointError, Unreachable, closest, nearest
+from ..errors import CheckpointError, ReadError, Unreachable, closest, nearest
 from .blob import Blob, File, check_small
 from .checkpoint import Checkpoint, FileSource, SmallFile
 from .hub import HubFolder, Reference, cached_snapshot, download, in_cache, parse_reference, pin, way_back
@@ -24,6 +24,7 @@ ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # 
 PACKED_ADAPTER, ADAPTER_QUANT = "adapter_model.packed.safetensors", "adapter_quant.json"  # the same at a few bits, and what describes it
 PACKED_DELTA, DELTA_QUANT = "delta.packed.safetensors", "delta_quant.json"  # the difference of a fine-tune
 PACKED = {PACKED_ADAPTER: (ADAPTER_CONFIG, ADAPTER_QUANT), PACKED_DELTA: (DELTA_QUANT,)}
+COMPACT = "mergekit_plus_compact"  # the model_type of a folded model that stores what blocks share once
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
 # The small files that make a folder of tensors a model: what transformers, peft and servers read beside the weights.
@@ -166,7 +167,7 @@ def _open_snapshot(there: Reference, snapshot: Path, label: str, digests: Mappin
 
 
 def open_listing(folder: Listing, label: str, pinned: str = "") -> Checkpoint:
-    """Open a model folder, or a PEFT adapter's: a checkpoint of the adapter's own tensors, expanded where they are packed."""
+    """Open a model folder, expanded where it is compact; or a PEFT adapter's: a checkpoint of the adapter's own tensors, expanded where they are packed."""
     carried: tuple[str, ...] = CARRIED
     if SINGLE in folder.names:  # before the index, as transformers does
         source = _source([folder.open(SINGLE)])
@@ -179,7 +180,22 @@ def open_listing(folder: Listing, label: str, pinned: str = "") -> Checkpoint:
         return _open_packed(folder, label, pinned, packed)
     else:
         raise CheckpointError(_nothing_to_open(folder))
-    return Checkpoint(label, source, _small(folder, carried), pinned=pinned)
+    return whole(Checkpoint(label, source, _small(folder, carried), pinned=pinned))
+
+
+def whole(opened: Checkpoint) -> Checkpoint:
+    """The model that a compact one stands for; another as it is."""
+    try:
+        is_compact = opened.config.get("model_type") == COMPACT
+    except ReadError:
+        raise
+    except CheckpointError:  # no JSON: for whoever needs it to say
+        return opened
+    if not is_compact:
+        return opened
+    from prune.fold.compact import expanded
+
+    return expanded(opened)
 
 
 def _open_packed(folder: Listing, label: str, pinned: str, packed: str) -> Checkpoint:

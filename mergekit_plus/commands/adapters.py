@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mergekit_plus.names import distinct
+
 from .common import (
     Calibrate,
     CalibrationSeed,
@@ -20,10 +22,9 @@ from .common import (
     adapter,
     beside,
     calibration_key,
+    carried_out,
     carry_out,
-    distinct,
     open_model,
-    outcome_of,
     print_result,
     settings,
     text_key,
@@ -83,7 +84,7 @@ def extract(
     from mergekit_plus.adapters.extract import kept
     from mergekit_plus.checkpoint import Checkpoint
     from mergekit_plus.recipe import check
-    from mergekit_plus.show import kept_lines, outcome_facts, outcome_lines
+    from mergekit_plus.show import kept_lines
 
     step = {
         "base": "base", "tuned": "tuned", "rank": rank, "energy": energy, "save_rest": save_rest, "exclude": exclude, "dtype": dtype,
@@ -91,10 +92,11 @@ def extract(
     }  # fmt: skip
     recipe = check({"inputs": {"base": base, "tuned": tuned}, "steps": [{"extract_adapter": step}]}, Path(), "compress adapter extract")
     opened = [Checkpoint.open(ref, how.cache) for ref in (base, tuned)]  # now: a branch on the Hub may be elsewhere when the report is made
-    outcome = outcome_of(recipe, how, beside(tuned, "adapter", "folder"))
+    facts, lines, outcome = carried_out(recipe, how, beside(tuned, "adapter", "folder"))
     if outcome is not None:
         report = kept(opened[0], opened[1], open_model(str(outcome.out)), exclude)
-        print_result({**outcome_facts(outcome), "kept": [asdict(tensor) for tensor in report]}, kept_lines(report) + outcome_lines(outcome), how.as_json)
+        facts, lines = {**facts, "kept": [asdict(tensor) for tensor in report]}, kept_lines(report) + lines
+    print_result(facts, lines, how.as_json)
 
 
 @adapter.command("quantize")

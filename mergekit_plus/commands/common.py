@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from mergekit_plus.names import distinct
+
 if TYPE_CHECKING:
     from mergekit_plus.checkpoint import Checkpoint
     from mergekit_plus.digests import Digests
@@ -117,29 +119,29 @@ def open_model(ref: str) -> Checkpoint:
 
 def carry_out(recipe: Recipe, how: Writing, default: Path | None = None, digests: Digests | None = None) -> None:
     """Write what a recipe makes and say what came of it; `default` is the output where none is named."""
-    from mergekit_plus.show import outcome_facts, outcome_lines
-
-    outcome = outcome_of(recipe, how, default, digests)
+    facts, lines, outcome = carried_out(recipe, how, default, digests)
+    print_result(facts, lines, how.as_json)
     if outcome is not None:
-        print_result(outcome_facts(outcome), outcome_lines(outcome), how.as_json)
         outcome.raise_failures()
 
 
-def outcome_of(recipe: Recipe, how: Writing, default: Path | None, digests: Digests | None = None) -> Outcome | None:
-    """What came of a recipe; None where only its plan was to be shown."""
+def carried_out(
+    recipe: Recipe, how: Writing, default: Path | None, digests: Digests | None = None
+) -> tuple[dict[str, Any], list[str], Outcome | None]:
+    """What came of a recipe, as data and as text; with --dry-run its plan, and no outcome."""
     from mergekit_plus.recipe import plan, run
-    from mergekit_plus.show import plan_lines
+    from mergekit_plus.show import outcome_facts, outcome_lines, plan_lines
 
     execution = execution_of(how, default, digests)
     if how.dry_run:
         facts = plan(recipe, execution)
-        print_result(facts, plan_lines(facts), how.as_json)
-        return None
+        return facts, plan_lines(facts), None
     try:
-        return run(recipe, execution)
+        outcome = run(recipe, execution)
     except KeyboardInterrupt as interrupt:
         print("; ".join(["compress: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         raise typer.Exit(130) from None
+    return outcome_facts(outcome), outcome_lines(outcome), outcome
 
 
 def hash_early(*refs: str) -> Digests:
@@ -210,18 +212,6 @@ def calibration_key(texts: list[str], **how: Any) -> dict[str, Any]:
     if not texts and (said := [f"--{name}" for name, value in how.items() if value is not None]):
         raise OptionError(f"{' and '.join(said)} {'say' if len(said) > 1 else 'says'} how a text is read: give one with --calibration FILE")
     return {"calibration": text_key(texts, **how)} if texts else {}
-
-
-def distinct(refs: list[str]) -> dict[str, str]:
-    """A short name for each reference, in order: the last part of its path, numbered where two would be the same."""
-    names: dict[str, str] = {}
-    for ref in refs:
-        stem = Path(ref).name.removesuffix(".safetensors").removesuffix(".txt").removesuffix(".yaml") or ref
-        name, number = stem, 2
-        while name in names:
-            name, number = f"{stem}-{number}", number + 1
-        names[name] = ref
-    return names
 
 
 def named(refs: list[str]) -> dict[str, str]:

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from .common import Json, Model, Texts, app, distinct, named, open_model, print_result
+from mergekit_plus.names import distinct
+
+from .common import Json, Model, Texts, app, named, open_model, print_result
 
 Windows = Annotated[int | None, typer.Option("--windows", min=1, help="use only so many windows of each text")]
 

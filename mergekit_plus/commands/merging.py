@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .common import Dtype, Exclude, Include, Set, Texts, Writing, app, carry_out, distinct, hash_early, named, settings, writes
+from mergekit_plus.names import distinct
+
+from .common import Dtype, Exclude, Include, Set, Texts, Writing, app, carry_out, hash_early, named, settings, writes
 
 Search = Annotated[
     str | None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -24,14 +24,20 @@ from .common import (
     app,
     beside,
     calibration_key,
+    carried_out,
     carry_out,
+    check_device,
     execution_of,
     hash_early,
     open_model,
+    print_result,
     settings,
     text_key,
     writes,
 )
+
+if TYPE_CHECKING:
+    from mergekit_plus.digests import Digests
 
 
 @app.command()
@@ -103,8 +109,25 @@ def fold(
     remove: Annotated[float, typer.Option("--remove", help="blocks to take out: a share such as 0.25, or a number")] = 0,
     keep: Annotated[str | None, typer.Option("--keep", metavar="N,N,...", help="blocks that stay, in order, in place of --remove")] = None,
     by: Annotated[str, typer.Option("--by", help="what tells which blocks go: leave-one-out, gates or influence")] = "leave-one-out",
-    share: Annotated[int, typer.Option("--share", min=1, help="neighbouring blocks that share one set of linear weights")] = 1,
-    parent: Annotated[Literal["first", "average"], typer.Option("--parent", help="whose weights those are: the first block's, or the mean")] = "first",
+    share: Annotated[int, typer.Option("--share", min=1, help="blocks that share one set of linear weights")] = 1,
+    map_: Annotated[
+        Literal["sequence", "cycle", "middle_cycle"], typer.Option("--map", help="which blocks share: neighbours, or those of a cycle that is run again")
+    ] = "sequence",
+    parent: Annotated[
+        Literal["first", "average", "stepwise", "loss"],
+        typer.Option("--parent", help="whose weights those are: the first block's, the mean, a block's at regular intervals, or what a text likes best"),
+    ] = "first",
+    relax: Annotated[str | None, typer.Option("--relax", metavar="lora:RANK[:zero]", help="give each block that shares low-rank factors of its own")] = None,
+    compact: Annotated[bool, typer.Option("--compact", help="store once what blocks share; transformers loads that with trust_remote_code")] = False,
+    expand: Annotated[bool, typer.Option("--expand", help="turn a compact model into an ordinary one")] = False,
+    export: Annotated[
+        Literal["peft", "lora"] | None,
+        typer.Option("--export", help="turn a compact model into OUT-base and OUT-adapter: layers that peft replicates, or all and a plain adapter"),
+    ] = None,
+    residual_scale: Annotated[bool, typer.Option("--residual-scale", help="fit a factor for each residual branch to the calibration text")] = False,
+    budget: Annotated[float | None, typer.Option("--budget", help="write a plan, not a model: what goes and what shares for this share of the bytes")] = None,
+    operations: Annotated[float | None, typer.Option("--operations", help="the same, for this share of what the blocks compute")] = None,
+    plan: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="plan.yaml of --budget: what goes and what shares")] = None,
     calibration: Calibrate = [],  # noqa: B006
     windows: FewWindows = 64,
     window: CalibrationWindow = None,
@@ -114,12 +137,73 @@ def fold(
     digests = None if how.resume else hash_early(model)
     from mergekit_plus.recipe import check
 
+    if expand or export:
+        folds = bool(remove or keep or compact or calibration or relax or share > 1 or plan or budget or operations or (expand and export))
+        return _expand(model, how, folds, digests) if expand else _export(model, how, export or "peft", folds, digests)
+    text = calibration_key(calibration, windows=windows, window=window, seed=seed) if calibration else {}
+    if budget is not None or operations is not None:
+        if remove or keep is not None or share > 1 or plan is not None or residual_scale or relax or compact:
+            from mergekit_plus.errors import OptionError
+
+            raise OptionError("a budget is for finding a plan, on which nothing else bears; fold with --plan then")
+        return _plan_depth(model, budget, operations, text, how)
     step = {
-        "remove": remove, "by": by, "share": share, "parent": parent, "of": "model", **({"keep": _numbers("--keep", keep)} if keep is not None else {}),
-        **(calibration_key(calibration, windows=windows, window=window, seed=seed) if calibration else {}),
+        "remove": remove, "by": by, "share": share, "map": map_, "parent": parent, "relax": relax, "compact": compact, "of": "model",
+        **({"keep": _numbers("--keep", keep)} if keep is not None else {}), "plan": plan and str(plan), "residual_scale": residual_scale, **text,
     }  # fmt: skip
     recipe = check({"inputs": {"model": model}, "steps": [{"fold": step}]}, Path(), "compress fold")
-    carry_out(recipe, how, beside(model, "folded", "folder"), digests)
+    carry_out(recipe, how, beside(model, "compact" if compact else "folded", "folder"), digests)
+
+
+def _expand(model: str, how: Writing, folds: bool, digests: Digests | None) -> None:
+    """`compress fold COMPACT --expand`: what a compact model opens as, written out."""
+    from mergekit_plus.errors import OptionError
+    from mergekit_plus.inspection import inspect
+    from mergekit_plus.recipe import check
+
+    if folds:
+        raise OptionError("--expand writes out what a compact model stands for; fold that in a run of its own")
+    if inspect(open_model(model))["compact"] is None:
+        raise OptionError(f"{model} is not a compact model; --expand turns one into an ordinary model")
+    carry_out(check({"inputs": {"model": model}}, Path(), "compress fold --expand"), how, beside(model, "expanded", "folder"), digests)
+
+
+def _export(model: str, how: Writing, layout: str, folds: bool, digests: Digests | None) -> None:
+    """`compress fold COMPACT --export peft`: a base, and an adapter that names it."""
+    from mergekit_plus.errors import OptionError
+    from mergekit_plus.recipe import check
+
+    if folds:
+        raise OptionError("--export writes out what a compact model stands for; fold, or expand, in a run of its own")
+    out = how.out or beside(model, layout, "folder")
+    if how.push or str(out).startswith("hf://"):
+        raise OptionError("--export writes two folders; write them here, and publish each of them")
+    base, facts, lines = out.with_name(f"{out.name}-base"), dict[str, Any](), list[str]()
+    for part in ("base", "adapter"):
+        step = {"part": part, "layout": layout, **({"base": str(base)} if part == "adapter" else {})}
+        recipe = check({"inputs": {"model": model}, "steps": [{"export_fold": step}]}, Path(), "compress fold --export")
+        facts[part], told, _ = carried_out(recipe, replace(how, out=out.with_name(f"{out.name}-{part}")), None, digests)
+        lines += told
+    print_result(facts, lines, how.as_json)
+
+
+def _plan_depth(model: str, budget: float | None, operations: float | None, text: dict[str, Any], how: Writing) -> None:
+    """Find a plan for `compress fold --plan`, and write it."""
+    from mergekit_plus.calibration.options import CalibrationOptions
+    from mergekit_plus.depths import DepthOptions, facts, plan_depth
+    from mergekit_plus.errors import OptionError
+    from mergekit_plus.progress import on
+    from mergekit_plus.show import depth_lines
+
+    if not text:
+        raise OptionError("a plan is found on a text: give one with --calibration FILE")
+    check_device(how.device)
+    options = CalibrationOptions.model_validate(text["calibration"])
+    for problem in options.problems(Path()):
+        raise OptionError(f"--calibration: {problem}")
+    asked = DepthOptions(options, budget, operations, device=how.device, overwrite=how.overwrite)
+    found = facts(plan_depth(open_model(model), asked, how.out or Path("plan.yaml"), on()))
+    print_result(found, depth_lines(found), how.as_json)
 
 
 @app.command()
@@ -137,16 +221,22 @@ def retrain(
     window: CalibrationWindow = None,
     teacher: Annotated[str | None, typer.Option("--teacher", help="model whose predictions are the goal, as a rule the one before pruning")] = None,
     distill: Annotated[float, typer.Option("--distill", min=0, max=1, help="the teacher's part of the loss; the rest is the text's")] = 1.0,
+    tail: Annotated[int, typer.Option("--tail", min=0, help="last blocks that are drawn towards those of the teacher that they were, too")] = 0,
+    tail_weight: Annotated[float, typer.Option("--tail-weight", min=0, help="how much the tail counts beside the predictions")] = 1.0,
+    kept: Annotated[
+        str | None, typer.Option("--kept", metavar="N,N,...", help="the teacher's blocks that the model's were, where a compact model does not say it")
+    ] = None,
     allow_densify: Annotated[bool, typer.Option("--allow-densify", help="allow a variant that brings pruned weights back")] = False,
     seed: Annotated[int, typer.Option("--seed", help="seed of the start and of the order of the text")] = 0,
     set_: Set = [],  # noqa: B006
 ) -> None:
-    """Retrain a few parameters of a pruned model, which stays as sparse: `compress retrain MODEL --train norms,mask_lora --text FILE`."""
+    """Retrain a few parameters of a model, which stays as sparse and as compact: `compress retrain MODEL --train norms,mask_lora --text FILE`."""
     digests = None if how.resume else hash_early(model, *([teacher] if teacher else []))
     from mergekit_plus.recipe import check
 
     step = {
         "train": train, "text": text_key(text, window=window, seed=seed), "teacher": "teacher" if teacher else None, "distill": distill,
+        "tail": tail, "tail_weight": tail_weight, **({"kept": _numbers("--kept", kept)} if kept is not None else {}),
         "tune_lr": tune_lr, "allow_densify": allow_densify, "of": "model", "steps": steps, "seed": seed,
         **({"lr": lr} if lr is not None else {}), **({"rank": rank} if rank is not None else {}), **settings(set_),
     }  # fmt: skip

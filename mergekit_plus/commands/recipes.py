@@ -1,13 +1,24 @@
-"""The door to recipes. Heavy things are imported where they are used."""
+"""Doors to recipes. Heavy things are imported where they are used."""
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import Writing, app, carry_out, writes
+from .common import Model, Overwrite, Writing, app, beside, carried_out, open_model, print_result, settings, writes
+
+if TYPE_CHECKING:
+    from mergekit_plus.results import Ran
+
+SetVariable = Annotated[
+    list[str], typer.Option("--set", "-s", metavar="NAME=VALUE", help="value of a variable of the recipe, or of one that its matrix goes through; a,b: a list")
+]
 
 
 @app.command()
@@ -16,9 +27,85 @@ def run(
     *,
     how: Writing,
     recipe: Annotated[Path, typer.Argument(help="a recipe, ours or mergekit's")],
+    set_variable: SetVariable = [],  # noqa: B006
+    junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="write the checks as JUnit XML, a test for each")] = None,
     mergekit_lenient: Annotated[bool, typer.Option("--mergekit-lenient", help="warn of keys that mergekit ignores instead of refusing them")] = False,
 ) -> None:
-    """Carry out a YAML recipe; exit code 1 when a check of it fails."""
-    from mergekit_plus.recipe import load
+    """Carry out a YAML recipe, each combination of its matrix; exit code 1 when a check fails: `compress run recipe.yaml --set bits=3 -o out`."""
+    from mergekit_plus.errors import CheckFailed, CompressError
+    from mergekit_plus.recipe import load_all, outs
+    from mergekit_plus.results import Ran
 
-    carry_out(load(recipe, mergekit_lenient), how)
+    recipes = load_all(recipe, mergekit_lenient, settings(set_variable, "--set"))
+    places = outs(recipes, how.out)
+    runs, told, refused = list[Ran](), list[dict[str, object]](), list[CompressError | CheckFailed]()
+    for combination, one in recipes.items():
+        name, began = f"{recipe.stem} ({combination})" if combination else recipe.stem, time.monotonic()
+        outcome, lines = None, list[str]()
+        try:
+            facts, lines, outcome = carried_out(one, replace(how, out=places[combination]), None)
+        except (CompressError, CheckFailed) as error:  # it keeps no other combination from being carried out
+            refused.append(error)
+            facts, lines = {"error": str(error)}, [f"failed: {error}"] if combination else []
+        told.append({"combination": combination, **facts} if combination else facts)
+        runs.append(Ran(name, outcome, facts.get("error"), time.monotonic() - began))
+        if not how.as_json:
+            print_result({}, [f"{combination}:", *lines, ""] if combination else lines, False)
+    if how.as_json and not (refused and len(runs) == 1):
+        print_result({"runs": told} if "" not in recipes else told[0], [], True)
+    if not how.dry_run:
+        _report(runs, junit)
+    _raise(refused, runs)
+
+
+def _report(runs: Sequence[Ran], junit: Path | None) -> None:
+    """Write the results where other programs read them; GitHub's runners say in the environment where the summary of a job is."""
+    from mergekit_plus.results import junit as as_junit
+    from mergekit_plus.results import summary
+
+    if junit is not None:
+        junit.parent.mkdir(parents=True, exist_ok=True)
+        junit.write_bytes(as_junit(runs))
+    if place := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with open(place, "a", encoding="utf-8") as file:
+            file.write(summary(runs))
+
+
+def _raise(refused: Sequence[Exception], runs: Sequence[Ran]) -> None:
+    """What was refused, or else the checks that were not kept."""
+    from mergekit_plus.errors import CheckFailed, CompressError
+
+    mistakes = [error for error in refused if isinstance(error, CompressError)]
+    if mistakes:
+        raise mistakes[0] if len(mistakes) == 1 else CompressError(f"{len(mistakes)} of {len(runs)} combinations failed: {mistakes[0]}; ...")
+    failures = [f"{run.name}: {sentence}" if len(runs) > 1 else sentence for run in runs if run.outcome for sentence in run.outcome.failures]
+    if failures or refused:
+        raise CheckFailed("; ".join([*map(str, refused), *failures]))
+
+
+@app.command()
+def init(
+    model: Model = ".",
+    out: Annotated[Path, typer.Option("--out", "-o", help="recipe to write")] = Path("recipe.yaml"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a recipe to begin with, in comments what else one may want, and beside it the schema that editors read: `compress init org/model`."""
+    from mergekit_plus.errors import OutputError
+    from mergekit_plus.recipe_schema import as_json
+    from mergekit_plus.starter import starter
+
+    opened = open_model(model)
+    text = starter(opened, os.path.relpath(model, out.parent) if Path(model).exists() else model, beside(model, "", "folder").name.rstrip("-"))
+    for path, content in ((out, text), (out.with_name("recipe.schema.json"), as_json())):
+        if path.exists() and not overwrite and path.read_text(encoding="utf-8") != content:
+            raise OutputError(f"{path} exists already; name another recipe with -o, or replace it with --overwrite")
+        path.write_text(content, encoding="utf-8")
+    print_result({}, [f"wrote {out}; `compress run {out}` carries it out, `--dry-run` tells first what that takes"], False)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors: `compress schema > recipe.schema.json`."""
+    from mergekit_plus.recipe_schema import as_json
+
+    print(as_json(), end="")

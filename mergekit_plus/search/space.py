@@ -41,7 +41,7 @@ class SearchOptions(BaseModel):
     windows: int = Field(8, gt=0, description="of each text, spread evenly over it")
     heldout: dict[str, str] = Field(default_factory=dict, description="texts on which the outcome is measured")
 
-    @field_validator("options", mode="before")
+    @field_validator("options", mode="before", json_schema_input_type=dict[str, Any] | list[str])
     @classmethod
     def _names_alone(cls, value: object) -> object:
         return dict.fromkeys(value) if isinstance(value, list) else value

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
+from prune.fold.plan_file import read as read_plan
 from quant.bits_file import read as read_allocation
 
 from ..calibration.options import CalibrationOptions
@@ -14,12 +16,12 @@ from ..errors import CompressError, nearest
 from .adapters import DeltaStep, ExtractAdapterStep, MergeAdaptersStep, QuantizeAdapterStep, TrainAdapterStep
 from .base import Execution, Strict, schema_problems, source_of
 from .merging import MergekitStep, MergeStep, MoeStep
-from .pruning import FoldStep, PruneStep, RetrainStep
+from .pruning import ExportFoldStep, FoldStep, PruneStep, RetrainStep
 from .quantizing import CalibrateStep, ConvertStep, DequantizeStep, QuantizeStep
 
 __all__ = [
     "OPERATIONS", "TEXT_KEYS", "Execution", "FoldStep", "MergeStep", "PruneStep", "StepOptions", "Strict", "calibrations", "order_problems", "parse_step",
-    "parse_steps", "schema_problems", "source_of", "with_allocations",
+    "parse_steps", "schema_problems", "source_of", "with_files",
 ]  # fmt: skip
 
 StepOptions = (
@@ -38,6 +40,7 @@ StepOptions = (
     | PruneStep
     | FoldStep
     | RetrainStep
+    | ExportFoldStep
 )
 OPERATIONS: dict[str, type[StepOptions]] = {
     "merge": MergeStep,
@@ -55,8 +58,14 @@ OPERATIONS: dict[str, type[StepOptions]] = {
     "prune": PruneStep,
     "fold": FoldStep,
     "retrain": RetrainStep,
+    "export_fold": ExportFoldStep,
 }
 TEXT_KEYS = ("calibration", "text")  # of steps, as the flags of commands: what methods look at; what trains, or is measured on
+# Keys that may name a file, how it is read, and what stands for one that cannot be.
+FILES: dict[tuple[str, str], tuple[Callable[[Path], Any], Any]] = {
+    ("quantize", "allocation"): (lambda path: [group.model_dump() for group in read_allocation(path)], []),
+    ("fold", "plan"): (lambda path: read_plan(path).model_dump(), {"blocks": 1, "kept": [0], "groups": [0], "parents": [0]}),
+}
 FIRST = (MergeStep, MergekitStep, MoeStep, ExtractAdapterStep, TrainAdapterStep, DeltaStep)  # they read inputs, not what a step before them made
 
 
@@ -84,18 +93,19 @@ def parse_steps(steps: Sequence[object]) -> tuple[list[dict[str, StepOptions]], 
     return parsed, found
 
 
-def with_allocations(steps: Sequence[object], folder: Path) -> tuple[list[object], list[str]]:
-    """Steps whose allocation is a file, relative to `folder`, with what the file holds in its place; and a sentence for each that cannot be read."""
+def with_files(steps: Sequence[object], folder: Path) -> tuple[list[object], list[str]]:
+    """Steps whose allocation or plan is a file, relative to `folder`, with what the file holds in its place; and a sentence for each that cannot be read."""
     done, found = list(steps), []
     for number, step in enumerate(steps, 1):
-        options = step.get("quantize") if isinstance(step, dict) else None
-        if isinstance(options, dict) and isinstance(options.get("allocation"), str):
-            try:
-                groups = read_allocation(folder / Path(options["allocation"]).expanduser())
-            except CompressError as error:
-                found.append(f"step {number}, quantize: allocation: {error}")
-                groups = []
-            done[number - 1] = {"quantize": {**options, "allocation": [group.model_dump() for group in groups]}}
+        for (name, key), (read, nothing) in FILES.items():
+            options = step.get(name) if isinstance(step, dict) else None
+            if isinstance(options, dict) and isinstance(options.get(key), str):
+                try:
+                    content = read(folder / Path(options[key]).expanduser())
+                except CompressError as error:
+                    found.append(f"step {number}, {name}: {key}: {error}")
+                    content = nothing
+                done[number - 1] = {name: {**options, key: content}}
     return done, found
 
 
@@ -117,4 +127,7 @@ def order_problems(steps: Sequence[Mapping[str, StepOptions]], inputs: Mapping[s
                 found.append(f"step {number}, {name}: it reads inputs, not the step before it, so that {lost}; make it the first, or a recipe of its own")
             elif number == 1 and source is None and len(models) > 1 and not isinstance(options, FIRST):
                 found.append(f"step 1, {name}: say which input it works on, with `of:`; there are {', '.join(models)}")
+            after = [later for step in steps[number:] for later in step.values()]
+            if isinstance(options, FoldStep) and options.compact and not all(isinstance(later, RetrainStep | ExportFoldStep) for later in after):
+                found.append(f"step {number}, {name}: compact says how the output is stored; retrain, which keeps it so, and export_fold may follow alone")
     return found

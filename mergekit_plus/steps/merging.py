@@ -36,12 +36,12 @@ class MergeStep(BaseModel):
     searched: dict[str, Any] | None = None  # the record of the search that found these options
     tokenizer: TokenizerSpec | None = None  # or its source alone: union, base, an input
 
-    @field_validator("tokenizer", mode="before")
+    @field_validator("tokenizer", mode="before", json_schema_input_type=TokenizerSpec | str | None)
     @classmethod
     def _short_tokenizer(cls, value: object) -> object:
         return {"source": value} if isinstance(value, str) else value
 
-    @field_validator("models", mode="before")
+    @field_validator("models", mode="before", json_schema_input_type=dict[str, dict[str, Any] | None] | list[str])
     @classmethod
     def _named_models(cls, value: object) -> object:
         """Refuse in one sentence what is neither a list nor a table; `code:` with nothing after it has no options of its own."""

@@ -4,8 +4,16 @@ FoldGPT-style: the paper (arXiv 2407.00928) names learnable gates under a remova
 and has no code; what it leaves open is chosen here and said where it is chosen.
 """
 
-from .find import count_of, find
+from .compact import compacted, expanded, fold_of
+from .find import count_of, find, find_parents
 from .importance import SCORES, Importance, importance
-from .surgery import Fold, folded, stack_of
+from .maps import MAPS, SOURCES, Map, Source, choose_parents, mapped
+from .relax import rank_of, relaxed, voices
+from .surgery import Fold, folded, shareable, stack_of
+from .tied import load_tied, sites_of_compact, stored, without_voices
 
-__all__ = ["SCORES", "Fold", "Importance", "count_of", "find", "folded", "importance", "stack_of"]
+__all__ = [
+    "MAPS", "SCORES", "SOURCES", "Fold", "Importance", "Map", "Source", "choose_parents", "compacted", "count_of", "expanded", "find", "find_parents",
+    "fold_of", "folded", "importance", "load_tied", "mapped", "rank_of", "relaxed", "shareable", "sites_of_compact", "stack_of", "stored", "voices",
+    "without_voices",
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which blocks of a checkpoint go: the model is loaded, and a text tells."""
+"""Which blocks of a checkpoint go, and whose weights groups have: the model is loaded, and a text tells."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from mergekit_plus.errors import OptionError
 from mergekit_plus.evaluate import load_model, windows
 from mergekit_plus.progress import Progress
 
-from .importance import Importance, blocks_of, importance
-from .surgery import stack_of
+from .blocks import blocks_of
+from .importance import Importance, importance
+from .maps import choose_parents
+from .surgery import Fold, folded, stack_of
 
 
 def count_of(remove: float, blocks: int) -> int:
@@ -34,3 +36,14 @@ def find(
     model = load_model(checkpoint, progress=progress).to(device)
     windows(model, rows.flatten(), rows.shape[1])  # refuses what the model cannot read
     return importance(blocks_of(model, checkpoint), rows.to(device), count, by, pinned=pinned, seed=seed, progress=progress)
+
+
+def find_parents(checkpoint: Checkpoint, fold: Fold, rows: Tensor, *, device: str = "cpu", progress: Progress) -> tuple[int, ...]:
+    """For each group of a fold the member whose weights lose least on a text, as `choose_parents` says; the model is in memory in float32.
+
+    Errors: as `find`.
+    """
+    plain = folded(checkpoint, Fold.of(fold.kept))
+    model = load_model(plain, progress=progress).to(device)
+    windows(model, rows.flatten(), rows.shape[1])
+    return choose_parents(model, plain, fold, rows.to(device), progress)

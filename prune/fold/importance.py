@@ -13,8 +13,7 @@ leave-one-out: the block without which the loss is least goes, then the next one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,11 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mergekit_plus.checkpoint import Checkpoint
-from mergekit_plus.errors import CheckpointError, OptionError, nearest
-from mergekit_plus.model import describe, layer_of
+from mergekit_plus.errors import OptionError, nearest
 from mergekit_plus.progress import Progress, quiet
 from mergekit_plus.training import TrainOptions, loss_on, next_token, train
+
+from .blocks import Blocks
+from .measure import losses
+from .surgery import Fold
 
 TEMPERATURE = (1.0, 0.05)  # of gates, at the first step and at the last
 # SGD, not Adam, which moves every gate at one speed, however much less the loss asks of one than of another.
@@ -45,50 +46,6 @@ class Importance:
     def kept(self) -> tuple[int, ...]:
         """The other blocks."""
         return tuple(number for number in range(len(self.scores)) if number not in self.removed)
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """The blocks of a transformers model, each of which can be weakened or left out."""
-
-    model: Any
-    modules: Sequence[nn.Module]
-
-    def __len__(self) -> int:
-        return len(self.modules)
-
-    @contextmanager
-    def changed(self, change: Callable[[int, Tensor, Tensor], Tensor]) -> Iterator[None]:
-        """Of every block leaves `change(number, entering, leaving)`, hidden states [windows, window, width]."""
-
-        def hook(number: int) -> Callable[..., Any]:
-            def forward_hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-                entering = args[0] if args else kwargs["hidden_states"]
-                leaving = change(number, entering, output if isinstance(output, Tensor) else output[0])
-                return leaving if isinstance(output, Tensor) else (leaving, *output[1:])
-
-            return forward_hook
-
-        handles = [module.register_forward_hook(hook(number), with_kwargs=True) for number, module in enumerate(self.modules)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def loss_without(self, removed: Sequence[int], rows: Tensor) -> float:
-        """The loss of the next token, in nats, of the model without these blocks; rows: int64 [windows, window]."""
-        with self.changed(lambda number, entering, leaving: entering if number in removed else leaving):
-            return loss_on(self.model, rows)
-
-
-def blocks_of(model: Any, checkpoint: Checkpoint) -> Blocks:
-    """The blocks of the model that was loaded from a checkpoint. Errors: CheckpointError for one without a stack of blocks."""
-    known = describe(checkpoint)
-    places = {place[0] for meaning in known.tensors.values() if meaning.stack == known.stack and (place := layer_of(meaning.parameter or ""))}
-    if len(places) != 1:
-        raise CheckpointError(f"{checkpoint.label}: {type(model).__name__} has no stack of blocks to fold")
-    return Blocks(model, list(model.get_submodule(places.pop())))
 
 
 # ---- the methods: blocks, those that may go, rows, how many do, seed -> a score of each block, and which go where the scores do not tell ----
@@ -120,7 +77,7 @@ def by_gates(blocks: Blocks, free: Sequence[int], rows: Tensor, remove: int, see
 
     def loss(model: Any, part: Tensor) -> Tensor:
         opened = gates().to(part.device)
-        with blocks.changed(lambda number, entering, leaving: entering + opened[number] * (leaving - entering)):
+        with blocks.gated(opened):
             return next_token(model, part)
 
     train(blocks.model, {"gates": alpha}, loss, rows, replace(GATING, batch=min(GATING.batch, len(rows)), seed=seed), after_step=count, progress=progress)
@@ -144,16 +101,13 @@ def by_leaving_out(blocks: Blocks, free: Sequence[int], rows: Tensor, remove: in
     """The loss without each block alone, and the blocks that go one after the other, each the one whose going costs least beside those that are gone."""
     removed: list[int] = []
     first: list[float] = []
-    with progress.phase("leaving blocks out", len(blocks) + (remove - 1) * len(free), " runs"):
-        while len(removed) < remove or not first:
-            losses = {}
-            for number in free if first else range(len(blocks)):
-                if number not in removed:
-                    losses[number] = blocks.loss_without([*removed, number], rows)
-                progress.advance(1)
-            first = first or list(losses.values())
-            if remove:
-                removed.append(min((number for number in losses if number in free), key=lambda number: losses[number]))
+    while len(removed) < remove or not first:
+        numbers = [number for number in (free if first else range(len(blocks))) if number not in removed]
+        folds = [Fold.of([block for block in range(len(blocks)) if block not in (*removed, number)]) for number in numbers]
+        found = dict(zip(numbers, losses(blocks, folds, rows, progress), strict=True))
+        first = first or list(found.values())
+        if remove:
+            removed.append(min((number for number in found if number in free), key=lambda number: found[number]))
     return first, removed
 
 

@@ -6,7 +6,7 @@ and its bias. What config.json says of layers one by one (windows, kinds of atte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mergekit_plus.checkpoint import Checkpoint, Plan, Step, copy_step
+from mergekit_plus.checkpoint.folder import COMPACT
 from mergekit_plus.checkpoint.plan import row_multiple
 from mergekit_plus.errors import CheckpointError, OptionError
 from mergekit_plus.layers import Part, of_layers, parts_of
@@ -47,6 +48,10 @@ class Fold:
         """The blocks of the original in a group."""
         return tuple(block for block, its in zip(self.kept, self.groups, strict=True) if its == group)
 
+    def first(self, place: int) -> int:
+        """The first block of the result in the group of one."""
+        return self.groups.index(self.groups[place])
+
     def sources(self, place: int) -> tuple[int, ...]:
         """The blocks of the original whose mean the linear weights of a block of the result are."""
         group = self.groups[place]
@@ -64,9 +69,11 @@ class Fold:
 
 
 def stack_of(checkpoint: Checkpoint) -> Part:
-    """The blocks of a model that can be folded. Errors: CheckpointError for what is quantised, an adapter, or of several stacks or none."""
+    """The blocks of a model that can be folded. Errors: CheckpointError for what is quantised, compact, an adapter, or of several stacks or none."""
     if reason := quantized_reason(checkpoint) or adapter_reason(checkpoint):
         raise CheckpointError(reason)
+    if checkpoint.config.get("model_type") == COMPACT:
+        raise CheckpointError(f"{checkpoint.label} is a compact model already; fold the model that it stands for (expanded)")
     parts = parts_of(checkpoint)
     (part, *more) = parts.values()
     if more or not part.layers:
@@ -82,15 +89,24 @@ def folded(checkpoint: Checkpoint, fold: Fold) -> Checkpoint:
     Errors: OptionError for a fold that the model does not have the blocks for; CheckpointError as `stack_of`, and where blocks that share differ in shape.
     """
     part = stack_of(checkpoint)
+    return operated(checkpoint, fold, part, shareable(checkpoint, part))
+
+
+def operated(checkpoint: Checkpoint, fold: Fold, part: Part, shared: Collection[str], once: bool = False) -> Checkpoint:
+    """The model after surgery, in which the tensors `shared` of its blocks are those of groups; with `once` a group's are there for its first block only.
+
+    Errors: as `folded`.
+    """
     if problems := list(fold.problems(len(part.layers))):
         raise OptionError("; ".join(problems))
-    shared = shareable(checkpoint, part)
     steps = [copy_step(checkpoint, name) for name in (*part.before, *part.after)]
     for place, own in enumerate(fold.kept):
         for name in part.layers[own]:
             new = part.moved(name, own, place)
-            sources = [part.moved(name, own, block) for block in fold.sources(place)] if name in shared else [name]
-            steps.append(_mean_step(checkpoint, sources, new))
+            if name not in shared:
+                steps.append(copy_step(checkpoint, name, new))
+            elif not once or fold.first(place) == place:
+                steps.append(mean_step(checkpoint, [part.moved(name, own, block) for block in fold.sources(place)], new))
     label = f"{checkpoint.label} folded to {len(fold.kept)} blocks" + (f" in {len(fold.parents)} groups" if len(fold.parents) < len(fold.kept) else "")
     gone = [str(block) for block in range(len(part.layers)) if block not in fold.kept]
     notes = [f"without the blocks {', '.join(gone)} of 0 to {len(part.layers) - 1}"] if gone else []
@@ -98,14 +114,17 @@ def folded(checkpoint: Checkpoint, fold: Fold) -> Checkpoint:
 
 
 def shareable(checkpoint: Checkpoint, part: Part) -> frozenset[str]:
-    """The tensors of blocks that share: linear weights, their biases, and packed experts."""
+    """The tensors of blocks that share: linear weights, their biases, and what else is no vector: routers, packed experts."""
     tensors = describe(checkpoint).tensors
     linears = {meaning.module for meaning in tensors.values() if meaning.role == "linear"}
     inside = (name for layer in part.layers for name in layer)
-    return frozenset(name for name in inside if tensors[name].module in linears or tensors[name].role == "other")
+    return frozenset(
+        name for name in inside
+        if tensors[name].module in linears or (tensors[name].role == "other" and len(checkpoint.specs[name].shape) > 1)
+    )  # fmt: skip
 
 
-def _mean_step(checkpoint: Checkpoint, names: Sequence[str], to: str) -> Step:
+def mean_step(checkpoint: Checkpoint, names: Sequence[str], to: str) -> Step:
     """A copy, or the mean of several tensors, in float32, rounded once."""
     if len(names) == 1 and names[0] in checkpoint.specs:
         return copy_step(checkpoint, names[0], to)

@@ -106,7 +106,7 @@ class Adapted:
             return {site.name: self._merge(site) for site in self.sites}
 
     def _merge(self, site: Site) -> Tensor:
-        owner, leaf = _owner(self.module, site)
+        owner, leaf = _owner(self.module, site.parameter)
         if not parametrize.is_parametrized(owner, leaf):
             return owner.get_parameter(leaf).detach()
         adapters: Any = getattr(owner.parametrizations, leaf)
@@ -116,7 +116,8 @@ class Adapted:
             merged = one.merged(merged)
         if not any(one.adapter.densifies for one in adapters):
             merged = torch.where(weight == 0, weight, merged)
-        parametrize.remove_parametrizations(owner, leaf, leave_parametrized=False)
+        for path in (site.parameter, *site.also):
+            parametrize.remove_parametrizations(*_owner(self.module, path), leave_parametrized=False)
         kept = owner.get_parameter(leaf)
         kept.copy_(merged)
         return kept.detach()
@@ -127,7 +128,8 @@ def adapt(
 ) -> Adapted:
     """Put variants on the tensors of a model, whose weights are read in float32, in the order in which they are named.
 
-    The masks are those of the weights as they are now. A head tied to the embeddings is untied by `head`, so that they stay as they are.
+    What blocks share is one parameter at several places, and has one adapter. The masks are those of the weights as they are now. A head tied to the
+    embeddings is untied by `head`, so that they stay as they are.
     Errors: OptionError for variants that cannot be, and where there is nothing to train.
     """
     if problems := check_variants(variants, options or {}):
@@ -137,7 +139,7 @@ def adapt(
     parameters: dict[str, nn.Parameter] = {}
     masks: dict[str, Tensor] = {}
     for site in chosen:
-        owner, leaf = _owner(module, site)
+        owner, leaf = _owner(module, site.parameter)
         parameter = owner.get_parameter(leaf)
         if site.tied:
             parameter = nn.Parameter(parameter.detach().clone())
@@ -153,11 +155,14 @@ def adapt(
                     masks[site.name] = weight != 0
                 continue
             made = variant.make(weight.T if site.transposed else weight, generator, options or {})
-            parametrize.register_parametrization(owner, leaf, _On(made, site.transposed))
+            on = _On(made, site.transposed)
+            for path in (site.parameter, *site.also):
+                parametrize.register_parametrization(*_owner(module, path), on)
             parameters |= {f"{site.name} {name}.{inner}": value for inner, value in made.named_parameters()}
     return Adapted(module, chosen, parameters, masks)
 
 
-def _owner(module: nn.Module, site: Site) -> tuple[nn.Module, str]:
-    path, _, leaf = site.parameter.rpartition(".")
-    return module.get_submodule(path), leaf
+def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that a parameter belongs to, and its name there."""
+    above, _, leaf = path.rpartition(".")
+    return module.get_submodule(above), leaf

@@ -16,7 +16,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +31,18 @@ INSIDE = ("weight", "generator")
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A tensor that may train: its name in the checkpoint, where it is in the model, what it is, and its shape in the checkpoint."""
+    """A tensor that may train: its name in the checkpoint, where it is in the model, what it is, and its shape in the checkpoint.
+
+    The role "voice": a factor of what a place of a folded model has beside the weights that it shares.
+    """
 
     name: str
     parameter: str
-    role: Role
+    role: Role | Literal["voice"]
     shape: tuple[int, ...]
     transposed: bool = False  # stored [in, out]
     tied: bool = False  # a head that is the embeddings, too
+    also: tuple[str, ...] = ()  # where else in the model the same parameter is: blocks that share it
 
     @property
     def is_bias(self) -> bool:
@@ -102,6 +106,7 @@ def _themselves(name: str, summary: str, trains: Callable[[Site], bool]) -> None
 
 _themselves("biases", "Every bias trains, those of norms among them.", lambda site: site.is_bias)
 _themselves("norms", "The weights and biases of norms train.", lambda site: site.role == "norm")
+_themselves("lora", "The low-rank voices train that blocks of a compact model have beside the weights that they share.", lambda site: site.role == "voice")
 _themselves("full", "Everything trains, linear layers under their mask: the reference that the others are measured by.", lambda site: True)
 
 

@@ -1,4 +1,5 @@
-"""Many packed adapters on one base in memory: their codes stay packed, and a module's factors are expanded for as long as one call of it takes.
+"""Many packed adapters on one base in memory: their codes stay packed. Factors of one bit are multiplied as they are; others are expanded for as long as
+one call of their module takes.
 
     bank = AdapterBank(model)
     for name, folder in folders.items():
@@ -6,7 +7,6 @@
     with bank.using(["code", None, "drama"]):    # an adapter, or none, for each row of the batch
         model(input_ids=rows)
 
-The reference path: plain torch, what kernels for packed adapters must agree with.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from mergekit_plus.adapters import read_adapter
 from mergekit_plus.checkpoint import Checkpoint, Plan
 from mergekit_plus.errors import CheckpointError, OptionError, nearest
 
+from ..kernels import signs_linear
 from .container import Entry, Expand, expand
 
 
@@ -49,9 +50,19 @@ class Packed:
     stats: Tensor  # float32 [scales, columns]
     tables: dict[int, Tensor]
 
-    def factor(self, place: Place) -> Tensor:
-        """A factor, expanded."""
-        return expand(place.entry, self.codes[place.codes], self.stats[place.stats], self.tables)
+    def times(self, place: Place, x: Tensor) -> Tensor:
+        """x F^T for a factor F; float32 where F is one bit a number, else in x's dtype."""
+        entry, codes, stats = place.entry, self.codes[place.codes], self.stats[place.stats]
+        if entry.coding.bits != 1 or entry.coding.scale == "group":
+            return functional.linear(x, expand(entry, codes, stats, self.tables).to(x.dtype))
+        low, high = self.tables[1].unbind()
+        # level = middle + spread * sign; each row's has its scale, and what is not of the sign multiplies the sum of x
+        spread, middle = stats[:, -1] * (high - low) / 2, stats[:, -1] * (high + low) / 2
+        middle = middle + stats[:, 0] if entry.coding.columns == 2 else middle
+        signs = codes.view(entry.rows, -1)
+        if entry.axis == 0:
+            return signs_linear(x, signs, entry.width) * spread + x.float().sum(-1, keepdim=True) * middle
+        return signs_linear(x * spread, signs, entry.width, transposed=True) + (x * middle).sum(-1, keepdim=True)
 
 
 class AdapterBank:
@@ -116,10 +127,8 @@ class AdapterBank:
         for name, rows in wanted.items():
             packed = self.adapters[name]
             if module in packed.layout:
-                *places, scale = packed.layout[module]
-                x = inputs[0][rows]
-                a, b = (packed.factor(place).to(x.dtype) for place in places)
-                output[rows] += functional.linear(functional.linear(x, a), b) * scale
+                a, b, scale = packed.layout[module]
+                output[rows] += (packed.times(b, packed.times(a, inputs[0][rows])) * scale).to(output.dtype)
         return output
 
 

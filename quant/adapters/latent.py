@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from mergekit_plus.errors import CheckpointError
 
+from ..linear import QuantLinear
 from .coding import Coding, straight_through
 
 NAME = "few_bits"  # of the module that is put beside a layer, while it trains
@@ -127,7 +128,7 @@ def _linear(model: Any, name: str, latent: Factors) -> Any:
     weight = getattr(owner, "weight", None)
     turned = _is_turned(owner)
     found = None if weight is None or weight.ndim != 2 else tuple(weight.shape[::-1] if turned else weight.shape)
-    if not (turned or isinstance(owner, nn.Linear)) or found != latent.shape:
+    if not (turned or isinstance(owner, nn.Linear | QuantLinear)) or found != latent.shape:
         raise CheckpointError(f"{name}: the adapter is for a linear layer {latent.shape}, the model has {type(owner).__name__} {found or ''}")
     return owner
 

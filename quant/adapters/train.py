@@ -30,13 +30,15 @@ from mergekit_plus.model import adapter_reason, describe, quantized_reason
 from mergekit_plus.progress import Progress
 from mergekit_plus.training import Loss, TrainOptions, TrainRecord, distillation, loss_on, next_token, train
 
+from ..loading import load
+from ..plan import dequantize, is_packed
 from .codebooks import Codebook
 from .coding import Coding, Scale, encode
 from .container import Entry, packed_specs, packed_tensors, rows_of, sidecar
 from .factors import Gauge, encode_pair, turned, wanted
 from .latent import Factors, Latent, Teacher, attached, sizes_of, small
 from .modules import check_trained, factor_entries, factor_names
-from .pools import Sharing, pooled
+from .pools import Sharing, check_pools, pooled
 from .principal import Init, Shifted, components
 from .ranks import ranks_within, sensitivities
 
@@ -125,7 +127,7 @@ def _packed(latents: Sequence[Factors], entries: Sequence[Entry]) -> dict[str, T
 
 def _train(base: Checkpoint, latents: Mapping[str, Factors], lesson: Lesson, work: Work, distill: float = 0.0) -> None:
     """Train latents on a model of this base."""
-    model = load_model(base, progress=work.progress)
+    model = load(base, progress=work.progress)
     with attached(model, latents) as parameters:
         record = lesson.train(model, parameters, distillation(Teacher(model, latents), distill) if distill else next_token, work)
     work.progress.tell(f"held-out loss {record.evaluations[0][1]:.4f} before, {record.value:.4f} after {record.best} steps")
@@ -189,26 +191,29 @@ class TrainAdapterOptions:
 def train_adapter(
     base: Checkpoint, lesson: Lesson, options: TrainAdapterOptions, moments: Checkpoint | None = None, progress: Progress | None = None
 ) -> Checkpoint:
-    """A LoRA adapter of the base, trained on the text: at few bits packed, at 16 bits an ordinary one in float16.
+    """A LoRA adapter of the base, trained on the text: at few bits packed, at 16 bits an ordinary one in float16. A packed base stays packed meanwhile.
 
     moments: of the inputs of the base's layers, as `calibrate` makes them, for CorDA. With a budget it runs the base on the text before it returns, for the
     ranks. Errors: OptionError for impossible options; CheckpointError where the base has no linear layers that `target` matches.
     """
     if found := options.problems(calibrated=moments is not None) + lesson.problems():
         raise OptionError("; ".join(found))
-    if reason := quantized_reason(base) or adapter_reason(base):
+    dense = dequantize(base) if is_packed(base) else base  # whose weights have names, shapes and components
+    if reason := quantized_reason(dense) or adapter_reason(base):
         raise CheckpointError(reason)
     grams = None if moments is None else MomentsFile(moments)
     if grams is not None:
-        grams.check(base)
-    modules = _modules(base, options.target)
+        grams.check(dense)
+    modules = _modules(dense, options.target)
     coding, turned_weights = options.coding, any(module.transposed for module in modules.values())
     ranks = {name: min(options.rank, *module.shape) for name, module in modules.items()}
     notes: tuple[str, ...] = ()
     if options.budget is not None:
-        ranks, notes = _within(base, lesson, options.budget, options.rank, modules, progress)
+        ranks, notes = _within(dense, lesson, options.budget, options.rank, modules, progress)
     twice = 1 if options.init == "lora" else 2  # what starts from components of the weight has these taken away
     products = [Product(name, min(twice * ranks[name], *module.shape), module.shape) for name, module in modules.items() if ranks[name]]
+    if options.sharing is not None:
+        check_pools(products, options.rank, options.sharing)
     specs = [spec for product in products for spec in product.specs("F16" if coding is None else "F32")]
     entries = [] if coding is None else factor_entries(specs, [coding] * len(products))
 
@@ -219,7 +224,7 @@ def train_adapter(
             if options.sharing is not None:
                 latents = pooled(products, options.rank, options.sharing, coding, options.alpha, generator)
             elif options.init != "lora":
-                latents = {product.module: _shifted(base, modules[product.module], ranks[product.module], options.init, grams) for product in products}
+                latents = {product.module: _shifted(dense, modules[product.module], ranks[product.module], options.init, grams) for product in products}
             else:
                 latents = {product.module: _fresh(product, coding, options.alpha, generator) for product in products}
             _train(base, latents, lesson, work)

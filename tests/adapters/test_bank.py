@@ -12,7 +12,11 @@ from mergekit_plus.adapters import open_adapter
 from mergekit_plus.checkpoint import Checkpoint, save
 from mergekit_plus.errors import CheckpointError, OptionError
 from mergekit_plus.evaluate import load_model
-from quant.adapters.bank import AdapterBank
+from quant.adapters.bank import AdapterBank, Packed, Place
+from quant.adapters.codebooks import Codebook
+from quant.adapters.coding import Coding, Scale, encode, table
+from quant.adapters.container import Entry, expand
+from quant.adapters.packing import pack
 from quant.adapters.plan import QuantizeOptions, quantize_adapter
 
 
@@ -36,6 +40,21 @@ def test_each_row_has_its_adapter_and_codes_stay_packed(tmp_path: Path) -> None:
     assert bank.adapters["one"].codes.numel() == 4 * (4 * (16 + 16) + 4 * (32 + 16)) // 2 // 8
     bank.add("three", Checkpoint.open(tmp_path / "one"))
     assert bank.adapters["three"].layout is bank.adapters["one"].layout
+
+
+@pytest.mark.parametrize("codebook", ["l2", "k-median"])
+@pytest.mark.parametrize("scale", ["tensor", "component", "group"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_one_bit_factors_are_multiplied_as_what_they_stand_for(axis: int, scale: Scale, codebook: Codebook) -> None:
+    coding = Coding(1, codebook, scale)
+    coded = encode(torch.randn(4, 150, generator=torch.Generator().manual_seed(0)), coding)  # rows of the code: of A, or columns of B
+    entry = Entry("factor", "F32", (4, 150) if axis == 0 else (150, 4), axis, coding)
+    codes = pack(coded.codes, 1).flatten()
+    packed = Packed({}, codes, coded.stats, {1: table(codebook, 1)})
+    x = torch.randn(3, 150 if axis == 0 else 4, generator=torch.Generator().manual_seed(1))
+    factor = expand(entry, codes, coded.stats, packed.tables)
+    y = packed.times(Place(entry, slice(None), slice(None)), x)
+    torch.testing.assert_close(y, x @ factor.T, atol=1e-4, rtol=1e-5)
 
 
 def test_what_a_bank_cannot_hold_is_refused(tmp_path: Path) -> None:

@@ -24,28 +24,6 @@ saving = importlib.import_module("mergekit_plus.checkpoint.save")  # the module;
 layouts = importlib.import_module("mergekit_plus.checkpoint.layout")
 
 
-# For scripts: anonymous memory now, and at its peak while some work is done, in bytes.
-PEAK_OF = """
-import threading
-
-def anonymous():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
-
-def peak_of(work):
-    peak, done = anonymous(), threading.Event()
-    def watch():
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, anonymous())
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    work()
-    done.set()
-    watcher.join()
-    return peak
-"""
-
-
 def header_bytes(table: Mapping[str, Any] | bytes, data: bytes = b"") -> bytes:
     """A safetensors file from a header as a table, or as raw bytes where JSON should be strange."""
     raw = table if isinstance(table, bytes) else json.dumps(table).encode()

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from checkpoint_toys import PEAK_OF, files_in, random_tensor, write_model
+from checkpoint_toys import files_in, random_tensor, write_model
 from hub_client import compress, python
 from hub_server import TOKEN, Hub, wait_until
+from memory import PEAK_OF
 
 import mergekit_plus.checkpoint.layout as layout
 import mergekit_plus.checkpoint.ranges as ranges

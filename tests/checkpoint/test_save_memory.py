@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_toys import PEAK_OF, header_bytes, layouts, mapped, python, saving
+from checkpoint_toys import header_bytes, layouts, mapped, python, saving
+from memory import PEAK_OF
 
 import mergekit_plus.checkpoint.plan as plans
 import mergekit_plus.checkpoint.scan as scans

@@ -5,18 +5,21 @@ from __future__ import annotations
 import importlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from program import Program
-from tiny import ARCHITECTURES, tiny_model
+from tiny import ARCHITECTURES, EXPERTS, GROUPED, tiny_model
 from torch.nn import functional
 
 from mergekit_plus.checkpoint import Checkpoint, save
 from mergekit_plus.errors import CheckpointError, OptionError
 from mergekit_plus.evaluate import load_model
 from prune.fold import SCORES, Fold, count_of, folded, importance, stack_of
-from prune.fold.importance import GATING, blocks_of
+from prune.fold.blocks import Blocks, blocks_of
+from prune.fold.importance import GATING
 
 MODELS = Path(__file__).parents[1] / "models"
 BASE = Checkpoint.open(MODELS / "base")
@@ -44,16 +47,6 @@ def test_nothing_removed_and_nothing_shared_is_the_model_itself(tmp_path: Path) 
     out = Checkpoint.open(tmp_path / "out")
     assert out.config == BASE.config
     assert all(torch.equal(out.read(name), BASE.read(name)) for name in BASE.specs)
-
-
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name.endswith(("ForCausalLM", "LMHeadModel"))])
-def test_a_removed_block_is_one_that_does_nothing(name: str, folder: Path) -> None:
-    model = tiny_model(name, folder)
-    rows = ROWS[:2, :16] % 64
-    blocks = blocks_of(load_model(model), model)
-    with blocks.changed(lambda number, entering, leaving: entering if number == 0 else leaving), torch.no_grad():
-        wanted = blocks.model(input_ids=rows, use_cache=False).logits
-    torch.testing.assert_close(logits(folded(model, Fold.of([1])), rows), wanted)
 
 
 @pytest.mark.parametrize("parent", ["first", "average"])
@@ -85,12 +78,56 @@ def test_what_config_says_of_layers_goes_with_them(folder: Path) -> None:
     assert logits(result, ROWS[:1] % 64).isfinite().all()
 
 
+@pytest.mark.parametrize("stated", [True, False])
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("Qwen2ForCausalLM", {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 2}),
+        ("Gemma2ForCausalLM", {"sliding_window": 6, "head_dim": 8}),
+        ("Gemma3ForCausalLM", {"sliding_window": 6, "head_dim": 8}),
+        ("SmolLM3ForCausalLM", {"pad_token_id": 0}),
+        ("Qwen3MoeForCausalLM", {**EXPERTS, "head_dim": 8, "mlp_only_layers": [1, 4]}),
+        ("Gemma4ForCausalLM", {"sliding_window": 6, "head_dim": 8, "hidden_size_per_layer_input": 0}),
+    ],
+)
+def test_every_block_keeps_its_kind_also_where_config_leaves_it_to_a_default(name: str, more: dict[str, Any], stated: bool, folder: Path) -> None:
+    """As in older config.json on the Hub, where the library works out kinds of attention by the numbers of layers, which are others now."""
+    (folder / "six").mkdir(exist_ok=True)
+    model = tiny_model(name, folder / "six", {**GROUPED, **more, "num_hidden_layers": 6})
+    if not stated:
+        model = model.with_config(layer_types=None, no_rope_layers=None)
+    rows = ROWS[:, :24] % 64
+    blocks = blocks_of(load_model(model), model)
+    for kept in ([2, 3, 4, 5], [0, 2, 4], [1, 3, 5], [5], [1, 4]):
+        if name == "Gemma4ForCausalLM" and kept[-1] != 5:  # its last block is of the other kind whatever config.json says
+            continue
+        with blocks.changed(lambda number, entering, leaving, kept=kept: leaving if number in kept else entering), torch.no_grad():
+            wanted = blocks.model(input_ids=rows, use_cache=False).logits
+        torch.testing.assert_close(logits(folded(model, Fold.of(kept)), rows), wanted)
+
+
 def test_parameters_are_those_of_the_formula() -> None:
     size = {name: spec.numel for name, spec in BASE.specs.items()}
     inside = {name for layer in stack_of(BASE).layers for name in layer}
     of_block = sum(size[name] for name in stack_of(BASE).layers[0])
     result = folded(BASE, Fold.of(range(BLOCKS - 1)))
     assert sum(spec.numel for spec in result.specs.values()) == sum(size[name] for name in size if name not in inside) + (BLOCKS - 1) * of_block
+
+
+# ---- gates ----
+
+CAUSAL = [name for name in ARCHITECTURES if name.endswith(("ForCausalLM", "LMHeadModel"))]
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_open_gates_are_the_model_and_a_closed_one_is_the_model_without_the_block_to_the_bit(name: str, folder: Path) -> None:
+    model = tiny_model(name, folder)
+    rows = ROWS[:2, :16] % 64
+    blocks = blocks_of(load_model(model), model)
+    for gates, wanted in (([1.0, 1.0], model), ([0.0, 1.0], folded(model, Fold.of([1]))), ([1.0, 0.0], folded(model, Fold.of([0])))):
+        with blocks.gated(torch.tensor(gates)), torch.no_grad():
+            found = blocks.model(input_ids=rows, use_cache=False).logits
+        assert torch.equal(found, logits(wanted, rows))
 
 
 # ---- importance ----
@@ -118,6 +155,41 @@ def test_influence_is_one_minus_the_mean_cosine(rows: torch.Tensor) -> None:
     wanted = [1 - functional.cosine_similarity(seen[n].double(), seen[n + 1].double(), dim=-1).mean().item() for n in range(len(inner))]
     assert found.scores == pytest.approx(wanted, abs=1e-6)
     assert found.removed == (min(range(len(inner)), key=lambda number: wanted[number]),)
+
+
+class Stack(torch.nn.Module):
+    """A model that is a table of embeddings, and matrices as its blocks."""
+
+    def __init__(self, table: torch.Tensor, matrices: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.table = table
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(*matrix.shape, bias=False) for matrix in matrices])
+        for block, matrix in zip(self.blocks, matrices, strict=True):
+            block.weight.data = matrix
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        states = self.table[input_ids]
+        for block in self.blocks:
+            states = block(states)
+        return SimpleNamespace(logits=states @ self.table.T)
+
+
+def test_influence_is_zero_of_what_turns_nothing_two_at_most_and_knows_no_scale_and_no_basis() -> None:
+    generator = torch.Generator().manual_seed(1)
+    table, mixing, basis = (torch.randn(size, 8, generator=generator) for size in (16, 8, 8))
+    turn = torch.linalg.qr(basis)[0]
+    rows = torch.arange(16).view(2, 8)
+
+    def scores(table: torch.Tensor, *matrices: torch.Tensor) -> tuple[float, ...]:
+        model = Stack(table, list(matrices))
+        return importance(Blocks(model, list(model.blocks)), rows, 1, "influence").scores
+
+    eye = torch.eye(8)
+    found = scores(table, eye, 3 * eye, -eye, mixing)
+    assert found[:3] == pytest.approx([0, 0, 2], abs=1e-6)
+    assert 0 < found[3] < 2
+    assert scores(100 * table, eye, mixing)[1] == pytest.approx(scores(table, eye, mixing)[1], abs=1e-6)
+    assert scores(table @ turn, eye, turn.T @ mixing @ turn)[1] == pytest.approx(scores(table, eye, mixing)[1], abs=1e-6)
 
 
 def test_leaving_out_one_block_is_exhaustive(rows: torch.Tensor) -> None:

@@ -100,7 +100,7 @@ def test_a_model_with_a_variant_on_it_is_the_model_until_it_is_trained(architect
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GPT2LMHeadModel", "OPTForCausalLM"])
-@pytest.mark.parametrize("variant", sorted(VARIANTS.keys() - {"lora_prune"}))
+@pytest.mark.parametrize("variant", sorted(VARIANTS.keys() - {"lora_prune", "lora"}))
 def test_the_merged_model_computes_what_the_trained_one_did(architecture: str, variant: str, tmp_path: Path) -> None:
     checkpoint, model = pruned_model(architecture, tmp_path)
     sites = sites_of(checkpoint)
