@@ -5,7 +5,7 @@
 MODELS holds `base`, fine-tunes of it, and LoRA adapters `lora-<domain>`; TEXTS a `<domain>.train.txt` and a `<domain>.test.txt` of each. Losses are in
 nats on 16 windows of 256 tokens, spread evenly over the test text; "of the gain" is the share of what the adapter (or the fine-tune) takes off
 the base's loss. Bytes are those of every file that has to be kept: tensors, adapter_config.json, and the sidecar. What is trained is trained on
-the training text, for STEPS steps of BATCH windows of 128 tokens (40 of 4 for the scales of differences), in bfloat16 where torch finds it safe, at one
+the training text, for STEPS steps of BATCH windows of 128 tokens in bfloat16 where torch finds it safe (the scales of differences: 40 of 4, in float32), at one
 learning rate for each kind, and the state is kept that is best on 16 windows of the training text that are held out. Each result goes into the cache at
 once, and what is there is not computed again.
 """
@@ -49,10 +49,10 @@ class Bench:
         self.tokenizer = load_tokenizer(self.base)
         self.rows = {row["key"]: row for line in (cache.read_text().splitlines() if cache.exists() else ()) for row in [json.loads(line)]}
 
-    def lesson(self, domain: str, lr: float, steps: int, batch: int) -> Lesson:
+    def lesson(self, domain: str, lr: float, steps: int, batch: int, autocast: bool = True) -> Lesson:
         """Windows of the training text of a domain, and how to train on them."""
         rows = read_text([self.texts / f"{domain}.train.txt"], self.tokenizer, steps * batch + 16, TRAIN_WINDOW)
-        return Lesson(rows, TrainOptions(steps, lr, batch, schedule="cosine", warmup=0.05, clip=None, evaluations=4, autocast=True))
+        return Lesson(rows, TrainOptions(steps, lr, batch, schedule="cosine", warmup=0.05, clip=None, evaluations=4 if autocast else 2, autocast=autocast))
 
     def measured(self, domain: str, name: str, make: Callable[[Path], str], file_bytes: Callable[[Path], int] | None = None) -> dict[str, Any]:
         """A row: the loss of the model whose reference `make` returns, and the bytes of what it wrote into the folder that it is given."""
@@ -163,7 +163,7 @@ class Bench:
         return f"{base}+{out}"
 
     def difference(self, base: Path, tuned: Path, domain: str, options: DeltaOptions, steps: int, out: Path) -> str:
-        lesson = self.lesson(domain, 3e-2, steps, 4) if steps else None
+        lesson = self.lesson(domain, 3e-2, steps, 4, autocast=False) if steps else None
         save(delta(self.base, Checkpoint.open(tuned), options, lesson), out)
         return f"{base}+{out}"
 
