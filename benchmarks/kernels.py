@@ -2,9 +2,9 @@
 
     python benchmarks/kernels.py [--threads 1,2] [--tokens 1,2,4,8,16,32,64] [--shapes 4096x4096,...] [--seconds 2]
 
-Everything of a line runs in turns in one process, each time on another copy of the weight, 64 MB of them and more, so that no cache of a core holds it; the best
-time counts, for a busy machine can only add to it. "read" is the time in which the same threads read the same bytes and do nothing else: a C loop,
-compiled here. torch's operator has a vector path for bfloat16 alone; with float32 it is timed twice and only where it ends within a second.
+Everything of a line runs in turns in one process, each time on another copy of the weight, 64 MB of them and more, so that no cache of a core holds it; the
+best time counts, for a busy machine can only add to it. "of reading" compares with the time in which the same threads read the same bytes and do nothing
+else: a C loop, compiled here. torch's operator has a vector path for bfloat16 alone; with float32 it runs twice, and only with few tokens.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ def line(layer: Layer, tokens: int, dtype: torch.dtype, seconds: float, read: Ca
     x = torch.randn(tokens, width).to(dtype)
     zeros = torch.stack([layer.scale.float(), torch.zeros(layer.scale.shape)], -1).transpose(0, 1).contiguous().to(dtype)  # [groups, rows, 2]
     packed, torchs, again = cycle(layer.packed), cycle(layer.torchs), cycle(layer.packed)
+    next(again)  # never the copy that was just multiplied
     dense = cycle(layer.dense if dtype == torch.bfloat16 else [weight.to(dtype) for weight in layer.dense[:2]])
     candidates: dict[str, Callable[[], object]] = {
         "ours": lambda: packed_linear(x, next(packed), layer.scale, None, 4, GROUP),
@@ -124,7 +125,8 @@ def table(layers: dict[str, Layer], tokens: list[int], seconds: float, read: Cal
                 ours = times["ours"]
                 int4 = f"{times['int4'] / ours:.1f}x" if "int4" in times else "-"
                 share = f"{times['read'] / ours * layer.nbytes / layer.packed[0].nbytes:.0%}"
-                print(f"| {name} | {count} | {ours * 1e3:.2f} | {layer.nbytes / ours / 1e9:.1f} | {share} | {int4} | {times['dense'] / ours:.1f}x |", flush=True)
+                speed, dense = f"{layer.nbytes / ours / 1e9:.1f}", f"{times['dense'] / ours:.1f}x"
+                print(f"| {name} | {count} | {ours * 1e3:.2f} | {speed} | {share} | {int4} | {dense} |", flush=True)
 
 
 def widths(seconds: float) -> None:

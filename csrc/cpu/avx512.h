@@ -63,9 +63,12 @@ template <class From, int BITS> struct Floats : From {
   // The code that element e of vector v is multiplied by.
   static constexpr int code(int v, int e) { return From::LANE * e + v; }
   template <int V> __m512 weights(__m512i raw) const {
-    if constexpr (BITS <= 4) return _mm512_permutexvar_ps(_mm512_srli_epi32(raw, STEP * V), table);
-    const __m512i top = _mm512_slli_epi32(_mm512_xor_si512(raw, _mm512_set1_epi8(char(1 << (BITS - 1)))), 32 - 8 * V - BITS);
-    return _mm512_cvtepi32_ps(_mm512_srai_epi32(top, 32 - BITS));
+    if constexpr (BITS <= 4) {
+      return _mm512_permutexvar_ps(_mm512_srli_epi32(raw, STEP * V), table);
+    } else {  // the table is too short: the code's first bit is turned over, which makes it signed, and it is brought to the top of its lane and back
+      const __m512i top = _mm512_slli_epi32(_mm512_xor_si512(raw, _mm512_set1_epi8(char(1 << (BITS - 1)))), 32 - 8 * V - BITS);
+      return _mm512_cvtepi32_ps(_mm512_srai_epi32(top, 32 - BITS));
+    }
   }
   static __m512 add(__m512 sums, __m512 weights, const void *x) { return _mm512_fmadd_ps(weights, _mm512_load_ps(x), sums); }
   static Number number(float value) { return value; }
