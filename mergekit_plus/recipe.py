@@ -376,10 +376,9 @@ class _Finish:
             self.measured = self._measure(folder)
         except CompressError as error:
             self.unmeasured = error
-        table = self.measured[0] if self.measured else []
+        table, verdicts, sampled = self.measured or ([], [], [])
         self.sparsity = sparsity_report(self.recipe, folder)
-        sampled = self.measured[2] if self.measured else []
-        return small_files(self.recipe, self.built.inputs, manifest, self.out, self.options.max_shard_size, table, self.sparsity, sampled)
+        return small_files(self.recipe, self.built.inputs, manifest, self.out, self.options.max_shard_size, table, verdicts, sampled, self.sparsity)
 
     def publish(self, upload: Upload, folder: Path, manifest: Manifest) -> None:
         """Give the repository what lies in the folder, unless a check failed."""

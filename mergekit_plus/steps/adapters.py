@@ -189,10 +189,11 @@ class TrainAdapterStep(LessonStep):
 
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
         from quant.adapters.neurons import train_neurons
-        from quant.adapters.train import LR, RELATIVE_LR, train_adapter
+        from quant.adapters.principal import RATES
+        from quant.adapters.train import LR, train_adapter
 
         base = inputs[self.base]
-        lesson = self.lesson(base, how, LR if self.init == "lora" else RELATIVE_LR)
+        lesson = self.lesson(base, how, RATES.get(self.init, LR))
         if self.neurons is not None:
             return self.told(train_neurons(base, lesson, self._neurons()), lesson)
         moments = moments_of(self.calibration, base, how) if self.calibration else None

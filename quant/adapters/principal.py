@@ -21,6 +21,7 @@ from mergekit_plus.adapters.weighted import damped
 from .latent import Latent, size_of
 
 Init = Literal["lora", "pissa", "corda-ipm", "corda-kpm"]
+RATES = {"pissa": 1e-2, "corda-ipm": 1e-2, "corda-kpm": 1e-1}  # learning rates by default, relative to the components: the last are small
 
 
 def components(weight: Tensor, gram: Tensor | None, rank: int, init: Init, name: str) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,7 @@ from .container import Entry, packed_specs, packed_tensors, rows_of, sidecar
 from .factors import Gauge, encode_pair, turned, wanted
 from .latent import Factors, Latent, Teacher, attached, size_of, small
 from .modules import check_trained, factor_entries, factor_names
-from .pools import Sharing, pooled
+from .pools import Sharing, check_pools, pooled
 from .principal import Init, Shifted, components
 from .ranks import ranks_within, sensitivities
 
@@ -208,6 +208,8 @@ def train_adapter(
         ranks, notes = _within(dense, lesson, options.budget, options.rank, modules, progress)
     twice = 1 if options.init == "lora" else 2  # what starts from components of the weight has these taken away
     products = [Product(name, min(twice * ranks[name], *module.shape), module.shape) for name, module in modules.items() if ranks[name]]
+    if options.sharing is not None:
+        check_pools(products, options.rank, options.sharing)
     specs = [spec for product in products for spec in product.specs("F16" if coding is None else "F32")]
     entries = [] if coding is None else factor_entries(specs, [coding] * len(products))
 
