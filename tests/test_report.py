@@ -224,3 +224,40 @@ def test_the_program_writes_the_page_after_a_run_and_later(tmp_path: Path) -> No
     assert "from start to end" in (tmp_path / "out-report.html").read_text()
     assert list(compress("report", "out", "-o", "again.html")) == ["wrote again.html"]
     assert "1 of 1" in (tmp_path / "again.html").read_text()
+
+
+# ---- whatever the program writes ----
+
+TRAINED = {"text": {"texts": [str(TEXT)]}, "steps": 1, "batch": 1}
+MODEL, TWO = {"m": "code"}, {"base": "base", "m": "code"}
+COMPACT = {"fold": {"share": 2, "compact": True, "relax": "lora:2"}}
+OUTPUTS: dict[str, tuple[dict[str, str], list[dict[str, Any]], str]] = {  # inputs, steps, and what is told of each layer
+    "a copy": (MODEL, [], "bits"),
+    "packed": (MODEL, [{"quantize": {"bits": 4, "group_size": 32, "symmetric": False}}], "bits error"),
+    "gptq": (MODEL, [{"quantize": {"bits": 4, "group_size": 32}}, {"convert": {"to": "gptq"}}], "bits error"),
+    "FP8": (MODEL, [{"quantize": {"scheme": "FP8"}}], "bits error"),
+    "NVFP4": (MODEL, [{"quantize": {"scheme": "NVFP4"}}], "bits error"),
+    "moments": (MODEL, [{"calibrate": {"text": {"texts": [str(TEXT)], "windows": 1, "window": 32}}}], ""),
+    "neurons": (MODEL, [{"prune": {"structured": {"mlp": 0.25}}}], "bits zeros"),
+    "fewer blocks": (MODEL, [{"fold": {"keep": [0, 1, 3]}}], "bits"),
+    "compact": (MODEL, [COMPACT], "error"),
+    "a base for peft": (MODEL, [COMPACT, {"export_fold": {"part": "base", "layout": "lora"}}], "bits error"),
+    "an adapter for peft": (MODEL, [COMPACT, {"export_fold": {"part": "adapter", "layout": "lora"}}], "bits"),
+    "an adapter": (TWO, [{"extract_adapter": {"base": "base", "tuned": "m", "rank": 2, "save_rest": True}}], "bits"),
+    "a packed adapter": (TWO, [{"extract_adapter": {"base": "base", "tuned": "m", "rank": 2}}, {"quantize_adapter": {"bits": 4}}], ""),
+    "a trained adapter": (MODEL, [{"train_adapter": {"base": "m", "rank": 2, **TRAINED}}], ""),
+    "trained neurons": (MODEL, [{"train_adapter": {"base": "m", "neurons": 2, **TRAINED}}], ""),
+    "a delta": (TWO, [{"delta": {"base": "base", "tuned": "m"}}], ""),
+    "a mixture": (TWO, [{"moe": {"base_model": "base", "experts": [{"source_model": "m"}, {"source_model": "base"}], "gate_mode": "random"}}], "bits"),
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_every_kind_of_output_can_be_told_of(kind: str, tmp_path: Path) -> None:
+    inputs, steps, grids = OUTPUTS[kind]
+    run(check({"inputs": {name: str(MODELS / ref) for name, ref in inputs.items()}, "steps": steps}, tmp_path, kind), Execution(out=tmp_path / "out"))
+    facts = gather(tmp_path / "out")
+    assert 0 <= sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) - facts.sizes[-1][1] < 20_000  # of headers
+    assert list(facts.grids) == grids.split()
+    assert facts.notes == ()
+    assert Tags(page(facts)).open == []

@@ -20,7 +20,7 @@ from ..checks import Row
 from ..diff import diff
 from ..errors import CheckpointError, CompressError
 from ..inspection import stored_bytes
-from ..model import describe, layer_of
+from ..model import adapter_reason, describe, layer_of
 from ..progress import Progress, quiet
 from ..provenance import RECIPE, RESULTS
 from ..recipe import Built, Recipe, build, load
@@ -126,20 +126,31 @@ def _sizes(built: Built | None, result: Checkpoint) -> tuple[tuple[str, int], ..
 
 
 def _grids(result: Checkpoint, reference: Checkpoint | None, pruned: bool) -> dict[str, Grid]:
-    """Bits, zeros where some were made, and errors of the linear layers."""
+    """Bits, zeros where some were made, and errors of the linear layers.
+
+    Bits are those of tensors as they lie, not of what is expanded from fewer; errors are those of weights that stand where the reference has theirs: where
+    blocks went, others have their numbers, and factors of an adapter may differ where their product does not.
+    """
     dense = dequantize(result) if is_packed(result) else result
     linears = {name: name.rpartition(".")[0] + "." for name in describe(dense).linears if layer_of(name)}
     if not linears:
         return {}
-    stored = {name: sum(spec.nbytes for own, spec in result.specs.items() if own.startswith(prefix)) for name, prefix in linears.items()}
-    grids = {"bits": _grid({name: 8 * stored[name] / dense.specs[name].numel for name in linears})}
+    grids: dict[str, Grid] = {}
+    if stored_bytes(result) == result.nbytes:
+        stored = {name: sum(spec.nbytes for own, spec in result.specs.items() if own.startswith(prefix)) for name, prefix in linears.items()}
+        grids["bits"] = _grid({name: 8 * stored[name] / dense.specs[name].numel for name in linears})
     if pruned:
         grids["zeros"] = _grid({name: zero / count for name, (zero, count) in zeros_of(dense).items() if name in linears})
-    if reference is not None:
+    if reference is not None and adapter_reason(result) is None and _places(reference) == _places(dense):
         found = {tensor.name: tensor.relative for tensor in diff(reference, dense).tensors if tensor.name in linears}
         if any(found.values()):
             grids["error"] = _grid(found)
     return grids
+
+
+def _places(model: Checkpoint) -> set[tuple[str, int] | None]:
+    """The blocks of each stack."""
+    return {layer_of(name) for name in model.specs}
 
 
 def _reference(built: Built, recipe: Recipe) -> tuple[Checkpoint | None, str]:
