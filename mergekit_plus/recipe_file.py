@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ from .steps import (
     with_files,
 )
 from .template import expand
+
+LONGEST = 200  # characters of an output's name, which others are made of
 
 
 class Input(Strict):
@@ -154,7 +157,12 @@ def outs(recipes: Mapping[str, Recipe], out: Path | None) -> dict[str, Path | No
         if parse_target(str(out)):
             raise RecipeError(f"-o {out}: a recipe with a matrix is several models; name a repository for each in the recipe, as in `out: hf://org/name-$bits`")
         end = ".safetensors" if out.suffix == ".safetensors" else ""
-        return {name: out.with_name(re.sub(r"[^\w.]+", "-", f"{out.name.removesuffix(end)}-{name}{end}")) for name in recipes}
+        stems = {name: re.sub(r"[^\w.-]+", "-", f"{out.name.removesuffix(end)}-{name}").rstrip("-") for name in recipes}
+        if twice := next((stem for stem, count in Counter(stems.values()).items() if count > 1), None):
+            raise RecipeError(f"-o {out}: two combinations would be written to {twice}; name outputs in the recipe, as in `out: model-$bits`")
+        if max(map(len, stems.values())) > LONGEST:
+            raise RecipeError(f"-o {out}: the values of the matrix are too long to stand in names; name outputs in the recipe, as in `out: model-$bits`")
+        return {name: out.with_name(f"{stem}{end}") for name, stem in stems.items()}
     places: dict[str, str] = {}
     for name, recipe in recipes.items():
         if recipe.out in places:

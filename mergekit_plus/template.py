@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import string
 from collections.abc import Mapping, Sequence
@@ -59,7 +60,12 @@ def expand(document: Mapping[str, Any], folder: Path, given: Mapping[str, Any]) 
 
 def label(combination: Mapping[str, Any]) -> str:
     """A combination as people read it."""
-    return ", ".join(f"{name}={value}" for name, value in combination.items())
+    return ", ".join(f"{name}={_said(value)}" for name, value in combination.items())
+
+
+def _said(value: Any) -> str:
+    """A value inside of a text, true and null as YAML writes them."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _filled(document: Document, values: Mapping[str, Any]) -> Document:
@@ -92,7 +98,7 @@ def _text(text: str, values: Mapping[str, Any], unknown: dict[str, None]) -> Any
     for name in names:
         if isinstance(values[name], list | dict):
             raise RecipeError(f"'{text}': {name} is {values[name]!r}, which cannot stand inside of a text")
-    return template.substitute(values)
+    return template.substitute({name: _said(values[name]) for name in names})
 
 
 def _value(name: str, default: Any) -> Any:

@@ -146,3 +146,22 @@ def test_a_recipe_of_mergekits_has_no_variables(tmp_path: Path) -> None:
     (tmp_path / "merge.yml").write_text("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n")
     with pytest.raises(RecipeError, match="--set bits: mergekit's YAML has no variables"):
         load(tmp_path / "merge.yml", given={"bits": 3})
+
+
+def test_values_stand_in_names_as_yaml_writes_them() -> None:
+    made = expand({"matrix": {"a": [True, None, 0.5]}, "out": "m-$a", "steps": ["$a"]}, Path(), {})
+    assert list(made) == ["a=true", "a=null", "a=0.5"]
+    assert [(one["out"], one["steps"]) for one in made.values()] == [("m-true", [True]), ("m-null", [None]), ("m-0.5", [0.5])]
+
+
+def test_names_made_of_odd_values_differ_and_are_no_longer_than_files_may_have(tmp_path: Path) -> None:
+    def placed(values: str) -> list[str]:
+        steps = "steps: [{quantize: {bits: 4, exclude: [$x]}}]"
+        (tmp_path / "odd.yaml").write_text(f"matrix: {{x: {values}}}\ninputs: {{m: m}}\n{steps}\n")
+        return [str(place) for place in outs(load_all(tmp_path / "odd.yaml"), Path("new.safetensors")).values()]
+
+    assert placed("['-0.5', '0.5', '[a, b]']") == ["new-x--0.5.safetensors", "new-x-0.5.safetensors", "new-x-a-b.safetensors"]
+    with pytest.raises(RecipeError, match="two combinations would be written to new-x-a-b; name outputs in the recipe"):
+        placed("['a b', 'a:b']")
+    with pytest.raises(RecipeError, match="the values of the matrix are too long to stand in names"):
+        placed(f"[{'a' * 300}]")
