@@ -263,13 +263,19 @@ def _target(recipe: Recipe, how: Execution) -> tuple[Path, Target | None]:
 
 
 def _check_out(recipe: Recipe, result: Checkpoint, out: Path) -> None:
-    """Refuse one file for what needs the config.json beside it, and texts for what is no model."""
+    """Refuse one file for what needs the config.json beside it, and checks of models for what is none."""
     if not recipe.steps and DELTA_QUANT in result.files:
         raise RecipeError(f"{adapter_reason(result)}; name the base with --base")
-    if {ADAPTER_CONFIG, DELTA_QUANT} & result.files.keys() and (out.suffix == ".safetensors" or recipe.checks.texts):
+    of_models = [name for name in ("texts", "load", "sample") if getattr(recipe.checks, name)]
+    if {ADAPTER_CONFIG, DELTA_QUANT} & result.files.keys() and (out.suffix == ".safetensors" or of_models):
         folder = out.with_suffix("") if out.suffix == ".safetensors" else out
-        raise RecipeError(f"{out}: an adapter is a folder, for the JSON beside its tensors, and texts are measured on models; write to {folder}, without texts")
+        without = " and ".join(of_models) or "texts"
+        raise RecipeError(
+            f"{out}: an adapter is a folder, for the JSON beside its tensors, and texts are measured on models; write to {folder}, without {without}"
+        )
     if out.suffix != ".safetensors":
+        if of_models and not result.config.get("model_type"):
+            raise RecipeError(f"checks: {' and '.join(of_models)} need a config.json that says what model it is; {result.label} has none, so leave them out")
         return
     folder = out.with_suffix("")
     if result.config.get("quantization_config"):
@@ -278,7 +284,7 @@ def _check_out(recipe: Recipe, result: Checkpoint, out: Path) -> None:
         )
     if result.config.get("model_type") == COMPACT:
         raise RecipeError(f"{out}: a compact model needs a folder, because its config.json says which blocks share; write to the folder {folder}")
-    if recipe.checks.texts or recipe.checks.load or recipe.checks.sample:
+    if of_models:
         raise RecipeError(f"{out}: a text is measured on a model, which needs its config.json; write to the folder {folder}")
 
 

@@ -30,7 +30,7 @@ def attempt(folder: Path, checks: Checks) -> tuple[list[Verdict], list[Sampled]]
             model = _loaded(folder)
             sampled = [_continued(model, folder, sample.prompt, sample.tokens) for sample in checks.sample]
     except Exception as error:  # whatever it is that a user of the output would meet
-        reason = " ".join(str(error).split())[:_SHOWN] or type(error).__name__
+        reason = " ".join(str(error).replace(str(folder), "the output").split())[:_SHOWN] or type(error).__name__
         return [Verdict(what, False, "failed", f"{what} failed: {reason}")], []
     return [Verdict(what, True, "all weights in place", "")], sampled
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_plus.checkpoint import Checkpoint, save
 from mergekit_plus.checks import Checks
+from mergekit_plus.errors import RecipeError
 from mergekit_plus.recipe import check, run
 from mergekit_plus.steps import Execution
 from mergekit_plus.trial import attempt
@@ -69,3 +72,16 @@ def test_a_recipe_tries_its_output_and_the_card_shows_the_sample(tmp_path: Path)
     assert outcome.failures == ["the share of zeros is 0, at least 0.5 is wanted"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"## Samples\n\nThe likeliest token each time, after the prompt in the first line.\n\n```text\nimport \n{outcome.sampled[0]['text']}\n```" in card
+
+
+@pytest.mark.parametrize("asked", [{"load": True}, {"sample": "import "}])
+def test_what_is_no_model_is_refused_before_anything_is_written(asked: dict[str, Any], tmp_path: Path) -> None:
+    (name,) = asked
+    inputs = {"base": str(MODELS / "base"), "code": str(MODELS / "code")}
+    extract = {"inputs": inputs, "steps": [{"extract_adapter": {"base": "base", "tuned": "code", "rank": 2}}], "checks": asked}
+    with pytest.raises(RecipeError, match=f"out: an adapter is a folder, .* write to .*out, without {name}"):
+        run(check(extract, tmp_path, "test"), Execution(out=tmp_path / "out"))
+    save(Checkpoint("file", Checkpoint.from_tensors({"w": torch.ones(2, 2)}).source), tmp_path / "file.safetensors")
+    with pytest.raises(RecipeError, match=f"checks: {name} need a config.json that says what model it is; .*file.safetensors has none"):
+        run(check({"inputs": {"file": "file.safetensors"}, "checks": asked}, tmp_path, "test"), Execution(out=tmp_path / "out"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.manifest.json", "file.safetensors"]
