@@ -65,6 +65,11 @@ class Verdict:
     found: str
     sentence: str
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As results hold it."""
+        return {"check": self.what, "kept": self.kept, "found": self.found}
+
 
 class Checks(BaseModel):
     """What is measured on the result, and what it must reach."""
@@ -128,7 +133,7 @@ def measure(checkpoint: Checkpoint, checks: Checks, folder: Path, progress: Prog
     texts = {name: read_text(folder / text) for name, text in checks.texts.items()}
     model = load(checkpoint, progress=progress, as_dequantized=True)
     other = load(reference, progress=progress, as_dequantized=True) if reference else None
-    tokenizer = load_tokenizer(checkpoint if reference is None or _has_tokenizer(checkpoint) else reference)
+    tokenizer = load_tokenizer(checkpoint if reference is None or has_tokenizer(checkpoint) else reference)
     for name, text in texts.items():
         ids = tokenize(tokenizer, text)
         row[f"ppl {name}"] = perplexity(model, ids, window=checks.window, limit=checks.windows, progress=progress).value
@@ -196,7 +201,8 @@ def _zeros(checkpoint: Checkpoint) -> float:
     return share
 
 
-def _has_tokenizer(checkpoint: Checkpoint) -> bool:
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether one lies beside the weights."""
     return any("token" in name for name in checkpoint.files)
 
 

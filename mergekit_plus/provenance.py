@@ -48,7 +48,7 @@ def small_files(
     models = [there.repo for model in inputs.values() for part in model.pinned.split("+") if (there := parse_reference(part))]
     files = {RECIPE: text, CARD: card(refs, models, _plain_steps(recipe, out), text.decode(), table, sparsity, sampled)}
     if table:
-        checks = [{"check": verdict.what, "kept": verdict.kept, "found": verdict.found} for verdict in verdicts]
+        checks = [verdict.facts for verdict in verdicts]
         measured = [*table[:-1], {**table[-1], "model": "output"}]  # wherever it is
         files[RESULTS] = _json({"measured": measured, "checks": checks, "sampled": sampled})
     return files if sparsity is None else {**files, SPARSITY: _json(sparsity)}
@@ -74,7 +74,6 @@ def sparsity_report(recipe: Recipe, out: Path) -> dict[str, Any] | None:
     except CompressError:
         return None
     return sparsity_facts(asked.asked, zeros)
-
 
 
 def check_digests(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manifest) -> None:
@@ -110,7 +109,7 @@ def _resolved(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manife
         del content["out"]
     content["inputs"] = {
         name: {
-            "ref": inputs[name].pinned or _relative(recipe.resolve(source.ref), out),
+            "ref": inputs[name].pinned or relative(recipe.resolve(source.ref), out),
             "sha256": _digests(recipe.resolve(source.ref), inputs[name], manifest),
         }
         for name, source in recipe.inputs.items()
@@ -119,7 +118,7 @@ def _resolved(recipe: Recipe, inputs: Mapping[str, Checkpoint], manifest: Manife
     if shard_size != DEFAULT_SHARD_SIZE:
         content["max_shard_size"] = str(shard_size)
     if "checks" in content and recipe.checks.texts:
-        content["checks"]["texts"] = {name: _relative(str(recipe.folder / text), out) for name, text in recipe.checks.texts.items()}
+        content["checks"]["texts"] = {name: relative(str(recipe.folder / text), out) for name, text in recipe.checks.texts.items()}
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120).encode()
 
 
@@ -142,9 +141,10 @@ def _plain_steps(recipe: Recipe, out: Path) -> list[dict[str, dict[str, Any]]]:
     return steps
 
 
-def _relative(ref: str, out: Path) -> str:
+def relative(ref: str, out: Path) -> str:
+    """A reference as a file in the folder `out` names it: paths relative to that, those on the Hub as they are, and so each part of `model+adapter`."""
     if len(parts := split_reference(ref)) > 1:
-        return "+".join(_relative(part, out) for part in parts)
+        return "+".join(relative(part, out) for part in parts)
     return os.path.relpath(os.path.abspath(ref), os.path.realpath(out)) if Path(ref).exists() else ref
 
 

@@ -193,7 +193,7 @@ def outcome_facts(outcome: Outcome) -> dict[str, Any]:
         "out": str(outcome.out), "commit": outcome.published and outcome.published[1],
         "bytes": sum(file["bytes"] for file in outcome.manifest.outputs.values()),
         "outputs": outcome.manifest.outputs, "inputs": outcome.manifest.inputs, "measured": outcome.table, "failures": outcome.failures,
-        "checks": [{"check": verdict.what, "kept": verdict.kept, "found": verdict.found} for verdict in outcome.verdicts], "sampled": outcome.sampled,
+        "checks": [verdict.facts for verdict in outcome.verdicts], "sampled": outcome.sampled,
         "searched": outcome.searched, "sparsity": outcome.sparsity,
     }  # fmt: skip
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 
+import yaml
+
 from quant import Scheme
 from quant.plan import is_packed, quantize
 
 from .checkpoint import Checkpoint
+from .checks import has_tokenizer
 from .errors import CheckpointError
 from .evaluate import size
 from .model import adapter_reason, describe
@@ -17,13 +20,13 @@ TEMPLATE = """\
 # yaml-language-server: $schema=recipe.schema.json
 # What becomes of {label}: {about}.
 #
-#   compress run recipe.yaml --dry-run              what would be read and written, and what that takes; reads headers only
-#   compress run recipe.yaml                        writes {name}-4bit
-#   compress run recipe.yaml --set model=./another  the same of another model
+#   compress run {recipe} --dry-run              what would be read and written, and what that takes; reads headers only
+#   compress run {recipe}                        writes {name}-4bit
+#   compress run {recipe} --set model=./another  the same of another model
 #
 # Paths are relative to this file. `compress methods` lists every method and its options.
 variables:
-  model: {ref}
+  {ref}
 inputs:
   model: $model
   # base: org/base                                  # to merge with, and to measure against
@@ -40,14 +43,15 @@ checks:                                             # what is not kept makes the
     bits_per_weight: {bits}{pad}# that of the model: {before:.4g}
     # perplexity_ratio: 1.05                        # needs texts and against
     # kl: 0.05
-out: {name}-4bit
+{out}
 """
 
 
-def starter(model: Checkpoint, ref: str, name: str) -> str:
+def starter(model: Checkpoint, ref: str, name: str, recipe: str = "recipe.yaml") -> str:
     """The text of a recipe that quantizes a model to 4 bits and checks it, from the model's headers alone.
 
-    ref: where the model is, as seen from the recipe. name: what its outputs are called after. Errors: CheckpointError for what is packed or an adapter.
+    ref: where the model is, as seen from the recipe. name: what its outputs are called after. recipe: the file's own name.
+    Errors: CheckpointError for what is packed or an adapter.
     """
     if reason := adapter_reason(model):
         raise CheckpointError(f"{reason}; `compress adapter quantize {ref}` makes it small")
@@ -60,9 +64,14 @@ def starter(model: Checkpoint, ref: str, name: str) -> str:
     bits = f"{math.ceil(after.bits_per_weight * 10) / 10:g}"
     kind = next(iter(model.config.get("architectures") or ["a checkpoint without config.json"]))
     about = f"{kind}, {before.parameters / 1e6:.4g} M parameters, {before.nbytes / 1e6:.4g} MB"
-    tokenizer = any("token" in file for file in model.files)
-    sample = "  sample: The meaning of life is                    # how the output goes on with it; shown on the model card\n" if tokenizer else ""
+    sample = "  sample: The meaning of life is                    # how the output goes on with it; shown on the model card\n" if has_tokenizer(model) else ""
     return TEMPLATE.format(
-        label=model.label, about=about, name=name, ref=ref, group=group, load=str(bool(model.config)).lower(), sample=sample, bits=bits,
+        label=model.label, about=about, name=name, recipe=recipe, ref=_line("model", ref), out=_line("out", f"{name}-4bit".replace("$", "$$")),
+        group=group, load=str(bool(model.config)).lower(), sample=sample, bits=bits,
         pad=" " * (31 - len(bits)), pad_group=" " * (12 - len(str(group))), before=before.bits_per_weight,
     )  # fmt: skip
+
+
+def _line(key: str, text: str) -> str:
+    """A key with a text as YAML, in quotes where it would be a number or more than a text."""
+    return yaml.safe_dump({key: text}, allow_unicode=True, width=math.inf).rstrip()

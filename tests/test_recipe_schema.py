@@ -93,3 +93,12 @@ def test_what_is_small_already_has_no_recipe_to_begin_with(tmp_path: Path) -> No
     run(load(tmp_path / "recipe.yaml"), Execution(out=tmp_path / "out"))
     with pytest.raises(CheckpointError, match="out is quantized already; begin with the model that it was made from"):
         starter(Checkpoint.open(tmp_path / "out"), "out", "out")
+
+
+@pytest.mark.parametrize("name", ["123", "a: b", "it's", "no", "2026-01-02", "cost$5"])
+def test_a_recipe_to_begin_with_names_its_model_whatever_that_is_called(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).symlink_to(MODELS / "code")
+    (tmp_path / "new.yaml").write_text(starter(Checkpoint.open(MODELS / "code"), name, name, "new.yaml"))
+    recipe = load(tmp_path / "new.yaml")
+    assert (recipe.inputs["model"].ref, recipe.out) == (name, f"{name}-4bit")
+    assert "compress run new.yaml " in (tmp_path / "new.yaml").read_text()

@@ -84,8 +84,25 @@ def test_a_combination_that_cannot_be_made_is_an_error_and_keeps_no_other_from_b
     refused_with = "out-share-0.25 exists already"
     assert done.returncode == 2
     assert refused_with in done.stderr
+    assert "compress: recipe (share=0.25): " in done.stderr
     assert refused_with in str(suites(folder / "junit.xml")["recipe (share=0.25)"]["written"])
     assert (folder / "out-share-2" / "model.safetensors").is_file()
+
+
+def test_an_error_hides_no_failed_check_of_another_combination(folder: Path) -> None:
+    (folder / "recipe.yaml").write_text(RECIPE % 60)
+    (folder / "out-share-0.25.safetensors").write_text("mine")
+    done = ran(folder, "-o", "out.safetensors")
+    assert done.returncode == 2
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("compress: recipe (share=0.25): ")
+    assert "out-share-0.25.safetensors exists already" in said
+    assert said.endswith("; check failed: recipe (share=2): the tensors take 6.4e-05 MB, at most 6e-05 MB are wanted")
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(folder: Path) -> None:
+    refused(ran(folder, "-o", "out.safetensors", "--report"), "--report: a page is written about a local folder, and the output is out-share-0.25.safetensors")
+    assert sorted(path.name for path in folder.iterdir()) == ["a.safetensors", "b.safetensors", "recipe.yaml"]
 
 
 def test_variables_are_set_on_the_command_line_and_wrong_ones_refused(folder: Path) -> None:

@@ -41,6 +41,8 @@ def run(
 
     recipes = load_all(recipe, mergekit_lenient, settings(set_variable, "--set"))
     places = outs(recipes, how.out)
+    if report:
+        _can_report([str(places[combination] or one.out) for combination, one in recipes.items()])
     runs, told, refused = list[Ran](), list[dict[str, object]](), list[CompressError | CheckFailed]()
     for combination, one in recipes.items():
         name, began = f"{recipe.stem} ({combination})" if combination else recipe.stem, time.monotonic()
@@ -48,7 +50,7 @@ def run(
         try:
             facts, lines, outcome = carried_out(one, replace(how, out=places[combination]), None)
         except (CompressError, CheckFailed) as error:  # it keeps no other combination from being carried out
-            refused.append(error)
+            refused.append(type(error)(f"{name}: {error}") if len(recipes) > 1 else error)
             facts, lines = {"error": str(error)}, [f"failed: {error}"] if combination else []
         if report and outcome is not None:
             lines.append(f"wrote {_page(outcome, time.monotonic() - began)}")
@@ -63,13 +65,23 @@ def run(
     _raise(refused, runs)
 
 
-def _page(outcome: Outcome, seconds: float) -> Path:
-    """The page about what a run wrote."""
+def _can_report(places: Sequence[str]) -> None:
+    """Refuse, before hours of work, outputs that no page can be written beside."""
+    from mergekit_plus.checkpoint.upload import parse_target
     from mergekit_plus.errors import OptionError
+    from mergekit_plus.report.plots import need_matplotlib
+
+    need_matplotlib()
+    for place in places:
+        if parse_target(place) or place.endswith(".safetensors"):
+            raise OptionError(f"--report: a page is written about a local folder, and the output is {place}; name a folder with -o, or leave --report out")
+
+
+def _page(outcome: Outcome, seconds: float) -> Path:
+    """The page about the folder that a run wrote."""
     from mergekit_plus.report import Spent, gather, page
 
-    if not isinstance(outcome.out, Path) or not outcome.out.is_dir():
-        raise OptionError(f"--report: a page is written about a local folder, and this run wrote {outcome.out}")
+    assert isinstance(outcome.out, Path)
     spent = Spent(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     path = outcome.out.with_name(f"{outcome.out.name}-report.html")
     path.write_text(page(gather(outcome.out, spent)), encoding="utf-8")
@@ -94,11 +106,15 @@ def _raise(refused: Sequence[Exception], runs: Sequence[Ran]) -> None:
     from mergekit_plus.errors import CheckFailed, CompressError
 
     mistakes = [error for error in refused if isinstance(error, CompressError)]
-    if mistakes:
-        raise mistakes[0] if len(mistakes) == 1 else CompressError(f"{len(mistakes)} of {len(runs)} combinations failed: {mistakes[0]}; ...")
+    kept_back = [str(error) for error in refused if isinstance(error, CheckFailed)]
     failures = [f"{run.name}: {sentence}" if len(runs) > 1 else sentence for run in runs if run.outcome for sentence in run.outcome.failures]
-    if failures or refused:
-        raise CheckFailed("; ".join([*map(str, refused), *failures]))
+    if mistakes:
+        several = f"{len(mistakes)} of {len(runs)} combinations failed: {mistakes[0]}; ..."
+        said = str(mistakes[0]) if len(mistakes) == 1 else several
+        checks = [f"check failed: {'; '.join([*kept_back, *failures])}"] if kept_back or failures else []
+        raise CompressError("; ".join([said, *checks]))
+    if failures or kept_back:
+        raise CheckFailed("; ".join([*kept_back, *failures]))
 
 
 @app.command()
@@ -109,11 +125,12 @@ def init(
 ) -> None:
     """Write a recipe to begin with, in comments what else one may want, and beside it the schema that editors read: `compress init org/model`."""
     from mergekit_plus.errors import OutputError
+    from mergekit_plus.provenance import relative
     from mergekit_plus.recipe_schema import as_json
     from mergekit_plus.starter import starter
 
     opened = open_model(model)
-    text = starter(opened, os.path.relpath(model, out.parent) if Path(model).exists() else model, beside(model, "", "folder").name.rstrip("-"))
+    text = starter(opened, relative(model, out.parent), beside(model, "", "folder").name.rstrip("-"), out.name)
     for path, content in ((out, text), (out.with_name("recipe.schema.json"), as_json())):
         if path.exists() and not overwrite and path.read_text(encoding="utf-8") != content:
             raise OutputError(f"{path} exists already; name another recipe with -o, or replace it with --overwrite")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,9 @@ CELLS = 24  # blocks whose cells have room for a number
 
 def plots(facts: Facts) -> dict[str, Any]:
     """The figures that these facts have something for, by name. Errors: OptionError without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise OptionError("a report needs matplotlib: pip install 'mergekit-plus[plot]'") from None
+    need_matplotlib()
+    import matplotlib
+
     matplotlib.use("Agg")
     made: dict[str, Any] = {"sizes": bars([label for label, _ in facts.sizes], [size / 1e6 for _, size in facts.sizes], "MB", "{:.3g}")}
     made |= {name: heat(grid, PRECISION[name], SPAN[name]) for name, grid in facts.grids.items()}
@@ -36,6 +36,12 @@ def plots(facts: Facts) -> dict[str, Any]:
         rows = [row for row in facts.table if f"ppl {text}" in row]
         made[f"perplexity {text}"] = bars([_short(str(row["model"])) for row in rows], [row[f"ppl {text}"] for row in rows], f"perplexity, {text}", "{:.4g}")
     return made
+
+
+def need_matplotlib() -> None:
+    """OptionError without it."""
+    if find_spec("matplotlib") is None:
+        raise OptionError("a report needs matplotlib: pip install 'mergekit-plus[plot]'")
 
 
 def bars(labels: Sequence[str], values: Sequence[float], unit: str, number: str) -> Any:
