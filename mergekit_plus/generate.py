@@ -24,7 +24,7 @@ from .checkpoint import Checkpoint
 from .checkpoint.dtypes import TORCH_DTYPES, parse_float_dtype
 from .errors import CheckpointError, OptionError, printable
 from .evaluate import load_tokenizer
-from .model import silent_transformers
+from .model import architecture, silent_transformers
 from .progress import Progress, quiet
 
 TOKENS = 128  # new ones at most, where nothing is said
@@ -85,10 +85,10 @@ def generate(
         raise OptionError("--prompt is empty; give the text to continue")
     tokenizer = load_tokenizer(checkpoint)
     ids = _ids(checkpoint, tokenizer, prompt, chat)
+    config = _config(checkpoint, ids, sampling)
     with _threads(threads), silent_transformers():
-        model = load(checkpoint, dtype or own_dtype(checkpoint), progress or quiet(), adapters).to(device)
-        config = _config(checkpoint, model, ids, sampling)
-        with torch.random.fork_rng():
+        model = load(checkpoint, dtype or own_dtype(checkpoint), progress or quiet(), adapters, device=device)
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(sampling.seed)
             return timed(model, ids, config, _shown(tokenizer, write))
 
@@ -131,16 +131,18 @@ def _ids(checkpoint: Checkpoint, tokenizer: Any, prompt: str, chat: bool) -> Ten
     return torch.tensor(tokenizer(said, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
 
 
-def _config(checkpoint: Checkpoint, model: Any, ids: Tensor, sampling: Sampling) -> Any:
+def _config(checkpoint: Checkpoint, ids: Tensor, sampling: Sampling) -> Any:
     """What `generate` is told: ends as generation_config.json or config.json names them, and no habits of the model's own."""
     from transformers import GenerationConfig
 
-    config = model.config.get_text_config()
-    if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
-        raise CheckpointError(f"{checkpoint.label}: {type(model).__name__} does not predict the next token; a causal language model does")
-    if not len(ids) or int(ids.max()) >= config.vocab_size:
-        raise OptionError(f"the prompt has {len(ids)} tokens, of a vocabulary of {config.vocab_size}" if not len(ids) else
-                          f"token {int(ids.max())} is outside the model's vocabulary of {config.vocab_size}; is the tokenizer another model's?")  # fmt: skip
+    model_class, whole = architecture(checkpoint)
+    config = whole.get_text_config()
+    if getattr(whole, "is_encoder_decoder", False) or not model_class.can_generate():
+        raise CheckpointError(f"{checkpoint.label}: {model_class.__name__} does not predict the next token; a causal language model does")
+    if not len(ids):
+        raise OptionError("the prompt has no tokens; give more of a text to continue")
+    if int(ids.max()) >= config.vocab_size:
+        raise OptionError(f"token {int(ids.max())} is outside the model's vocabulary of {config.vocab_size}; is the tokenizer another model's?")
     longest = getattr(config, "max_position_embeddings", None)
     wanted = sampling.max_new_tokens or max(1, min(TOKENS, (longest or len(ids) + TOKENS) - len(ids)))
     if longest and len(ids) + wanted > longest:

@@ -132,9 +132,10 @@ def layer_entries(part: Part, taken: Sequence[tuple[Part, int]]) -> dict[str, An
         key: {str(new): other.layer_tables[key][layer] for new, (other, layer) in enumerate(taken) if layer in other.layer_tables.get(key, ())}
         for key in part.layer_tables
     }  # fmt: skip
+    # Told by what was said of all layers: what transformers takes for others where nothing is said need not be what it took for these.
     others = [part, *(other for other, _ in taken)]
-    silent = {key for key in lists if all(item == other.per_layer[key][0] for other in others for item in other.per_layer[key])}  # by what there was:
-    silent |= {key for key in sets if not any(other.layer_sets.get(key) for other in others)}  # the default for other layers need not be that for these
+    silent = {key for key in lists if all(item == part.per_layer[key][0] for other in others for item in other.per_layer[key])}
+    silent |= {key for key in sets if not any(other.layer_sets.get(key) for other in others)}
     return {key: value for key, value in {**counts, **lists, **sets, **tables}.items() if key not in silent or key in part.stated}
 
 

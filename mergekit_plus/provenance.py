@@ -18,14 +18,16 @@ from .checkpoint.hub import parse_reference
 from .checkpoint.layout import DEFAULT_SHARD_SIZE
 from .checkpoint.references import split_reference
 from .checkpoint.upload import parse_target
+from .checks import Verdict
 from .errors import CheckpointError, CompressError
 from .steps import TEXT_KEYS, PruneStep, calibrations
 
 if TYPE_CHECKING:
-    from .recipe import Recipe
+    from .recipe_file import Recipe
 
 RECIPE = "recipe.yaml"
 SPARSITY = "sparsity.json"
+RESULTS = "results.json"
 
 
 def small_files(
@@ -35,15 +37,25 @@ def small_files(
     out: Path,
     shard_size: int,
     table: Sequence[Mapping[str, Any]],
+    verdicts: Sequence[Verdict],
+    sampled: Sequence[Mapping[str, str]],
     sparsity: Mapping[str, Any] | None = None,
-    sampled: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, bytes]:
-    """The recipe and the card of an output; `table` is what was measured, `sparsity` the report of its zeros, `sampled` how it goes on with prompts."""
+    """The recipe and the card of an output; `table` is what was measured, `verdicts` what became of checks, `sampled` how it goes on with prompts, `sparsity`
+    the report of its zeros."""
     text = _resolved(recipe, inputs, manifest, out, shard_size)
     refs = [inputs[name].pinned or source.ref for name, source in recipe.inputs.items()]
     models = [there.repo for model in inputs.values() for part in model.pinned.split("+") if (there := parse_reference(part))]
     files = {RECIPE: text, CARD: card(refs, models, _plain_steps(recipe, out), text.decode(), table, sparsity, sampled)}
-    return files if sparsity is None else {**files, SPARSITY: json.dumps(sparsity, indent=2).encode() + b"\n"}
+    if table:
+        checks = [{"check": verdict.what, "kept": verdict.kept, "found": verdict.found} for verdict in verdicts]
+        measured = [*table[:-1], {**table[-1], "model": "output"}]  # wherever it is
+        files[RESULTS] = _json({"measured": measured, "checks": checks, "sampled": sampled})
+    return files if sparsity is None else {**files, SPARSITY: _json(sparsity)}
+
+
+def _json(content: object) -> bytes:
+    return json.dumps(content, indent=2).encode() + b"\n"
 
 
 def sparsity_report(recipe: Recipe, out: Path) -> dict[str, Any] | None:

@@ -41,9 +41,9 @@ from .quantized import Quantized, Scheme
 
 def load(
     checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, progress: Progress | None = None,
-    adapters: Sequence[Adapter] = (), as_dequantized: bool = False,
+    adapters: Sequence[Adapter] = (), as_dequantized: bool = False, device: str = "cpu",
 ) -> Any:  # fmt: skip
-    """The transformers model of a checkpoint, dense or packed, in evaluation mode on the CPU; each tensor is read, or computed, once.
+    """The transformers model of a checkpoint, dense or packed, in evaluation mode; each tensor is read, or computed, once.
 
     dtype: of all that is not packed, and so of the hidden states. adapters: what stands beside its layers. as_dequantized: packed layers compute what
     those of the dequantized model would, bit for bit, see `QuantLinear`. Memory: what is packed as it is stored, the rest in `dtype`, a few tensors more.
@@ -51,8 +51,9 @@ def load(
     """
     packed = is_packed(checkpoint)
     model = _load_packed(checkpoint, dtype, progress or quiet(), as_dequantized) if packed else load_model(checkpoint, dtype, progress)
+    model.to(device)
     for adapter in adapters:
-        attach(model, adapter, dtype)
+        attach(model, adapter, dtype, device)
     return model
 
 

@@ -60,7 +60,8 @@ template <int BITS> void dequantize_row(const mkp_weight &w, int64_t n, const mk
     const __m512 scale = _mm512_set1_ps(::load(row_scale(w, n), w.scale_dtype, group)), zero = _mm512_set1_ps(zero_of(w, n, group, groups));
     for (int64_t i = group * w.group_size; i < (group + 1) * w.group_size; i += 64) {
       const __m512i codes = _mm512_and_si512(spread.load(row, i / 64, bytes), mask);
-      const __m128i quarter[4] = {_mm512_castsi512_si128(codes), _mm512_extracti32x4_epi32(codes, 1), _mm512_extracti32x4_epi32(codes, 2), _mm512_extracti32x4_epi32(codes, 3)};
+      const __m128i quarter[4] = {_mm512_castsi512_si128(codes), _mm512_extracti32x4_epi32(codes, 1), _mm512_extracti32x4_epi32(codes, 2),
+                                  _mm512_extracti32x4_epi32(codes, 3)};
       for (int j = 0; j < 4; j++) {
         const __m512 value = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(quarter[j])), zero);
         store_vector(to + (i + 16 * j) * size, out.dtype, _mm512_mul_ps(value, scale));

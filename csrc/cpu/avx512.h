@@ -63,9 +63,12 @@ template <class From, int BITS> struct Floats : From {
   // The code that element e of vector v is multiplied by.
   static constexpr int code(int v, int e) { return From::LANE * e + v; }
   template <int V> __m512 weights(__m512i raw) const {
-    if constexpr (BITS <= 4) return _mm512_permutexvar_ps(_mm512_srli_epi32(raw, STEP * V), table);
-    const __m512i top = _mm512_slli_epi32(_mm512_xor_si512(raw, _mm512_set1_epi8(char(1 << (BITS - 1)))), 32 - 8 * V - BITS);
-    return _mm512_cvtepi32_ps(_mm512_srai_epi32(top, 32 - BITS));
+    if constexpr (BITS <= 4) {
+      return _mm512_permutexvar_ps(_mm512_srli_epi32(raw, STEP * V), table);
+    } else {  // the table is too short: the code's first bit is turned over, which makes it signed, and it is brought to the top of its lane and back
+      const __m512i top = _mm512_slli_epi32(_mm512_xor_si512(raw, _mm512_set1_epi8(char(1 << (BITS - 1)))), 32 - 8 * V - BITS);
+      return _mm512_cvtepi32_ps(_mm512_srai_epi32(top, 32 - BITS));
+    }
   }
   static __m512 add(__m512 sums, __m512 weights, const void *x) { return _mm512_fmadd_ps(weights, _mm512_load_ps(x), sums); }
   static Number number(float value) { return value; }
@@ -193,6 +196,7 @@ void tile(const Layout &layout, const Product &p, int64_t row, int64_t token, in
   const uint8_t *rows[R];
   for (int r = 0; r < R; r++) rows[r] = (const uint8_t *)row_words(p.w, row + r);
   const char *x = p.x + token * p.x_pitch;
+  const int64_t ahead = R * p.w.packed_stride * 4;  // the next rows: a row is too short for the processor to see a stream in it
   for (int64_t s = from; s < to; s++) {
     const Segment &segment = p.segment[s];
     __m512 sums[R][T];
@@ -200,7 +204,10 @@ void tile(const Layout &layout, const Product &p, int64_t row, int64_t token, in
       for (int t = 0; t < T; t++) sums[r][t] = _mm512_setzero_ps();
     for (int64_t chunk = segment.from; chunk < segment.to; chunk++) {
       __m512i raw[R];
-      for (int r = 0; r < R; r++) raw[r] = layout.load(rows[r], chunk, p.bytes);
+      for (int r = 0; r < R; r++) {
+        raw[r] = layout.load(rows[r], chunk, p.bytes);
+        if (!token) _mm_prefetch((const char *)rows[r] + chunk * Layout::BYTES + ahead, _MM_HINT_T0);
+      }
       multiply<Layout, 0, R, T>(layout, raw, x + chunk * (Layout::VECTORS * 64), p.x_pitch, sums);
     }
     const __m512i place = _mm512_loadu_si512(segment.place);
@@ -223,38 +230,36 @@ template <class Layout>
 void block(const Layout &layout, const Product &p, int64_t row, int64_t count, const mkp_rows &y, float *scratch, int64_t pitch) {
   float *scales = scratch, *zeros = p.w.zero_point ? scales + BLOCK * pitch : nullptr, *totals = scales + 2 * BLOCK * pitch;
   const float middle = float(1 << (p.w.bits - 1));
+  const int64_t m = y.m;
   for (int64_t r = 0; r < count; r++) {
     load_row(row_scale(p.w, row + r), p.w.scale_dtype, p.groups, scales + r * pitch);
     for (int64_t g = p.groups; g < pitch; g++) scales[r * pitch + g] = 0;
     if (zeros)
       for (int64_t g = 0; g < pitch; g++) zeros[r * pitch + g] = g < p.groups ? zero_of(p.w, row + r, g, p.groups) - middle : 0;
   }
-  memset(totals, 0, size_t(count * y.m) * 64);
+  memset(totals, 0, size_t(count * m) * 64);
   for (int64_t from = 0, to; from < p.segments; from = to) {
-    const int64_t limit = y.m == 1 ? p.chunks : p.segment[from].from + SEGMENT / Layout::CHUNK;
+    const int64_t limit = m <= 4 ? p.chunks : p.segment[from].from + SEGMENT / Layout::CHUNK;
     for (to = from + 1; to < p.segments && p.segment[to].to <= limit;) to++;
-    for (int64_t r = 0; r < count;) {
-      const int64_t at = r * pitch, left = count - r, m = y.m;
-      const float *scale = scales + at, *zero = zeros ? zeros + at : nullptr;
-      float *total = totals + r * m * 16;
+    const auto run = [&](auto tile, int64_t r, int64_t t) {
+      tile(layout, p, row + r, t, from, to, scales + r * pitch, zeros ? zeros + r * pitch : nullptr, pitch, totals + r * m * 16, m);
+    };
+    int64_t r = 0;
+    for (; r + 4 <= count; r += 4) {
       int64_t t = 0;
-      if (m == 1 && left >= 4) {
-        tile<Layout, 4, 1>(layout, p, row + r, 0, from, to, scale, zero, pitch, total, 1);
-        r += 4;
-      } else if (left >= 2) {
-        for (; t + 8 <= m; t += 8) tile<Layout, 2, 8>(layout, p, row + r, t, from, to, scale, zero, pitch, total, m);
-        for (; t + 4 <= m; t += 4) tile<Layout, 2, 4>(layout, p, row + r, t, from, to, scale, zero, pitch, total, m);
-        for (; t + 2 <= m; t += 2) tile<Layout, 2, 2>(layout, p, row + r, t, from, to, scale, zero, pitch, total, m);
-        for (; t < m; t++) tile<Layout, 2, 1>(layout, p, row + r, t, from, to, scale, zero, pitch, total, m);
-        r += 2;
-      } else {
-        for (; t < m; t++) tile<Layout, 1, 1>(layout, p, row + r, t, from, to, scale, zero, pitch, total, m);
-        r += 1;
+      for (; t + 8 <= m; t += 8) {
+        run(tile<Layout, 2, 8>, r, t);
+        run(tile<Layout, 2, 8>, r + 2, t);
       }
+      for (; t + 4 <= m; t += 4) run(tile<Layout, 4, 4>, r, t);
+      for (; t + 2 <= m; t += 2) run(tile<Layout, 4, 2>, r, t);
+      for (; t < m; t++) run(tile<Layout, 4, 1>, r, t);
     }
+    for (; r < count; r++)
+      for (int64_t t = 0; t < m; t++) run(tile<Layout, 1, 1>, r, t);
   }
   for (int64_t r = 0; r < count; r++)
-    for (int64_t t = 0; t < y.m; t++) store(row_of(y, t), y.dtype, row + r, _mm512_reduce_add_ps(_mm512_load_ps(totals + (r * y.m + t) * 16)));
+    for (int64_t t = 0; t < m; t++) store(row_of(y, t), y.dtype, row + r, _mm512_reduce_add_ps(_mm512_load_ps(totals + (r * m + t) * 16)));
 }
 
 template <class Layout> int32_t vector_linear(const mkp_weight &w, const mkp_rows &x, const mkp_rows &y, int threads) {

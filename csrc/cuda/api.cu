@@ -21,7 +21,8 @@ bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintp
 
 // Whether a weight is one that kernels can read, and it as they want it.
 bool stored(const mkp_weight& weight, Stored& found) {
-  if (!fits(weight.n) || !fits(weight.k) || weight.k == 0 || weight.group_size < 1 || weight.bits < 1 || weight.bits > 8 || !known(weight.scale_dtype)) return false;
+  if (!fits(weight.n) || !fits(weight.k) || weight.k == 0 || weight.group_size < 1) return false;
+  if (weight.bits < 1 || weight.bits > 8 || !known(weight.scale_dtype)) return false;
   if (!fits(weight.k * weight.bits) || !fits(weight.packed_stride << 7) || !fits(weight.scale_stride)) return false;  // a block has 2^7 rows
   const int64_t group_size = weight.group_size < weight.k ? weight.group_size : weight.k;
   found = {
@@ -57,7 +58,8 @@ bool signs_fit(const mkp_signs& signs, const mkp_rows& x, const mkp_rows& y) {
   return fits(signs.rows) && fits(signs.width) && fits(x.m) && x.m == y.m && known(x.dtype) && y.dtype == MKP_FLOAT32;
 }
 
-int32_t run_signs(const mkp_signs* s, const int32_t* owner, int64_t adapters, int64_t apart, const mkp_rows* x, const mkp_rows* y, bool transposed, void* stream) {
+int32_t run_signs(const mkp_signs* s, const int32_t* owner, int64_t adapters, int64_t apart, const mkp_rows* x, const mkp_rows* y, bool transposed,
+                  void* stream) {
   if (!signs_fit(*s, *x, *y) || !fits(adapters)) return MKP_UNSUPPORTED;
   if (x->m == 0 || (transposed ? s->width : s->rows) == 0) return MKP_OK;
   const Signs call = {s->bits, s->stride, apart, owner, static_cast<int>(adapters), x->data, static_cast<float*>(y->data), x->stride, y->stride,
@@ -124,7 +126,8 @@ int32_t mkp_cuda_signs(const mkp_signs* signs, const int32_t* owner, int64_t ada
   return run_signs(signs, owner, adapters, apart, x, y, false, stream);
 }
 
-int32_t mkp_cuda_signs_transposed(const mkp_signs* signs, const int32_t* owner, int64_t adapters, int64_t apart, const mkp_rows* x, const mkp_rows* y, void* stream) {
+int32_t mkp_cuda_signs_transposed(const mkp_signs* signs, const int32_t* owner, int64_t adapters, int64_t apart, const mkp_rows* x, const mkp_rows* y,
+                                  void* stream) {
   return run_signs(signs, owner, adapters, apart, x, y, true, stream);
 }
 

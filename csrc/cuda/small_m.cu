@@ -1,8 +1,8 @@
 // y = x W^T for at most 64 tokens, W as it is stored: tensor cores on integer weights.
 //
-// A block has 128 rows of W, 32 for each of 4 warps (64 and 16 above 32 tokens), and a slice of the inputs, which it goes through in stages of 128: codes and tokens are copied
-// to shared memory by cp.async, up to three stages ahead of the one that is computed. Why shared memory, when each code is used once: it decouples how
-// DRAM is read, 16 bytes a thread, from which lane needs what, which is what makes groups of 32 as good as any (layout.cuh).
+// A block has 128 rows of W, 32 for each of 4 warps (64 and 16 above 32 tokens), and a slice of the inputs, which it goes through in stages of 128: codes
+// and tokens are copied to shared memory by cp.async, up to three stages ahead of the one that is computed. Why shared memory, when each code is used once:
+// it decouples how DRAM is read, 16 bytes a thread, from which lane needs what, which is what makes groups of 32 as good as any (layout.cuh).
 //
 // The tensor cores multiply the *integers* q - z, exact in either 16-bit float, and add in float32; a group's sum is multiplied by its scale when the
 // group is over. No weight is rounded, so that all error is that of float32 sums and of the one rounding of y.
@@ -31,14 +31,14 @@ MKP_DEVICE void copy_codes_by(const Linear& call, int first_row, int stage, uint
 #pragma unroll(kBytes == 16 ? 8 : 1)
   for (int piece = threadIdx.x; piece < kRows * pieces; piece += kThreads) {
     const int row = piece / pieces, word = piece % pieces * words;
-    const int left = call.weight.words - (stage * stage_words<kBits>() + word);  // a slice of whole rows may end in the middle of a piece
+    const int left = call.weight.words - (stage * stage_words<kBits>() + word);  // a row may end in the middle of a piece
     const int valid = first_row + row >= call.weight.rows || left <= 0 ? 0 : left < words ? 4 * left : kBytes;
     const uint32_t* from = valid ? base + (static_cast<uint32_t>(row) * static_cast<uint32_t>(call.weight.packed_pitch) + word) : call.weight.packed;
     copy_async<kBytes>(shared + row * row_pitch<kBits>() + word, from, valid);
   }
 }
 
-// Rows beyond the last and inputs beyond the last are zeros: codes of no matter, for their x is zero; and tokens that add nothing.
+// What lies beyond the last row, input or token is written as zeros: codes there do not matter, for their x is zero or their sums are not stored.
 template <int kBits, int kTiles>
 MKP_DEVICE void copy_stage(const Linear& call, int first_row, int stage, uint32_t* shared) {
   if (call.wide) {
@@ -92,7 +92,9 @@ MKP_DEVICE void multiply(const uint32_t* tokens, int lane, int unit, const uint3
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
 #pragma unroll
-      for (int row_tile = 0; row_tile < row_tiles(kTiles); ++row_tile) mma<kFloat>(sums[row_tile][tile], a[row_tile][step], pairs[2 * step], pairs[2 * step + 1]);
+      for (int row_tile = 0; row_tile < row_tiles(kTiles); ++row_tile) {
+        mma<kFloat>(sums[row_tile][tile], a[row_tile][step], pairs[2 * step], pairs[2 * step + 1]);
+      }
     }
   }
 }
@@ -185,7 +187,8 @@ struct WholeGroups {
     if (group + 1 < call.weight.groups) fetch<kBits>(call, first_row, lane, group + 1, next);
   }
 
-  MKP_DEVICE void unit(const Linear& call, int first_row, const uint32_t* rows, const uint32_t* tokens, int lane, int unit, int, Sums<kTiles>& sums, Sums<kTiles>& total) {
+  MKP_DEVICE void unit(const Linear& call, int first_row, const uint32_t* rows, const uint32_t* tokens, int lane, int unit, int, Sums<kTiles>& sums,
+                       Sums<kTiles>& total) {
     uint32_t a[row_tiles(kTiles)][2][4];
     load_rows<kBits, kFloat>(rows, lane, unit, now.zero, a);
     multiply<kFloat, kTiles>(tokens, lane, unit, a, true, sums);
@@ -208,7 +211,8 @@ template <int kBits, Float kFloat, int kTiles>
 struct AnyGroups {
   MKP_DEVICE void begin(const Linear&, int, int, int) {}
 
-  MKP_DEVICE void unit(const Linear& call, int first_row, const uint32_t* rows, const uint32_t* tokens, int lane, int unit, int input, Sums<kTiles>& sums, Sums<kTiles>& total) {
+  MKP_DEVICE void unit(const Linear& call, int first_row, const uint32_t* rows, const uint32_t* tokens, int lane, int unit, int input, Sums<kTiles>& sums,
+                       Sums<kTiles>& total) {
     const int own = input + 8 * fragment_octet(lane);
     const int own_group = own < call.weight.width ? own / call.weight.group_size : call.weight.groups - 1;
     RawGroup<row_tiles(kTiles)> raw;
@@ -276,10 +280,10 @@ MKP_DEVICE void add_slices(const Linear& call) {
 
 // ---- the kernel ----
 
-// Blocks that a multiprocessor of 64 K registers is to hold: as many as registers allow without spills.
+// Blocks that a multiprocessor of 64 K registers is to hold: as many as registers allow without spills. (8 bits have so much shared memory that it holds two.)
 template <int kBits, int kTiles>
 constexpr int residents() {
-  return kTiles >= 4 ? 2 : kTiles == 2 || kBits == 3 ? 3 : 4;
+  return kTiles >= 4 ? 2 : kTiles == 2 || kBits == 3 || kBits == 8 ? 3 : 4;
 }
 
 template <int kBits, Float kFloat, int kTiles, bool kWhole>
@@ -318,11 +322,15 @@ __global__ void __launch_bounds__(kThreads, (residents<kBits, kTiles>())) linear
   groups.end(call, sums, total);
 
   if (call.split.splits == 1) {
-    for_each<kTiles>(call, first_row, lane, total, [&](int token, int row, float sum) { store_global(call.y + token * call.y_pitch + row, narrow<kFloat>(sum)); });
+    for_each<kTiles>(call, first_row, lane, total, [&](int token, int row, float sum) {
+      store_global(call.y + token * call.y_pitch + row, narrow<kFloat>(sum));
+    });
     return;
   }
   float* partial = call.partial + static_cast<int64_t>(blockIdx.y) * call.tokens * call.weight.rows;
-  for_each<kTiles>(call, first_row, lane, total, [&](int token, int row, float sum) { store_global(partial + static_cast<int64_t>(token) * call.weight.rows + row, sum); });
+  for_each<kTiles>(call, first_row, lane, total, [&](int token, int row, float sum) {
+    store_global(partial + static_cast<int64_t>(token) * call.weight.rows + row, sum);
+  });
   if (is_last(call, shared)) add_slices<kFloat, block_rows(kTiles)>(call);
 }
 

@@ -65,7 +65,7 @@ typedef struct mkp_signs {
 } mkp_signs;
 
 /* ---- CPU ----
- * threads: how many of OpenMP's to use, at most. isa: MKP_BEST; a lower one, for tests, is not gone beyond. */
+ * threads: how many of OpenMP's to use, at most. isa: MKP_BEST, the fastest; another, for tests, is not gone beyond. */
 
 enum mkp_isa { MKP_SCALAR = 0, MKP_AVX2 = 1, MKP_AVX512 = 2, MKP_AVX512_BF16 = 3, MKP_BEST = 99 };
 
@@ -99,9 +99,11 @@ MKP_API int32_t mkp_cuda_linear(const mkp_weight *weight, const mkp_rows *x, con
 MKP_API int32_t mkp_cuda_dequantize(const mkp_weight *weight, const mkp_rows *out, void *stream);
 /* y = x S^T: x [m, width], y [m, rows] float32. Row i uses the signs that begin owner[i] * apart bytes after the first; none, and y is zero, where
  * owner[i] is not one of 0 ... adapters-1. owner null: all use the first. */
-MKP_API int32_t mkp_cuda_signs(const mkp_signs *signs, const int32_t *owner, int64_t adapters, int64_t apart, const mkp_rows *x, const mkp_rows *y, void *stream);
+MKP_API int32_t mkp_cuda_signs(const mkp_signs *signs, const int32_t *owner, int64_t adapters, int64_t apart, const mkp_rows *x, const mkp_rows *y,
+                               void *stream);
 /* y = x S: x [m, rows], y [m, width] float32. */
-MKP_API int32_t mkp_cuda_signs_transposed(const mkp_signs *signs, const int32_t *owner, int64_t adapters, int64_t apart, const mkp_rows *x, const mkp_rows *y, void *stream);
+MKP_API int32_t mkp_cuda_signs_transposed(const mkp_signs *signs, const int32_t *owner, int64_t adapters, int64_t apart, const mkp_rows *x,
+                                          const mkp_rows *y, void *stream);
 
 #ifdef __cplusplus
 }

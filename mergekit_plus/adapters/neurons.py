@@ -22,9 +22,7 @@ from ..checkpoint.dtypes import TORCH_DTYPES
 from ..checkpoint.folder import ADAPTER_CONFIG
 from ..errors import CheckpointError
 from ..model import NEURON_COUNTS, NEURONS, adapter_reason, describe, meta_model, quantized_reason
-from .peft import PREFIX, refuse_misfits
-
-TYPE = "NEURONS"
+from .peft import NEURONS_TYPE, PREFIX, refuse_misfits
 
 
 @dataclass(frozen=True)
@@ -61,13 +59,13 @@ def mlps(base: Checkpoint) -> list[Mlp]:
 
 def neurons_of(label: str, steps: Sequence[Step], base: str | None) -> Checkpoint:
     """The adapter that these steps write."""
-    config = {"peft_type": TYPE, "base_model_name_or_path": base, "inference_mode": True}
+    config = {"peft_type": NEURONS_TYPE, "base_model_name_or_path": base, "inference_mode": True}
     return Checkpoint(label, Plan(steps), {ADAPTER_CONFIG: json.dumps(config, indent=2).encode() + b"\n"})
 
 
 def is_neurons(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint is an adapter of neurons."""
-    return ADAPTER_CONFIG in checkpoint.files and checkpoint.json_file(ADAPTER_CONFIG).get("peft_type") == TYPE
+    return ADAPTER_CONFIG in checkpoint.files and checkpoint.json_file(ADAPTER_CONFIG).get("peft_type") == NEURONS_TYPE
 
 
 def widened(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:

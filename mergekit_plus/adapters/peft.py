@@ -19,6 +19,7 @@ from ..checkpoint.folder import ADAPTER_CONFIG
 from ..errors import CheckpointError
 
 PREFIX = "base_model.model."
+NEURONS_TYPE = "NEURONS"  # in place of peft's types: of adapters of neurons (neurons.py)
 _PART = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.weight)?")
 # What changes the meaning of the tensors, or the base, in a way that `scale * B A` does not say.
 _UNKNOWN = (
@@ -99,11 +100,12 @@ def read_adapter(checkpoint: Checkpoint) -> Adapter:
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
     """adapter_config.json, where it is one of LoRA."""
     if ADAPTER_CONFIG not in checkpoint.files:
-        what = "a model, not an adapter" if checkpoint.config else f"no adapter: there is no {ADAPTER_CONFIG} beside it"
+        a_model = "a model, not an adapter; give a folder that peft saved, or make an adapter of a fine-tune: `compress adapter extract`"
+        what = a_model if checkpoint.config else f"no adapter: there is no {ADAPTER_CONFIG} beside it, which peft writes; save it again with peft"
         raise CheckpointError(f"{checkpoint.label} is {what}")
     config = checkpoint.json_file(ADAPTER_CONFIG)
     way_out = "apply it with peft (merge_and_unload)"
-    if config.get("peft_type") == "NEURONS":
+    if config.get("peft_type") == NEURONS_TYPE:
         raise CheckpointError(f"{checkpoint.label} holds neurons, not products B A: it is no LoRA; with its base it is the model BASE+{checkpoint.label}")
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{checkpoint.label} is an adapter of type {config.get('peft_type')}; LORA is the one that is known here: {way_out}")

@@ -118,3 +118,22 @@ def methods(name: Annotated[str | None, typer.Argument(help="one method, with it
 
     facts = list_methods(name)
     print_result(facts, method_lines(facts), as_json)
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Argument(help="a folder that `compress` wrote")],
+    to: Annotated[Path | None, typer.Option("--out", "-o", help="page to write (default: <folder>-report.html)")] = None,
+    plots: Annotated[Path | None, typer.Option("--plots", metavar="FOLDER", help="write each picture too, as .svg and .png")] = None,
+    sensitivities: Annotated[Path | None, typer.Option("--sensitivities", metavar="FILE", help="of `compress allocate`: for its frontier")] = None,
+) -> None:
+    """Write a page about an output, one file of HTML with pictures: `compress report merged-4bit`. Reads the weights, and those of its inputs, once."""
+    from mergekit_plus.progress import on
+    from mergekit_plus.report import gather, page
+    from mergekit_plus.report.plots import save
+
+    facts = gather(out, sensitivities=sensitivities, progress=on())
+    written = [to or Path(f"{facts.name}-report.html")]
+    written[0].write_text(page(facts), encoding="utf-8")
+    written += save(facts, plots) if plots else []
+    print_result({}, [f"wrote {', '.join(map(str, written))}"], False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ import typer
 from .common import Model, Overwrite, Writing, app, beside, carried_out, open_model, print_result, settings, writes
 
 if TYPE_CHECKING:
+    from mergekit_plus.recipe import Outcome
     from mergekit_plus.results import Ran
 
 SetVariable = Annotated[
@@ -29,6 +31,7 @@ def run(
     recipe: Annotated[Path, typer.Argument(help="a recipe, ours or mergekit's")],
     set_variable: SetVariable = [],  # noqa: B006
     junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="write the checks as JUnit XML, a test for each")] = None,
+    report: Annotated[bool, typer.Option("--report", help="write a page about each output beside it, <out>-report.html")] = False,
     mergekit_lenient: Annotated[bool, typer.Option("--mergekit-lenient", help="warn of keys that mergekit ignores instead of refusing them")] = False,
 ) -> None:
     """Carry out a YAML recipe, each combination of its matrix; exit code 1 when a check fails: `compress run recipe.yaml --set bits=3 -o out`."""
@@ -47,15 +50,30 @@ def run(
         except (CompressError, CheckFailed) as error:  # it keeps no other combination from being carried out
             refused.append(error)
             facts, lines = {"error": str(error)}, [f"failed: {error}"] if combination else []
+        if report and outcome is not None:
+            lines.append(f"wrote {_page(outcome, time.monotonic() - began)}")
         told.append({"combination": combination, **facts} if combination else facts)
         runs.append(Ran(name, outcome, facts.get("error"), time.monotonic() - began))
-        if not how.as_json:
+        if not how.as_json and (combination or lines):
             print_result({}, [f"{combination}:", *lines, ""] if combination else lines, False)
     if how.as_json and not (refused and len(runs) == 1):
         print_result({"runs": told} if "" not in recipes else told[0], [], True)
     if not how.dry_run:
         _report(runs, junit)
     _raise(refused, runs)
+
+
+def _page(outcome: Outcome, seconds: float) -> Path:
+    """The page about what a run wrote."""
+    from mergekit_plus.errors import OptionError
+    from mergekit_plus.report import Spent, gather, page
+
+    if not isinstance(outcome.out, Path) or not outcome.out.is_dir():
+        raise OptionError(f"--report: a page is written about a local folder, and this run wrote {outcome.out}")
+    spent = Spent(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    path = outcome.out.with_name(f"{outcome.out.name}-report.html")
+    path.write_text(page(gather(outcome.out, spent)), encoding="utf-8")
+    return path
 
 
 def _report(runs: Sequence[Ran], junit: Path | None) -> None:

@@ -179,9 +179,8 @@ def _checked(checkpoint: Checkpoint, said: Any) -> _Layout:
     if said["version"] != VERSION:
         raise ValueError(f"its version is {said['version']!r}, and {VERSION} is the one that is known here")
     kept, groups = _numbers(said["kept"]), _numbers(said["groups"])
-    parents = tuple(None if parent is None else parent for parent in said["parents"])
-    fold = Fold(kept, groups, parents)
-    known = 1 + max([*kept, *_numbers([parent for parent in parents if parent is not None])])
+    fold = Fold(kept, groups, tuple(said["parents"]))
+    known = 1 + max([*kept, *_numbers([parent for parent in fold.parents if parent is not None])], default=-1)
     if problems := list(fold.problems(known)):
         raise ValueError(problems[0])
     stack, private, ranks = said["stack"] or "", frozenset(said["private"]), {local: _numbers(each) for local, each in said.get("ranks", {}).items()}

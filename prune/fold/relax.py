@@ -4,7 +4,7 @@
 
 The place computes with W' + B A, where W' is shared and B A is the best of its rank for what the block that it was had beyond it: W - W' = U S V^T,
 B = U S, A = V^T (Relaxed Recursive Transformers, arXiv 2410.20672; there is no factor alpha / rank). The target is always the block that stood at that
-place. Where there is nothing beyond W', A is drawn as in LoRA and B is zero, so that training can begin. Norms stay private here. In the paper they
+place. Where there is nothing beyond W', A is drawn, Gaussian, and B is zero, so that training can begin. Norms stay private here. In the paper they
 are tied, so that a full rank, which gives back every linear weight, gives back the model only after the norms' gains were folded into the weights
 that follow; here it gives back the model. Biases of linear layers are shared, and have no voice.
 """
@@ -12,6 +12,7 @@ that follow; here it gives back the model. Biases of linear layers are shared, a
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,13 +32,15 @@ from .compact import A, B, compacted
 from .surgery import Fold, mean_step, shareable, stack_of
 
 Start = Literal["svd", "zero"]
+_ASKED = re.compile(r"lora:([1-9]\d{0,8})(?::(svd|zero))?")
+
 
 def rank_of(asked: str) -> tuple[int, Start]:
     """The rank in "lora:8", and how voices start: "svd", or "zero" in "lora:8:zero". Errors: OptionError for anything else."""
-    kind, rank, *start = asked.split(":")[:3] if asked.count(":") in (1, 2) else ("", "")
-    if kind != "lora" or not rank.isdecimal() or int(rank) < 1 or start not in ([], ["svd"], ["zero"]):
+    found = _ASKED.fullmatch(asked)
+    if found is None:
         raise OptionError(f"relax {asked}: write lora:RANK, as in lora:8, or lora:RANK:zero for voices that start at zero")
-    return int(rank), "zero" if start == ["zero"] else "svd"
+    return int(found[1]), "zero" if found[2] == "zero" else "svd"
 
 
 def relaxed(checkpoint: Checkpoint, fold: Fold, rank: int, start: Start = "svd") -> Checkpoint:

@@ -56,8 +56,8 @@ def sites_of_compact(compact: Checkpoint) -> tuple[Site, ...]:
     also: dict[str, list[str]] = {}
     for name, site in plain.items():
         if name not in compact.specs and (place := layer_of(name)):
-            stack, number = place
-            also.setdefault(f"{stack}.{fold.first(number)}{name.removeprefix(f'{stack}.{number}')}", []).append(site.parameter)
+            stack, number = f"{place[0]}." if place[0] else "", place[1]
+            also.setdefault(f"{stack}{fold.first(number)}{name.removeprefix(f'{stack}{number}')}", []).append(site.parameter)
     own = [replace(site, also=tuple(also.get(name, ()))) for name, site in plain.items() if name in compact.specs or site.tied]
     modules = {name.removesuffix(".weight"): site.parameter.removesuffix(".weight") for name, site in plain.items()}
     factors = [(name, name.removesuffix(f".{A}").removesuffix(f".{B}")) for name in compact.specs if name.endswith((f".{A}", f".{B}"))]

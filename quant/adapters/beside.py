@@ -16,7 +16,7 @@ from mergekit_plus.errors import CheckpointError
 Factors = tuple[Tensor, Tensor]  # A [rank, in], B [out, rank] with the scale in it
 
 
-def attach(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> None:
+def attach(model: nn.Module, adapter: Adapter, dtype: torch.dtype, device: str = "cpu") -> None:
     """Let every layer that an adapter is for add `scale * B A x` to its output from now on; packed adapters are expanded once.
 
     Errors: CheckpointError for an adapter that is more than products beside linear layers, or does not fit the model.
@@ -33,7 +33,7 @@ def attach(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> None:
     refuse_misfits(f"{adapter.label} does not fit the model", problems, "Give the model that it was trained on")
     for name, module in adapter.lowrank.items():
         a, b = adapter.checkpoint.read(module.a), adapter.checkpoint.read(module.b).float() * module.scale
-        owners[name].register_forward_hook(partial(_add, (a.to(dtype), b.to(dtype))))
+        owners[name].register_forward_hook(partial(_add, (a.to(device, dtype), b.to(device, dtype))))
 
 
 def _add(factors: Factors, owner: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -58,17 +58,12 @@ class Pooled(Factors):
 
 
 def pooled(products: Sequence[Product], rank: int, sharing: Sharing, coding: Coding | None, alpha: float, generator: torch.Generator) -> Mapping[str, Pooled]:
-    """Factors of this rank for modules, by name, out of pools for each kind: the modules of one last name and shape. A begins as of LoRA, B at zero.
-
-    Errors: OptionError where rows cannot be cut into so many pieces, or where pools have too few pieces to draw a module's from.
-    """
+    """Factors of this rank for modules, by name, out of pools for each kind: the modules of one last name and shape. A begins as of LoRA, B at zero."""
     kinds: dict[tuple[str, tuple[int, ...]], list[Product]] = {}
     for product in products:
         kinds.setdefault((product.module.rpartition(".")[2], product.shape), []).append(product)
     found: dict[str, Pooled] = {}
-    for (kind, (out, width)), own in kinds.items():
-        if found_problem := _misfit(kind, (out, width), len(own), rank, sharing):
-            raise OptionError(found_problem)
+    for (_, (out, width)), own in kinds.items():
         pieces = sharing.rank * len(own) * sharing.shards
         bound = 1 / sqrt(width)  # of whole rows
         a = torch.empty(pieces, width // sharing.shards).uniform_(-bound, bound, generator=generator)
@@ -79,19 +74,17 @@ def pooled(products: Sequence[Product], rank: int, sharing: Sharing, coding: Cod
     return {product.module: found[product.module] for product in products}
 
 
-def _misfit(kind: str, shape: tuple[int, int], count: int, rank: int, sharing: Sharing) -> str:
-    if uneven := [length for length in shape if length % sharing.shards]:
-        return f"{kind}: {uneven[0]} numbers cannot be cut into {sharing.shards} pieces; give another number of shards"
-    if rank > min(shape):
-        return f"{kind}: {shape} has no rank {rank}; give a smaller rank, or leave the module out"
-    there, asked = (sharing.rank - sharing.private) * count, rank - sharing.private
-    if asked > there:
-        return f"{kind}: {count} modules share {there} ranks, from which none can take {asked}; give a smaller rank, or larger pools"
-    return ""
+def check_pools(products: Sequence[Product], rank: int, sharing: Sharing) -> None:
+    """OptionError for a module whose rows cannot be cut into so many pieces, or which has no such rank."""
+    for product in products:
+        if uneven := [length for length in product.shape if length % sharing.shards]:
+            raise OptionError(f"{product.module}: {uneven[0]} numbers cannot be cut into {sharing.shards} pieces; give another number of shards")
+        if rank > min(product.shape):
+            raise OptionError(f"{product.module}: {product.shape} has no rank {rank}; give a smaller rank, or leave the module out with --target")
 
 
 def _draw(place: int, count: int, rank: int, sharing: Sharing, generator: torch.Generator) -> Tensor:
-    """The pieces of a module's rows, [rank, shards]: of the shared ones that come first in the pool, none twice, then its own."""
-    shared, own = (sharing.rank - sharing.private) * count * sharing.shards, sharing.private * sharing.shards
-    drawn = torch.randperm(shared, generator=generator)[: (rank - sharing.private) * sharing.shards]
+    """The pieces of a module's rows, [rank, shards]: of the shared ones that come first in the pool, none again before all were drawn; then its own."""
+    shared, own, asked = (sharing.rank - sharing.private) * count * sharing.shards, sharing.private * sharing.shards, (rank - sharing.private) * sharing.shards
+    drawn = torch.cat([torch.randperm(shared, generator=generator) for _ in range(-(-asked // shared))])[:asked]
     return torch.cat([drawn, shared + place * own + torch.arange(own)]).view(rank, sharing.shards)

@@ -52,7 +52,7 @@ def signs_linear(x: Tensor, signs: Tensor, width: int, transposed: bool = False)
 
 
 def signs_linear_batched(x: Tensor, signs: Tensor, owner: Tensor, width: int, transposed: bool = False) -> Tensor:
-    """`signs_linear` for a batch whose rows have adapters of their own: one launch, whatever their number.
+    """`signs_linear` for a batch whose rows have adapters of their own; on a GPU one launch, whatever their number.
 
     x: [..., width], or [..., rows] where transposed; a float. signs: uint8 [adapters, rows, ceil(width/8)]. owner: integers [...], the adapter of each row
     of x; where it is none of them, such as -1, the result is zero. Derivatives exist by x.

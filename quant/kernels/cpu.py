@@ -17,7 +17,7 @@ from .library import DTYPES, OK, Rows, Signs, Weight, library
 
 DIRECT = {torch.float32: 32, torch.float16: 32, torch.bfloat16: 16}  # tokens; matrix units make torch's bfloat16 product the faster one sooner
 PANEL = 1 << 20  # weights that are unpacked at once: they stay in the second cache
-BEST = 99  # the best instruction set of the machine; mkp_isa's 0 scalar, 1 AVX2, 2 AVX-512, 3 with BF16 are for tests and benchmarks
+BEST = 99  # the fastest instruction set of the machine; mkp_isa's 0 scalar, 1 AVX2, 2 AVX-512, 3 with BF16 are for tests and benchmarks
 
 
 def packed_linear(

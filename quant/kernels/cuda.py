@@ -91,7 +91,7 @@ def signed(opened: CDLL, stream: int, x: Tensor, signs: Tensor, owner: Tensor | 
     """`x S^T`, or `x S`, by the kernels of a library on a stream, float32; S is the owner's of each row, or the only one. None where it has no kernel."""
     if x.dtype not in DTYPES or signs.dtype != torch.uint8:
         return None
-    out = torch.empty((*x.shape[:-1], width if transposed else signs.shape[-2]), device=x.device)
+    out = torch.empty((*x.shape[:-1], width if transposed else signs.shape[-2]), dtype=torch.float32, device=x.device)
     if not out.numel() or not x.numel() or not signs.numel():
         return out.zero_()
     rows, signs = _dense_rows(x.reshape(-1, x.shape[-1])), signs if signs.stride(-1) == 1 else signs.contiguous()

@@ -158,14 +158,17 @@ def test_adapters_out_of_pools_are_plain_ones_of_the_whole_rank(kind: str, bits:
         assert pieces[0] - pieces[1]
 
 
-def test_pools_that_cannot_be_are_refused() -> None:
-    generator = torch.Generator()
-    with pytest.raises(OptionError, match="up: 16 numbers cannot be cut into 3 pieces; give another number of shards"):
-        pooled(products(), 4, Sharing(2, 1, 3), None, 2.0, generator)
-    with pytest.raises(OptionError, match="up: 3 modules share 3 ranks, from which none can take 4; give a smaller rank, or larger pools"):
-        pooled(products(), 5, Sharing(2, 1, 4), None, 2.0, generator)
-    with pytest.raises(OptionError, match=r"up: \(16, 8\) has no rank 9; give a smaller rank"):
-        pooled(products(), 9, Sharing(9, 1, 4), None, 2.0, generator)
+def test_a_rank_above_that_of_what_is_shared_takes_every_piece_as_often_as_others() -> None:
+    found = pooled(products(), 7, Sharing(2, 1, 4), None, 2.0, torch.Generator().manual_seed(0))
+    assert found["layers.0.up"].places[0].flatten()[: 6 * 4].bincount().tolist() == [2] * 3 * 4  # 6 ranks out of 3
+
+
+def test_pools_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    base = base_of(tmp_path)
+    with pytest.raises(OptionError, match=r"down_proj: 16 numbers cannot be cut into 3 pieces; give another number of shards"):
+        train_adapter(base, lesson(), TrainAdapterOptions(16, 4, sharing=Sharing(2, 1, 3)))
+    with pytest.raises(OptionError, match=r"k_proj: \(8, 16\) has no rank 9; give a smaller rank, or leave the module out with --target"):
+        train_adapter(base, lesson(), TrainAdapterOptions(16, 9, sharing=Sharing(2)))
     assert Sharing(5, 5, 0).problems(4) == [
         "pools of rank 5 for an adapter of rank 4: 1 up to the adapter's", "5 private ranks in pools of rank 5: they must be fewer",
         "a row has 1 piece or more, not 0",

@@ -151,8 +151,9 @@ def test_curing_draws_the_model_towards_its_teacher() -> None:
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name.endswith(("ForCausalLM", "LMHeadModel"))])
 def test_every_architecture_shares_and_trains(name: str, tmp_path: Path) -> None:
-    """Of a mixture's experts, which transformers packs, nothing trains; they stay as they are."""
-    compact = compacted(tiny_model(name, tmp_path), mapped(range(2), 2))
+    """Of a mixture's experts, which transformers packs, nothing trains; they stay as they are. GPT-2's layers have no voice."""
+    model, fold = tiny_model(name, tmp_path), mapped(range(2), 2)
+    compact = compacted(model, fold) if name.startswith("GPT2") else relaxed(model, fold, 2)
     torch.testing.assert_close(logits(load_tied(compact), 64), logits(load_model(expanded(compact)), 64))
     rows = ROWS % 64
     cured = retrain(compact, RetrainOptions(("full",), rows, training=replace(TRAINING, steps=8, evaluations=8)))

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_model
 
 from mergekit_plus.checkpoint import Checkpoint
 from mergekit_plus.checkpoint.dtypes import TORCH_DTYPES
-from mergekit_plus.errors import OptionError
+from mergekit_plus.errors import CheckpointError, OptionError
 from mergekit_plus.evaluate import load_model
 from mergekit_plus.model import describe
 from prune.fold import Fold, expanded, folded, relaxed, stack_of
@@ -93,6 +94,13 @@ def test_voices_have_the_dtype_of_the_weights_and_norms_have_none() -> None:
     factors = voices(STORED, mapped(range(BLOCKS), 2), 2)
     assert {TORCH_DTYPES[spec.dtype] for spec in factors.specs.values()} == {torch.bfloat16}
     assert {name.rpartition(".lora_")[0] + ".weight" for name in factors.specs} == set(describe(STORED).linears)
+
+
+def test_layers_that_cannot_have_a_voice_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no linear layer of its blocks can have a voice of its own; leave out --relax"):
+        voices(tiny_model("GPT2LMHeadModel", tmp_path), mapped(range(2), 2), 2)
+    with pytest.raises(OptionError, match="a voice has a rank of 1 or more, not 0"):
+        voices(BASE, mapped(range(BLOCKS), 2), 0)
 
 
 def test_the_rank_is_read_from_the_option() -> None:

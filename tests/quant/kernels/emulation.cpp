@@ -4,11 +4,12 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Before a launch: in which order threads run (0 lowest first, 1 highest first, else at random by this seed) and blocks (backwards, unless 0), whether
-// copies land late, and how many multiprocessors there are.
+// Before a launch: in which order threads run (0 lowest first, 1 highest first, else by this seed: even ones by ranks, odd ones at random) and blocks
+// (backwards, unless 0; several at once above 1), whether copies land late, and how many multiprocessors there are.
 EXPORT void emulate(int order, int late, int multiprocessors) {
   emulation::order = order;
   emulation::randomness = order;
+  emulation::chosen = 0;
   emulation::late = late;
   emulation::multiprocessors = multiprocessors;
   emulation::ranges.clear();
@@ -18,7 +19,9 @@ EXPORT void emulate(int order, int late, int multiprocessors) {
 }
 
 // A buffer that kernels may read, or write as well.
-EXPORT void emulate_buffer(const void* start, size_t bytes, int writable) { emulation::ranges.push_back({static_cast<const char*>(start), bytes, writable != 0}); }
+EXPORT void emulate_buffer(const void* start, size_t bytes, int writable) {
+  emulation::ranges.push_back({static_cast<const char*>(start), bytes, writable != 0});
+}
 
 // What was wrong first, or "".
 EXPORT const char* emulate_error() { return emulation::error.c_str(); }

@@ -1,10 +1,12 @@
 // The instructions of csrc/cuda/ptx.cuh in plain C++, so that the kernels run, as they are shipped, where there is no GPU.
 //
 // A thread is a fiber; it runs until it needs the others (an mma of its warp, a barrier of its block), and then another one does, in an order that is
-// chosen to hurt: lowest first, highest first, or at random. Copies to shared memory land either at once or as late as the program allows. So a missing
-// barrier or wait, which a processor would forgive, gives wrong numbers here under one of the orders. Also checked: every access to global memory lies in
-// a buffer that was named, and to shared memory in what was asked for; both are aligned; shared memory that was not written is NaN; no two lanes of a load
-// from shared memory want different words of one bank.
+// chosen to hurt: lowest first, highest first, by ranks that chance gives anew from time to time, or at random, the last two among the threads of 16 blocks
+// at once. Copies to shared memory land either at once or as late as the program allows. So a missing barrier or wait, which a processor would forgive, gives
+// wrong numbers here under one of the orders. (What processors may reorder between blocks, for which there are fences, is not shown: memory is one.)
+//
+// Also checked: every access to global memory lies in a buffer that was named, and to shared memory in what was asked for; both are aligned; shared memory
+// that was not written is NaN; no two lanes of a load from shared memory want different words of one bank.
 
 #pragma once
 
@@ -15,6 +17,7 @@
 #include <cstring>
 #include <deque>
 #include <map>
+#include <memory>
 #include <set>
 #include <string>
 #include <vector>
@@ -54,7 +57,9 @@ struct Product {  // the operands of an mma
 struct Fiber {
   enum State { ready, at_warp, at_block, done } state = ready;
   ucontext_t context;
-  std::vector<char> stack;
+  std::unique_ptr<char[]> stack;
+  dim3 thread, block;
+  std::vector<uint64_t>* memory;  // shared, of its block
   std::deque<std::vector<Copy>> groups = {{}};  // the last one is open
   Product product;
   std::vector<std::pair<size_t, int>> loads;  // from shared memory: offset and size
@@ -70,13 +75,13 @@ inline std::vector<Range> ranges;
 inline std::string error;
 inline int multiprocessors = 1, order = 0, worst_bank = 1, launches = 0;
 inline bool late = false;
-inline uint32_t randomness = 1;
+inline uint32_t randomness = 1, chosen = 0;
 
+constexpr size_t stack_bytes = 1 << 16;
 inline std::vector<Fiber> fibers;
 inline size_t current;
 inline ucontext_t scheduler;
-inline std::vector<uint64_t> memory;  // shared
-inline size_t memory_bytes;
+inline size_t memory_bytes;  // shared, of a block
 inline void (*body)(const void*);
 inline const void* argument;
 
@@ -88,9 +93,7 @@ inline Fiber& self() { return fibers[current]; }
 
 inline void wait_as(Fiber::State state) {
   self().state = state;
-  const dim3 thread = threadIdx;
   swapcontext(&self().context, &scheduler);
-  threadIdx = thread;
 }
 
 inline bool global(const void* pointer, size_t bytes, bool write, size_t alignment) {
@@ -103,7 +106,7 @@ inline bool global(const void* pointer, size_t bytes, bool write, size_t alignme
 }
 
 inline bool shared(const void* pointer, size_t bytes) {
-  const char *at = static_cast<const char*>(pointer), *start = reinterpret_cast<const char*>(memory.data());
+  const char *at = static_cast<const char*>(pointer), *start = reinterpret_cast<const char*>(self().memory->data());
   if (at < start || at + bytes > start + memory_bytes) return fail("access outside of shared memory"), false;
   if ((at - start) % bytes) return fail("misaligned access to shared memory"), false;
   return true;
@@ -181,61 +184,74 @@ inline void count_banks(size_t first) {
   }
 }
 
+// Where all of these threads wait for each other, what they wait for is done, and they go on.
+inline void meet(size_t first, size_t count, void (*together)(size_t)) {
+  const Fiber::State state = self().state;
+  for (size_t i = first; i < first + count; ++i) {
+    if (fibers[i].state != state) return;
+  }
+  together(first);
+  for (size_t i = first; i < first + count; ++i) fibers[i].state = Fiber::ready;
+}
+
+// The rank of a thread among all where each has one by chance, for some time.
+inline uint32_t rank(size_t thread) {
+  uint32_t mixed = (static_cast<uint32_t>(thread) + 1) * 2654435761u ^ (static_cast<uint32_t>(order) + chosen / 256 * 64) * 2246822519u;
+  mixed = (mixed ^ mixed >> 15) * 2246822519u;
+  return mixed ^ mixed >> 13;
+}
+
 inline size_t choose(const std::vector<size_t>& ready) {
   if (order == 0) return ready.front();
   if (order == 1) return ready.back();
+  ++chosen;
+  if (order % 2 == 0) return *std::min_element(ready.begin(), ready.end(), [](size_t a, size_t b) { return rank(a) < rank(b); });
   randomness = randomness * 1664525u + 1013904223u;
   return ready[(randomness >> 8) % ready.size()];
 }
 
 inline void entry() {
   body(argument);
-  self().state = Fiber::done;
-  swapcontext(&self().context, &scheduler);
+  wait_as(Fiber::done);
 }
 
-inline void run_block(int threads, size_t bytes) {
+// Blocks that are resident at once.
+inline void run(const std::vector<dim3>& blocks, int threads, size_t bytes) {
   memory_bytes = bytes;
-  memory.assign(bytes / 8 + 1, ~uint64_t{0});  // NaN
-  fibers.resize(threads);
-  for (Fiber& fiber : fibers) {
-    std::vector<char> stack = std::move(fiber.stack);
+  std::vector<std::vector<uint64_t>> memories(blocks.size(), std::vector<uint64_t>(bytes / 8 + 1, ~uint64_t{0}));  // NaN
+  fibers.resize(blocks.size() * threads);
+  for (size_t i = 0; i < fibers.size(); ++i) {
+    Fiber& fiber = fibers[i];
+    std::unique_ptr<char[]> stack = std::move(fiber.stack);
     fiber = Fiber();
-    fiber.stack = std::move(stack);
-    fiber.stack.resize(1 << 16);
+    fiber.stack = stack ? std::move(stack) : std::unique_ptr<char[]>(new char[stack_bytes]);
+    fiber.thread = dim3(i % threads, 0, 0);
+    fiber.block = blocks[i / threads];
+    fiber.memory = &memories[i / threads];
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = stack_bytes;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, entry, 0);
   }
   std::vector<size_t> ready;
   while (true) {
     ready.clear();
-    size_t waiting = 0, done = 0;
     for (size_t i = 0; i < fibers.size(); ++i) {
       if (fibers[i].state == Fiber::ready) ready.push_back(i);
-      waiting += fibers[i].state == Fiber::at_block;
-      done += fibers[i].state == Fiber::done;
     }
-    if (done == fibers.size()) break;
-    if (ready.empty()) {
-      if (waiting + done < fibers.size() || done) return fail("threads wait for each other, or some do not come to a barrier");
-      for (Fiber& fiber : fibers) fiber.state = Fiber::ready;
-      continue;
-    }
+    if (ready.empty()) break;
     current = choose(ready);
-    threadIdx = dim3(current, 0, 0);
+    threadIdx = self().thread;
+    blockIdx = self().block;
     swapcontext(&scheduler, &self().context);
-    const size_t first = current / 32 * 32;
-    if (self().state == Fiber::at_warp && std::all_of(&fibers[first], &fibers[first] + 32, [](const Fiber& fiber) { return fiber.state == Fiber::at_warp; })) {
-      multiply(first);
-      for (size_t i = first; i < first + 32; ++i) fibers[i].state = Fiber::ready;
-    }
+    if (self().state == Fiber::at_warp) meet(current / 32 * 32, 32, multiply);
+    if (self().state == Fiber::at_block) meet(current / threads * threads, threads, [](size_t) {});
   }
-  if (threads % 32 == 0) {
-    for (int first = 0; first < threads; first += 32) count_banks(first);
+  for (const Fiber& fiber : fibers) {
+    if (fiber.state != Fiber::done) return fail("threads wait for each other, or some do not come to a barrier");
   }
+  for (size_t first = 0; first < fibers.size(); first += 32) count_banks(first);
 }
 
 }  // namespace emulation
@@ -275,7 +291,9 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   return d;
 }
 
-inline uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t shift) { return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (shift & 31)); }
+inline uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (shift & 31));
+}
 
 inline uint32_t float_bits(float value) {
   uint32_t bits;
@@ -349,12 +367,12 @@ void store_global(T* pointer, T value) {
   if (emulation::global(pointer, sizeof(T), true, sizeof(T))) *pointer = value;
 }
 
-inline uint32_t* shared_memory() { return reinterpret_cast<uint32_t*>(emulation::memory.data()); }
+inline uint32_t* shared_memory() { return reinterpret_cast<uint32_t*>(emulation::self().memory->data()); }
 
 template <typename T>
 T load_shared(const void* pointer) {
   if (!emulation::shared(pointer, sizeof(T))) return T{};
-  emulation::self().loads.emplace_back(static_cast<const char*>(pointer) - reinterpret_cast<const char*>(emulation::memory.data()), sizeof(T));
+  emulation::self().loads.emplace_back(static_cast<const char*>(pointer) - reinterpret_cast<const char*>(emulation::self().memory->data()), sizeof(T));
   T value;
   memcpy(&value, pointer, sizeof(T));
   return value;
@@ -371,9 +389,9 @@ cudaError_t launch(void (*kernel)(Call), dim3 grid, int threads, int shared_byte
     for (unsigned x = 0; x < grid.x; ++x) blocks.emplace_back(x, y);
   }
   if (emulation::order) std::reverse(blocks.begin(), blocks.end());
-  for (const dim3& block : blocks) {
-    blockIdx = block;
-    emulation::run_block(threads, shared_bytes);
+  const size_t together = emulation::order > 1 ? 16 : 1;
+  for (size_t first = 0; first < blocks.size(); first += together) {
+    emulation::run({blocks.begin() + first, blocks.begin() + std::min(first + together, blocks.size())}, threads, shared_bytes);
   }
   ++emulation::launches;
   return cudaSuccess;

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kernel_toys import SETS, inputs
 
 from mergekit_plus.errors import OptionError
-from quant.kernels import cpu, reference, signs_linear
+from quant.kernels import cpu, ops, reference, signs_linear, signs_linear_batched
 
 
 def test_three_signs_by_hand() -> None:
@@ -52,3 +52,21 @@ def test_a_derivative_by_x_exists() -> None:
     signs_linear(x, signs, 2).sum().backward()  # both rows: (+1 -1) + (+1 +1)
     assert x.grad is not None
     assert x.grad.tolist() == [[2.0, 0.0]]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_each_row_of_a_batch_has_the_signs_of_its_owner_or_none(transposed: bool) -> None:
+    signs = torch.randint(0, 256, (3, 5, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    x, owner = inputs(2, 3, 5 if transposed else 20), torch.tensor([[2, -1, 0], [2, 1, 3]])
+    y = signs_linear_batched(x, signs, owner, 20, transposed)
+    for row, number in enumerate(owner.flatten().tolist()):
+        expected = reference.signs_linear(x.flatten(0, 1)[row], signs[number % 3], 20, transposed) * (0 <= number < 3)
+        torch.testing.assert_close(y.flatten(0, 1)[row], expected)
+    torch.library.opcheck(ops.signs_linear_batched, (x, signs, owner, 20, transposed))
+    x.requires_grad_()
+    signs_linear_batched(x, signs, owner, 20, transposed).sum().backward()
+    assert x.grad is not None
+    assert not x.grad[0, 1].any()
+    assert x.grad[0, 0].any()
+    with pytest.raises(OptionError, match=r"owners \[2\] do not fit inputs \[2, 3, \d+\]: an owner for each input"):
+        signs_linear_batched(x, signs, owner[:, 0], 20, transposed)
