@@ -20,7 +20,7 @@ from mergekit_plus.adapters.layout import Product, adapter_of
 from mergekit_plus.calibration.statistics import MomentsFile
 from mergekit_plus.checkpoint import Checkpoint, Deferred, Step, TensorSpec, Work, copy_step
 from mergekit_plus.checkpoint.folder import ADAPTER_QUANT
-from mergekit_plus.checkpoint.spec import matches, natural_order
+from mergekit_plus.checkpoint.spec import matches
 from mergekit_plus.errors import CheckpointError, OptionError, nearest
 from mergekit_plus.evaluate import load_model
 from mergekit_plus.model import adapter_reason, describe, quantized_reason
@@ -159,16 +159,16 @@ class _Linear:
 
 def _modules(base: Checkpoint, target: Sequence[str]) -> dict[str, _Linear]:
     """The linear layers to train beside, as transformers names them."""
-    meanings = [meaning for meaning in describe(base).tensors.values() if meaning.role == "linear" and meaning.parameter and meaning.name in base.specs]
-    parameters = Counter(meaning.parameter for meaning in meanings)
+    meanings = describe(base)
+    modules = {name: parameter.rpartition(".")[0] for name, parameter in meanings.parameters.items() if meanings.tensors[name].role == "linear"}
     found: dict[str, _Linear] = {}
-    for meaning in sorted(meanings, key=lambda meaning: natural_order(meaning.name)):
-        shape, module = base.specs[meaning.name].shape, str(meaning.parameter).rpartition(".")[0]
-        if len(shape) == 2 and parameters[meaning.parameter] == 1 and (not target or matches(module, target)):
-            found[module] = _Linear((shape[1], shape[0]) if meaning.transposed else (shape[0], shape[1]), meaning.transposed, meaning.name)
+    for name, module in modules.items():
+        shape, transposed = base.specs[name].shape, meanings.tensors[name].transposed
+        if len(shape) == 2 and (not target or matches(module, target)):
+            found[module] = _Linear((shape[1], shape[0]) if transposed else (shape[0], shape[1]), transposed, name)
     for pattern in target:
         if not any(matches(module, [pattern]) for module in found):
-            known = sorted({str(name).split(".")[-2] for name in parameters})
+            known = sorted({module.rpartition(".")[2] for module in modules.values()})
             raise OptionError(f"--target '{pattern}' matches no linear layer of {base.label}.{nearest(pattern, known)}")
     if not found:
         raise CheckpointError(f"{base.label} has no linear layers in its blocks to train beside")
