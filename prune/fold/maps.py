@@ -29,7 +29,7 @@ SOURCES: tuple[Source, ...] = get_args(Source)
 
 
 def groups_of(places: int, share: int, map_: Map = "sequence") -> tuple[int, ...]:
-    """The number of the set of weights of each place; each set has `share` places, but the last of a sequence may have fewer.
+    """The number of the group of each place; each has `share` places, but the last of a sequence may have fewer.
 
     Errors: OptionError where there is no place, and where the places do not divide evenly.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +19,6 @@ from mergekit_plus.checkpoint.plan import row_multiple
 from mergekit_plus.errors import CheckpointError, OptionError
 from mergekit_plus.layers import Part, of_layers, parts_of
 from mergekit_plus.model import adapter_reason, describe, quantized_reason
-
-Parent = Literal["first", "average"]
 
 
 @dataclass(frozen=True)
@@ -36,13 +34,9 @@ class Fold:
     parents: tuple[int | None, ...]
 
     @classmethod
-    def of(cls, kept: Sequence[int], share: int = 1, parent: Parent = "first") -> Fold:
-        """Neighbours share, `share` at a time; the last group may be shorter. Errors: OptionError."""
-        if share < 1 or not kept:
-            raise OptionError(f"groups of {share} blocks out of {len(kept)}: there must be one at least")
-        groups = tuple(place // share for place in range(len(kept)))
-        firsts = [kept[groups.index(group)] for group in range(groups[-1] + 1)]
-        return cls(tuple(kept), groups, tuple(firsts if parent == "first" else [None] * len(firsts)))
+    def of(cls, kept: Sequence[int]) -> Fold:
+        """These blocks stay, and none shares; `mapped` says which do."""
+        return cls(tuple(kept), tuple(range(len(kept))), tuple(kept))
 
     def members(self, group: int) -> tuple[int, ...]:
         """The blocks of the original in a group."""
