@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from prune.fold import Fold, shareable, stack_of
-from prune.fold.blocks import Blocks, blocks_of
+from prune.fold.blocks import Blocks, load_blocks
 from prune.fold.measure import losses
 from prune.fold.plan_file import FoldPlan, write
 from quant.allocate import solve
@@ -28,7 +28,6 @@ from quant.allocate import solve
 from .calibration.options import CalibrationOptions
 from .checkpoint import Checkpoint
 from .errors import OptionError, OutputError
-from .evaluate import load_model, windows
 from .progress import Progress, quiet
 
 ROUNDS = 2  # of measuring and solving
@@ -136,9 +135,7 @@ def plan_depth(checkpoint: Checkpoint, options: DepthOptions, out: Path, progres
         raise OptionError(f"the calibration text has {len(rows)} windows; give at least {HELD_OUT}, one of which chooses among candidates")
     heldout = rows[HELD_OUT - 1 :: HELD_OUT]
     rows = rows[[number for number in range(len(rows)) if number % HELD_OUT != HELD_OUT - 1]]
-    model = load_model(checkpoint, progress=progress).to(options.device)
-    windows(model, rows.flatten(), rows.shape[1])  # refuses what the model cannot read
-    bench = _Bench(blocks_of(model, checkpoint), table, limits, rows.to(options.device), heldout.to(options.device), progress)
+    bench = _Bench(load_blocks(checkpoint, rows, options.device, progress), table, limits, rows.to(options.device), heldout.to(options.device), progress)
     whole = standing = (0,) * len(items)
     (base,) = bench.losses([whole], bench.rows)
     found: dict[tuple[int, ...], tuple[str, float]] = {}

@@ -91,8 +91,8 @@ class _Run:
         module = self.blocks.modules[number]
         if tuple(sources) == (number,):
             return self.calls[number](module, states)
-        tables = [dict(self.blocks.modules[source].named_parameters()) for source in sources]
-        weights = {name: sum((table[name] for table in tables[1:]), tables[0][name]) / len(tables) for name in self.blocks.shared}
+        first, *others = (self.blocks.shared_of(source) for source in sources)
+        weights = {name: sum((table[name] for table in others), weight) / len(sources) for name, weight in first.items()}
         return self.calls[number](With(module, weights), states)
 
     def loss(self, states: Tensor) -> float:
