@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mergekit_plus.adapters.lowrank import leading
+from mergekit_plus.adapters.product import working_dtype
 from mergekit_plus.checkpoint import Checkpoint, Plan, Step, TensorSpec
 from mergekit_plus.checkpoint.dtypes import TORCH_DTYPES
 from mergekit_plus.errors import CheckpointError, OptionError
@@ -97,7 +98,7 @@ def _voice_step(checkpoint: Checkpoint, shared: Checkpoint, name: str, at: str, 
 
     def run(tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
         with torch.no_grad():
-            wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+            wide = working_dtype(tensors[0].dtype)
             beyond = tensors[0].to(wide) - tensors[1].to(wide) if start == "svd" else torch.zeros((), dtype=wide).expand(out, inputs)
             return [factor.to(TORCH_DTYPES[spec.dtype]).contiguous() for factor in voice(beyond, rank, module)]
 

@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from mergekit_plus.adapters.product import working_dtype
 from mergekit_plus.checkpoint import Checkpoint, Plan, Step, copy_step
 from mergekit_plus.checkpoint.folder import COMPACT
 from mergekit_plus.checkpoint.plan import row_multiple
@@ -131,6 +131,6 @@ def mean_step(checkpoint: Checkpoint, names: Sequence[str], to: str) -> Step:
 
 
 def _mean(tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
-    wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    wide = working_dtype(tensors[0].dtype)
     total = sum((tensor.to(wide) for tensor in tensors[1:]), tensors[0].to(wide))
     return [(total / len(tensors)).to(tensors[0].dtype)]
