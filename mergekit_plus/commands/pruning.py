@@ -137,12 +137,15 @@ def fold(
     digests = None if how.resume else hash_early(model)
     from mergekit_plus.recipe import check
 
+    how_it_shares = share > 1 or map_ != "sequence" or parent != "first" or relax or compact
+    says = bool(remove or keep is not None or by != "leave-one-out" or how_it_shares or plan or residual_scale)
+    plans = budget is not None or operations is not None
     if expand or export:
-        folds = bool(remove or keep or compact or calibration or relax or share > 1 or plan or budget or operations or (expand and export))
+        folds = says or plans or bool(calibration) or (expand and export is not None)
         return _expand(model, how, folds, digests) if expand else _export(model, how, export or "peft", folds, digests)
     text = calibration_key(calibration, windows=windows, window=window, seed=seed) if calibration else {}
-    if budget is not None or operations is not None:
-        if remove or keep is not None or share > 1 or plan is not None or residual_scale or relax or compact:
+    if plans:
+        if says:
             from mergekit_plus.errors import OptionError
 
             raise OptionError("a budget is for finding a plan, on which nothing else bears; fold with --plan then")
@@ -195,6 +198,8 @@ def _plan_depth(model: str, budget: float | None, operations: float | None, text
     from mergekit_plus.progress import on
     from mergekit_plus.show import depth_lines
 
+    if how.dry_run or how.push:
+        raise OptionError("a plan is one small file, which is written here; leave out --dry-run and --push")
     if not text:
         raise OptionError("a plan is found on a text: give one with --calibration FILE")
     check_device(how.device)

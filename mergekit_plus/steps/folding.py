@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from prune.fold.maps import Map, Source
 from prune.fold.plan_file import FoldPlan
 
 from ..calibration.options import CalibrationOptions
@@ -29,8 +30,8 @@ class FoldStep(Strict):
     by: str = "leave-one-out"
     pinned: list[int] = Field(default_factory=list)  # blocks that stay whatever is found
     share: int = Field(default=1, ge=1)  # blocks in a group
-    map: Literal["sequence", "cycle", "middle_cycle"] = "sequence"  # which blocks those are
-    parent: Literal["first", "average", "stepwise", "loss"] = "first"
+    map: Map = "sequence"  # which blocks those are
+    parent: Source = "first"
     parents: list[int] | None = None  # for each group the block whose weights it has, where that was found
     relax: str | None = None  # lora:RANK[:zero]: what a block had beyond its group, as low-rank factors of its own
     compact: bool = False  # what blocks share is stored once
@@ -45,6 +46,11 @@ class FoldStep(Strict):
         """Whether it is still to be found out which blocks go, or whose weights groups have."""
         return (self.remove > 0 and self.keep is None) or (self.parent == "loss" and self.parents is None)
 
+    @property
+    def _says_how(self) -> bool:
+        """Whether it says which blocks share, or whose weights."""
+        return self.map != "sequence" or self.parent != "first"
+
     def problems(self, inputs: Mapping[str, object]) -> Iterator[str]:
         from prune.fold import SCORES
 
@@ -52,8 +58,14 @@ class FoldStep(Strict):
             yield from (f"fold, plan: {problem}" for problem in self.plan.problems())
             if self.keep is not None or self.remove or self.share > 1:
                 yield "fold: a plan says which blocks stay and which share; leave keep, remove and share out"
+            if self._says_how:
+                yield "fold: a plan says which blocks share, and whose weights; leave map and parent out"
         elif self.keep is None and not self.remove and self.share == 1:
             yield "fold: say how many blocks to remove, or which to keep, or how many are to share"
+        elif self.share == 1 and self._says_how:
+            yield "fold: map and parent are for blocks that share; say how many do with --share"
+        if self.pinned and not self.remove:
+            yield "fold: pinned keeps blocks that remove would take; say how many it takes, or leave pinned out"
         if self.keep is not None and self.remove and self.scores is None:
             yield "fold: keep says which blocks stay; leave remove out"
         if self.by not in SCORES:
