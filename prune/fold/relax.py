@@ -29,7 +29,7 @@ from mergekit_plus.errors import CheckpointError, OptionError
 from mergekit_plus.layers import Part
 from mergekit_plus.model import Meaning, describe
 
-from .compact import A, B, compacted
+from .compact import A, B, compacted, voice_of
 from .surgery import Fold, mean_step, shareable, stack_of
 
 Start = Literal["svd", "zero"]
@@ -48,7 +48,7 @@ def relaxed(checkpoint: Checkpoint, fold: Fold, rank: int, start: Start = "svd")
     """The compact checkpoint of a fold whose places have voices. Errors: as `voices` and `compacted`."""
     factors = voices(checkpoint, fold, rank, start)
     assert isinstance(factors.source, Plan)
-    modules = [name.removesuffix(f".{A}") for name in factors.specs if name.endswith(f".{A}")]
+    modules = dict.fromkeys(module for name in factors.specs if (module := voice_of(name)) is not None)
     compact = compacted(checkpoint, fold, {module: (factors, f"{module}.{A}", f"{module}.{B}") for module in modules})
     assert isinstance(compact.source, Plan)
     others = [step for step in compact.source.steps if step.writes[0].name not in factors.specs]

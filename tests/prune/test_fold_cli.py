@@ -51,6 +51,7 @@ def test_a_model_is_folded_cured_and_handed_to_peft(compress: Program, tmp_path:
     assert Checkpoint.open(tmp_path / "few-base").config["num_hidden_layers"] == BLOCKS // 2
     assert "is not a compact model" in compress("fold", MODELS / "base", "--export", "peft").line
     assert "in a run of its own" in compress("fold", "cured", "--export", "peft", "--share", 2).line
+    assert "--export writes two folders" in compress("fold", "cured", "--export", "peft", "-o", "hf://org/name").line
 
 
 def test_without_compact_the_voices_are_in_the_weights(compress: Program, tmp_path: Path) -> None:
@@ -83,6 +84,7 @@ def test_the_recipe_folds_cures_and_stays_compact(compress: Program, tmp_path: P
         (["--keep", "0,1", "--map", "cycle"], "map and parent are for blocks that share; say how many do with --share"),
         (["--remove", 1, "--calibration", TEXT, "--parent", "loss"], "map and parent are for blocks that share; say how many do with --share"),
         (["--expand", "--residual-scale"], "--expand writes out what a compact model stands for; fold that in a run of its own"),
+        (["--export", "lora", "--push", "org/name"], "--export writes two folders; write them here, and publish each of them"),
         (["--export", "lora", "--map", "cycle"], "--export writes out what a compact model stands for; fold, or expand, in a run of its own"),
         (["--budget", 0.5, "--parent", "average"], "a budget is for finding a plan, on which nothing else bears; fold with --plan then"),
         (["--budget", 0.5, "--by", "gates"], "a budget is for finding a plan, on which nothing else bears; fold with --plan then"),
