@@ -29,7 +29,7 @@ from mergekit_plus.checkpoint import Checkpoint, save
 from mergekit_plus.depths import DepthOptions, plan_depth
 from mergekit_plus.evaluate import load_model, load_tokenizer, perplexity, tokenize
 from mergekit_plus.training import TrainOptions
-from prune.fold import Fold, folded, importance, mapped, stack_of
+from prune.fold import Fold, folded, importance, stack_of
 from prune.fold.blocks import Blocks, blocks_of
 from prune.fold.measure import BATCH, losses
 from prune.fold.scale import rescaled
@@ -83,8 +83,8 @@ class Bench:
     def every(self) -> list[tuple[int, ...]]:
         return [blocks for count in range(1, self.most + 1) for blocks in combinations(range(self.count), count)]
 
-    def without(self, removed: Sequence[int], share: int = 1) -> Fold:
-        return mapped([block for block in range(self.count) if block not in removed], share)
+    def without(self, removed: Sequence[int]) -> Fold:
+        return Fold.of([block for block in range(self.count) if block not in removed])
 
     def exhaustive(self) -> dict[tuple[int, ...], float]:
         """The loss on the calibration text without each set of blocks, measured a portion of the text at a time."""
