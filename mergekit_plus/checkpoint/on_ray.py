@@ -21,6 +21,7 @@ from .crew import Errand, Finished, Member, Piece
 RETRIES = 5  # times that a batch is computed anew after its worker was killed
 AHEAD = 2  # batches that are given out for each processor: one that is computed, one that waits
 OBJECTS = 256 << 20  # bytes of the object store of a cluster that is started here: one machine's disk is seen by all its workers
+FOREIGN = "failed to import on the worker"  # how Ray says that a node has not our package
 TICK = 1.0  # seconds after which it is looked whether the save has failed elsewhere
 
 
@@ -82,6 +83,9 @@ class OnRay:
         try:
             return [(name, at, memoryview(data)) for name, at, data in self.ray.get(reference)]
         except errors.RayTaskError as error:
+            if isinstance(error.cause, errors.RayError | ImportError) or FOREIGN in str(error.cause):
+                told = str(error.cause).splitlines()[0]
+                raise OptionError(f"--engine ray: a worker cannot load what it is to compute ({told}); install mergekit-plus on every node") from None
             raise error.cause from None
         except (errors.WorkerCrashedError, errors.OutOfMemoryError, errors.NodeDiedError) as error:
             times = f"{RETRIES + 1} times over one batch ({type(error).__name__})"
