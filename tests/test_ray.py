@@ -6,12 +6,13 @@ import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -138,7 +139,7 @@ def seen(place: Path) -> int:
     raise AssertionError("no worker began")
 
 
-def by_ray(place: Path, out: str, before: str = "", crew: type[OnRay] = OnRay, **options: Any) -> None:
+def by_ray(place: Path, out: str, before: str = "", crew: Callable[..., OnRay] = OnRay, **options: Any) -> None:
     made = partial(toy, place, before)
     with crew(made) as here:
         save(made(), place / out, replace(SHARDS, crew=here, **options))
@@ -241,6 +242,17 @@ def test_a_worker_without_our_code_says_so(cluster: str, place: Path, monkeypatc
     made = partial(importlib.import_module("only_here").made, place)
     with pytest.raises(OptionError, match="a worker cannot load what it is to compute .*No module named 'only_here'.*; install mergekit-plus on every node"):
         save(made(), place / "out", replace(SHARDS, job=None, crew=OnRay(made)))
+
+
+def test_a_cluster_that_does_not_answer_is_named_at_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    with pytest.raises(OptionError, match=f"--ray-address {address}: no Ray cluster answers there .*Connection refused"):
+        by_ray(place, "out", crew=partial(OnRay, address=address))
+    assert contents_of_parent(place) == ["in.safetensors"]
 
 
 def test_without_ray_the_way_to_it_is_said(models: Path, compress: Program, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ Nothing but the numbers of units passes through Ray where all nodes see the outp
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -22,6 +23,7 @@ RETRIES = 5  # times that a batch is computed anew after its worker was killed
 AHEAD = 2  # batches that are given out for each processor: one that is computed, one that waits
 OBJECTS = 256 << 20  # bytes of the object store of a cluster that is started here: one machine's disk is seen by all its workers
 FOREIGN = "failed to import on the worker"  # how Ray says that a node has not our package
+KNOCK = 10.0  # seconds in which a cluster must answer
 TICK = 1.0  # seconds after which it is looked whether the save has failed elsewhere
 
 
@@ -49,8 +51,9 @@ class OnRay:
             os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's new default, of which it warns
             local = {"num_cpus": self.workers, "object_store_memory": OBJECTS, "include_dashboard": False} if self.address == "local" else {}
             try:
+                _knock(self.address)
                 self.ray.init(self.address, log_to_driver=False, logging_level="ERROR", **local)
-            except (ConnectionError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError) as error:
                 raise OptionError(f"--ray-address {self.address}: no Ray cluster answers there ({str(error).splitlines()[0]})") from None
             self._own = True
         return self
@@ -101,6 +104,13 @@ class OnRay:
                 f"--engine ray: a task takes a processor{' and a GPU' * self.gpu} and {memory / 1e9:.2f} GB, and no node of the cluster has that "
                 f"(the largest has {most / 1e9:.2f} GB); try a smaller --memory"
             )
+
+
+def _knock(address: str) -> None:
+    """Find out at once whether anybody is there: Ray tries for minutes. Errors: OSError."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), KNOCK).close()
 
 
 @lru_cache(maxsize=1)
