@@ -28,6 +28,7 @@ from .units import Sink, write_unit
 Piece = tuple[str, int, memoryview]  # bytes that begin so many bytes into the place of this tensor
 Finished = Generator[tuple[Sequence[int], Sequence[Piece]]]  # batches, and what of them is still to be written
 
+
 @dataclass(frozen=True)
 class Errand:
     """What a member must know of a save, beside the checkpoint."""
@@ -38,7 +39,7 @@ class Errand:
     folder: Path  # where the files are staged
     inodes: Mapping[str, int]  # of these files: a file of the same name on another machine's disk is another one
     made: Sequence[Any]  # what was measured and computed before, in the order of `Layout.before`
-    memory: int  # bytes that one unit takes at most
+    memory: int  # bytes that a batch takes at most: one unit, and the results where they are handed back
 
 
 class Crew(Protocol):

@@ -245,7 +245,8 @@ def _by_crew(
     assert options.crew is not None
     how = replace(options, memory=layout.memory, workers=layout.workers, progress=quiet(), digests=None, upload=None, crew=None)
     inodes = {file.shard.name: os.fstat(file.fd).st_ino for file in where.values()}
-    errand = Errand(stage.out, how, plan_digest(checkpoint, layout), stage.files, inodes, [each.made for each in layout.before], layout.largest_unit)
+    made, memory = [each.made for each in layout.before], layout.largest_unit + BATCH
+    errand = Errand(stage.out, how, plan_digest(checkpoint, layout), stage.files, inodes, made, memory)
     wanted = set(map(id, units))
     numbers = [number for number, unit in enumerate(layout.units) if id(unit) in wanted]
     with closing(options.crew.compute(errand, _batches(layout.units, numbers), stop)) as finished:
