@@ -34,7 +34,12 @@ def run(
     report: Annotated[bool, typer.Option("--report", help="write a page about each output beside it, <out>-report.html")] = False,
     mergekit_lenient: Annotated[bool, typer.Option("--mergekit-lenient", help="warn of keys that mergekit ignores instead of refusing them")] = False,
 ) -> None:
-    """Carry out a YAML recipe, each combination of its matrix; exit code 1 when a check fails: `compress run recipe.yaml --set bits=3 -o out`."""
+    """Carry out a recipe, and check what it makes.
+
+    Each combination of its matrix is carried out; exit code 1 when a check fails.
+
+    `compress run recipe.yaml --junit checks.xml`
+    """
     from mergekit_plus.errors import CheckFailed, CompressError
     from mergekit_plus.recipe import load_all, outs
     from mergekit_plus.results import Ran
@@ -107,7 +112,12 @@ def init(
     out: Annotated[Path, typer.Option("--out", "-o", help="recipe to write")] = Path("recipe.yaml"),
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a recipe to begin with, in comments what else one may want, and beside it the schema that editors read: `compress init org/model`."""
+    """Write a recipe to begin with.
+
+    In comments it has what else one may want; beside it goes the schema that editors read.
+
+    `compress init code`
+    """
     from mergekit_plus.errors import OutputError
     from mergekit_plus.recipe_schema import as_json
     from mergekit_plus.starter import starter
@@ -123,7 +133,10 @@ def init(
 
 @app.command()
 def schema() -> None:
-    """Print the JSON Schema of recipes, for editors: `compress schema > recipe.schema.json`."""
+    """Print the JSON Schema of recipes, for editors.
+
+    `compress schema > recipe.schema.json`
+    """
     from mergekit_plus.recipe_schema import as_json
 
     print(as_json(), end="")
