@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 FROM_ROOT = {"index.md": "README.md", "changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}  # pages that lie beside docs/, not in it
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
+CODE_IN_TABLE = re.compile(r"^\|.*`.*$", re.MULTILINE)
 log = logging.getLogger("mkdocs.plugins.site")  # a warning fails a strict build
 
 
@@ -40,8 +41,13 @@ def placed(markdown: str, page: str, repository: str | None = None) -> str:
     Files that the site does not have are linked to in the repository; without an address of that, they are named.
     """
     parts = FENCE.split(markdown)
-    parts[::2] = [LINK.sub(lambda link: _link(link, page, repository), part) for part in parts[::2]]
+    parts[::2] = [LINK.sub(lambda link: _link(link, page, repository), CODE_IN_TABLE.sub(_unescaped, part)) for part in parts[::2]]
     return "".join(parts)
+
+
+def _unescaped(row: re.Match[str]) -> str:
+    """A row of a table as Python's Markdown reads it: a bar in code, which GitHub wants escaped, ends no cell."""
+    return re.sub(r"`[^`]*`", lambda code: code[0].replace(r"\|", "|"), row[0])
 
 
 def _link(link: re.Match[str], page: str, repository: str | None) -> str:
@@ -57,4 +63,4 @@ def _link(link: re.Match[str], page: str, repository: str | None) -> str:
         log.warning("%s links to %s, which is not in the repository", source, path)
     if repository:
         return f"{image}[{text}]({repository.rstrip('/')}/blob/main/{path}{anchor})"
-    return f"`{path}`" if text.strip("`/") == path else f"{text} (`{path}`)"
+    return f"`{path}`" if path.endswith(text.strip("`/")) else f"{text} (`{path}`)"

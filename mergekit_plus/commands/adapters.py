@@ -191,7 +191,7 @@ def train(
 ) -> None:
     """Train a LoRA adapter for few bits from scratch.
 
-    `compress adapter train base --text code.txt --bits 1 --rank 16 --steps 50`
+    `compress adapter train base --text code.txt --bits 1 --rank 16 --steps 20`
     """
     from mergekit_plus.recipe import check
 

@@ -242,7 +242,7 @@ def retrain(
 
     It stays as sparse, and as compact, as it is.
 
-    `compress retrain merged-pruned --train mask_lora -t code.txt --steps 50`
+    `compress retrain merged-pruned --train mask_lora -t code.txt --steps 20`
     """
     digests = None if how.resume else hash_early(model, *([teacher] if teacher else []))
     from mergekit_plus.recipe import check
