@@ -5,8 +5,9 @@
 MODELS holds `base`, fine-tunes of it, and LoRA adapters `lora-<domain>`; TEXTS a `<domain>.train.txt` and a `<domain>.test.txt` of each. Losses are in
 nats on 16 windows of 256 tokens, spread evenly over the test text; "of the gain" is the share of what the adapter (or the fine-tune) takes off
 the base's loss. Bytes are those of every file that has to be kept: tensors, adapter_config.json, and the sidecar. What is trained is trained on
-the training text, for STEPS steps of 4 windows of 128 tokens (40 for the scales of differences), at one learning rate for each kind. Each result goes
-into the cache at once, and what is there is not computed again.
+the training text, for STEPS steps of BATCH windows of 128 tokens in bfloat16 where torch finds it safe (the scales of differences: 40 of 4, in float32), at one
+learning rate for each kind, and the state is kept that is best on 16 windows of the training text that are held out. Each result goes into the cache at
+once, and what is there is not computed again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +35,24 @@ from quant.adapters.delta import DeltaOptions, delta
 from quant.adapters.plan import QuantizeOptions, quantize_adapter
 from quant.adapters.train import Lesson, TrainAdapterOptions, train_adapter
 
-WINDOW, WINDOWS, BATCH, TRAIN_WINDOW = 256, 16, 4, 128
-DISTILL_LR = 0.05
+WINDOW, WINDOWS, TRAIN_WINDOW = 256, 16, 128
+DISTILL_LR = 0.03
 KEPT = (ADAPTER_CONFIG, ADAPTER_QUANT, DELTA_QUANT)
 
 
 class Bench:
     """The models, the texts, and the results so far."""
 
-    def __init__(self, models: Path, texts: Path, cache: Path, steps: int) -> None:
-        self.models, self.texts, self.cache, self.steps = models, texts, cache, steps
+    def __init__(self, models: Path, texts: Path, cache: Path, steps: int, batch: int) -> None:
+        self.models, self.texts, self.cache, self.steps, self.batch = models, texts, cache, steps, batch
         self.base = Checkpoint.open(models / "base")
         self.tokenizer = load_tokenizer(self.base)
         self.rows = {row["key"]: row for line in (cache.read_text().splitlines() if cache.exists() else ()) for row in [json.loads(line)]}
 
-    def lesson(self, domain: str, lr: float, steps: int | None = None) -> Lesson:
+    def lesson(self, domain: str, lr: float, steps: int, batch: int, autocast: bool = True) -> Lesson:
         """Windows of the training text of a domain, and how to train on them."""
-        steps = steps or self.steps
-        rows = read_text([self.texts / f"{domain}.train.txt"], self.tokenizer, steps * BATCH + 16, TRAIN_WINDOW)
-        return Lesson(rows, TrainOptions(steps, lr, BATCH, schedule="cosine", warmup=0.05, clip=None, evaluations=2))
+        rows = read_text([self.texts / f"{domain}.train.txt"], self.tokenizer, steps * batch + 16, TRAIN_WINDOW)
+        return Lesson(rows, TrainOptions(steps, lr, batch, schedule="cosine", warmup=0.05, clip=None, evaluations=4 if autocast else 2, autocast=autocast))
 
     def measured(self, domain: str, name: str, make: Callable[[Path], str], file_bytes: Callable[[Path], int] | None = None) -> dict[str, Any]:
         """A row: the loss of the model whose reference `make` returns, and the bytes of what it wrote into the folder that it is given."""
@@ -67,6 +68,11 @@ class Bench:
             with self.cache.open("a") as file:
                 file.write(json.dumps(self.rows[key]) + "\n")
         return self.rows[key]
+
+    @property
+    def told(self) -> str:
+        """How long it trains."""
+        return f"{self.steps} steps of {self.batch}"
 
     def adapters(self, domain: str, tables: str) -> None:
         """The table of one adapter."""
@@ -99,19 +105,31 @@ class Bench:
             own = QuantizeOptions(average_bits=average)
             made = lambda out, own=own: self.quantized(base, adapter, own, None, out)  # noqa: E731
             line(f"{average:g} bits on the average", self.measured(domain, f"mixed {average:g}", made))
-        for name, own in {"1 bit": QuantizeOptions(1), "1.25 bits on the average": QuantizeOptions(average_bits=1.25)}.items() if "distilled" in tables else ():
-            made = lambda out, own=own: self.quantized(base, adapter, own, self.lesson(domain, DISTILL_LR), out)  # noqa: E731
-            line(f"{name}, distilled", self.measured(domain, f"{name} distilled", made))
+        trained = {
+            "1 bit, distilled": QuantizeOptions(1),
+            "1 bit, for the text": QuantizeOptions(1, distill=0),
+            "1.2 bits on the average, for the text": QuantizeOptions(average_bits=1.2, distill=0),
+        }
+        for name, own in trained.items() if "distilled" in tables else ():
+            lesson = partial(self.lesson, domain, DISTILL_LR, self.steps, self.batch)
+            made = lambda out, own=own, lesson=lesson: self.quantized(base, adapter, own, lesson(), out)  # noqa: E731
+            line(f"{name}, {self.told}", self.measured(domain, f"{name}, {self.told}", made))
 
     def scratch(self, domain: str) -> None:
         """Adapters that are trained from scratch on the same lesson: rank against precision at equal bytes."""
         base = self.models / "base"
         start = self.measured(domain, "base", lambda out: str(base))["loss"]
-        print(f"\ntrained from scratch on {domain}, {self.steps} steps: base {start:.4f}\n\n| | bytes | loss | less than the base |\n|---|---:|---:|---:|")
-        for bits, rank, lr in ((16, 16, 3e-3), (16, 1, 1e-2), (1, 16, 1e-2), (2, 8, 1e-2)):
-            options = TrainAdapterOptions(bits, rank)
-            row = self.measured(domain, f"scratch {bits} {rank}", lambda out, options=options, lr=lr: self.trained(base, domain, options, lr, out))
-            print(f"| rank {rank}, {bits} bit{'s' * (bits > 1)} | {row['bytes'] / 1e3:.0f} kB | {row['loss']:.4f} | {start - row['loss']:.4f} |", flush=True)
+        print(f"\ntrained from scratch on {domain}, {self.told}: base {start:.4f}\n\n| | bytes | loss | less than the base |\n|---|---:|---:|---:|")
+        ways = {
+            "rank 16, 16 bits": (TrainAdapterOptions(16, 16), 3e-3),
+            "rank 1, 16 bits": (TrainAdapterOptions(16, 1), 1e-2),
+            "rank 16, 1 bit": (TrainAdapterOptions(1, 16), 1e-2),
+            "rank 16, 1 bit, k-median, a scale for each tensor": (TrainAdapterOptions(1, 16, "k-median", "tensor"), 1e-2),
+        }
+        for name, (options, lr) in ways.items():
+            made = lambda out, options=options, lr=lr: self.trained(base, domain, options, lr, out)  # noqa: E731
+            row = self.measured(domain, f"scratch {name}, {self.told}", made)
+            print(f"| {name} | {row['bytes'] / 1e3:.0f} kB | {row['loss']:.4f} | {start - row['loss']:.4f} |", flush=True)
 
     def differences(self, domain: str, tables: str) -> None:
         """The table of one fine-tune."""
@@ -141,11 +159,11 @@ class Bench:
         return f"{base}+{out}"
 
     def trained(self, base: Path, domain: str, options: TrainAdapterOptions, lr: float, out: Path) -> str:
-        save(train_adapter(self.base, self.lesson(domain, lr), options), out)
+        save(train_adapter(self.base, self.lesson(domain, lr, self.steps, self.batch), options), out)
         return f"{base}+{out}"
 
     def difference(self, base: Path, tuned: Path, domain: str, options: DeltaOptions, steps: int, out: Path) -> str:
-        lesson = self.lesson(domain, 3e-2, steps) if steps else None
+        lesson = self.lesson(domain, 3e-2, steps, 4, autocast=False) if steps else None
         save(delta(self.base, Checkpoint.open(tuned), options, lesson), out)
         return f"{base}+{out}"
 
@@ -162,11 +180,12 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=100, help="of every training")
+    parser.add_argument("--batch", type=int, default=8, help="windows of a step")
     parser.add_argument("--domains", help="some of them: code,drama (default: all)")
     parser.add_argument("--tables", default="adapters,distilled,scratch,delta,scales", help="which of the tables")
     options = parser.parse_args()
     on()
-    bench = Bench(options.models, options.texts, options.cache, options.steps)
+    bench = Bench(options.models, options.texts, options.cache, options.steps, options.batch)
     domains = sorted(path.name.removeprefix("lora-") for path in options.models.iterdir() if path.name.startswith("lora-"))
     tuned = sorted(path.name for path in options.models.iterdir() if path.name != "base" and (path / "config.json").is_file())
     if options.domains:

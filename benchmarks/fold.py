@@ -4,9 +4,9 @@
     python benchmarks/fold.py --work FOLDER --render table.md                                                                # and the same arguments
 
 By default the model and the texts are those of tests/models. For each number of blocks, every set of them is taken out and measured on the calibration text
-(24 windows of 256 tokens): the best one is what importance looks for. Each chosen set is measured on the first 40 windows of 256 tokens of the validation and
-of the test text, and again when it is cured: norms and MaskLoRA of rank 16 trained towards the model as it was, the same windows of 128 tokens for all, at the
-rate of three that the validation text likes best for leave-one-out's largest set. FOLDER keeps `results.jsonl` and the cured models.
+(16 windows of 256 tokens): the best one is what importance looks for. Each chosen set is measured on the first 20 windows of 256 tokens of the validation and
+the first 40 of the test text, and again when it is cured: norms and MaskLoRA of rank 16 trained towards the model as it was, the same windows of 128 tokens for
+all, at the rate of three that the validation text likes best for the best of the largest sets. FOLDER keeps `results.jsonl` and the cured models.
 """
 
 from __future__ import annotations
@@ -200,22 +200,25 @@ def read(results: Path) -> list[Row]:
 def render(bench: Bench) -> list[str]:
     """Losses on the test text of what was measured so far, before a cure and after it, and what scales change."""
     found = {(row["model"], row.get("rate")): row["test"] for row in bench.done if row["what"] == "loss"}
+    gone = {(row["by"], row["removed"]): row["blocks"] for row in bench.done if row["what"] == "chosen"}
     table, counts = bench.exhaustive(), range(1, bench.most + 1)
-    rate = bench.rate(best(table, bench.most))
-    lines = [f"Dense: {found['dense', None]:.3f}; rate of the cure: {rate:g}.", "", f"| removed | {' | '.join(METHODS)} |", "|---" * (len(METHODS) + 1) + "|"]
     for count in counts:
-        cells = []
-        for by in METHODS:
-            removed = bench.chosen(by, count, table)
-            name = f"without {shown(removed)}"
-            cells.append(f"{shown(removed)}: {found[name, None]:.3f}, {found[f'{name}, cured', rate]:.3f}")
-        lines.append(f"| {count} | {' | '.join(cells)} |")
+        gone |= {("best", count): best(table, count), ("leave-one-out", count): greedy(table, count)}
+    rate = bench.rate(best(table, bench.most))
+
+    def cell(by: str, count: int) -> str:
+        name = f"without {shown(gone.get((by, count), ()))}"
+        values = [f"{found[key]:.3f}" for key in ((name, None), (f"{name}, cured", rate)) if key in found]
+        return f"{shown(gone[by, count])}: {', '.join(values)}" if (by, count) in gone else ""
+
+    lines = [f"Dense: {found['dense', None]:.3f}; rate of the cure: {rate:g}.", "", f"| removed | {' | '.join(METHODS)} |", "|---" * (len(METHODS) + 1) + "|"]
+    lines += [f"| {count} | {' | '.join(cell(by, count) for by in METHODS)} |" for count in counts]
     lines += ["", "| removed | as it is | scaled |", "|---|---|---|"]
-    for removed in (best(table, count) for count in counts):
-        name = f"without {shown(removed)}"
-        cured = "" if (f"{name}, scaled, cured", rate) not in found else " | ".join(f"{found[f'{one}, cured', rate]:.3f}" for one in (name, f"{name}, scaled"))
-        lines.append(f"| {shown(removed)} | {found[name, None]:.3f} | {found[f'{name}, scaled', None]:.3f} |")
-        lines += [f"| {shown(removed)}, cured | {cured} |"] if cured else []
+    for count in counts:
+        for more, key in (("", None), (", cured", rate)):
+            names = [f"without {shown(gone['best', count])}{scaled}{more}" for scaled in ("", ", scaled")]
+            if all((name, key) in found for name in names):
+                lines.append(f"| {shown(gone['best', count])}{more} | {' | '.join(f'{found[name, key]:.3f}' for name in names)} |")
     return lines
 
 

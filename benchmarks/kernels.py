@@ -102,6 +102,7 @@ def line(layer: Layer, tokens: int, dtype: torch.dtype, seconds: float, read: Ca
     x = torch.randn(tokens, width).to(dtype)
     zeros = torch.stack([layer.scale.float(), torch.zeros(layer.scale.shape)], -1).transpose(0, 1).contiguous().to(dtype)  # [groups, rows, 2]
     packed, torchs, again = cycle(layer.packed), cycle(layer.torchs), cycle(layer.packed)
+    next(again)  # never the copy that was just multiplied
     dense = cycle(layer.dense if dtype == torch.bfloat16 else [weight.to(dtype) for weight in layer.dense[:2]])
     candidates: dict[str, Callable[[], object]] = {
         "ours": lambda: packed_linear(x, next(packed), layer.scale, None, 4, GROUP),

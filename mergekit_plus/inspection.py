@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from .checkpoint import Checkpoint
@@ -26,6 +28,7 @@ def inspect(checkpoint: Checkpoint, tensors: bool = False) -> dict[str, Any]:
     facts = {
         "label": checkpoint.label,
         "architecture": (checkpoint.config.get("architectures") or ["no config.json"])[0],
+        "adapter": _adapter(checkpoint),
         "tensors": len(specs),
         "files": sum(blob.name.endswith(".safetensors") for blobs in input_files(checkpoint).values() for blob in blobs),
         "bytes": checkpoint.nbytes,
@@ -37,7 +40,7 @@ def inspect(checkpoint: Checkpoint, tensors: bool = False) -> dict[str, Any]:
         "fused": sorted({" + ".join(name.rsplit(".", 2)[-2] for name in group[:8]) for group in roles.fused}),
         "tied": [list(names) for names in roles.tied],
         "quantized": quantized_reason(checkpoint),
-        "packed": _packed(checkpoint),
+        "packed": packed_facts(checkpoint) if {ADAPTER_CONFIG, DELTA_QUANT} & checkpoint.files.keys() else None,
         "compact": _compact(checkpoint),
     }
     if tensors:
@@ -50,20 +53,38 @@ def inspect(checkpoint: Checkpoint, tensors: bool = False) -> dict[str, Any]:
 
 def stored_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of a checkpoint where it lies, or would lie: of what is expanded as it is read, those that it is expanded from."""
-    kept = _packed(checkpoint) or _compact(checkpoint)
+    kept = (packed_facts(checkpoint) if {ADAPTER_CONFIG, DELTA_QUANT} & checkpoint.files.keys() else None) or _compact(checkpoint)
     return kept["bytes"] if kept else checkpoint.nbytes
 
 
-def _packed(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """How what was opened lies on the disk, where it is expanded from a few bits."""
-    if not {ADAPTER_CONFIG, DELTA_QUANT} & checkpoint.files.keys():
+def _adapter(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What kind of adapter it is, of which base; the ranks that its modules have."""
+    if ADAPTER_CONFIG not in checkpoint.files:
         return None
+    config = checkpoint.json_file(ADAPTER_CONFIG)
+    ranks = [spec.shape[0] for name, spec in checkpoint.specs.items() if name.endswith((".lora_A.weight", ".lora_embedding_A")) and spec.shape]
+    kind = "DoRA" if config.get("use_dora") else str(config.get("peft_type"))
+    return {"type": kind, "base": config.get("base_model_name_or_path") or "an unnamed base", "modules": len(ranks), "ranks": sorted(set(ranks))}
+
+
+def packed_facts(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """How what was opened lies on the disk, where it is expanded from a few bits: `bits` is the average where rows have widths of their own."""
     for part, source in file_inputs(checkpoint):
         for sidecar in (ADAPTER_QUANT, DELTA_QUANT):
             if said := part.json_file(sidecar):
                 size = sum({blob.place: blob.size for blob, _ in source.places.values()}.values())
-                return {"bytes": size, "bits": said["bits"], "codebook": said["codebook"], "scale": said["scale"]}
+                return {"bytes": size, "bits": _bits(said), "codebook": said["codebook"], "scale": said["scale"]}
     return None
+
+
+def _bits(said: Mapping[str, Any]) -> float:
+    """The bits of a number, as a sidecar says them."""
+    elements = bits = 0
+    for facts in said["tensors"].values():
+        rows, own = facts["shape"][facts.get("axis", 0)], facts.get("bits", said["bits"])
+        elements += prod(facts["shape"])
+        bits += prod(facts["shape"]) // max(1, rows) * (sum(own) if isinstance(own, list) else own * rows)
+    return said["bits"] if bits == elements * said["bits"] else bits / elements
 
 
 def _compact(checkpoint: Checkpoint) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from .errors import CheckpointError, CompressError
 from .steps import TEXT_KEYS, PruneStep, calibrations
 
 if TYPE_CHECKING:
-    from .recipe import Recipe
+    from .recipe_file import Recipe
 
 RECIPE = "recipe.yaml"
 SPARSITY = "sparsity.json"

@@ -15,7 +15,7 @@ from quant import QUANTIZERS
 
 from .merge import METHODS
 from .options import Option
-from .recipe import Recipe
+from .recipe_file import Recipe
 from .steps import OPERATIONS
 from .training import TrainOptions
 

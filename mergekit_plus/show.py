@@ -56,8 +56,9 @@ def method_lines(facts: Mapping[str, Any]) -> list[str]:
 
 def inspection_lines(facts: Mapping[str, Any]) -> list[str]:
     """`compress inspect`."""
+    kind = "{type} adapter of {base}".format(**facts["adapter"]) if facts["adapter"] else facts["architecture"]
     lines = [
-        f"{facts['label']}: {facts['architecture']}, {facts['tensors']} tensors in {facts['files']} file{'s' * (facts['files'] != 1)}, {size(facts['bytes'])}",
+        f"{facts['label']}: {kind}, {facts['tensors']} tensors in {facts['files']} file{'s' * (facts['files'] != 1)}, {size(facts['bytes'])}",
         f"{facts['parameters'] / 1e6:.2f} M parameters, {facts['bits_per_weight']:.3g} bits a weight; "
         + ", ".join(f"{dtype} {size(nbytes)}" for dtype, nbytes in facts["dtypes"].items()),
         "roles: " + ", ".join(f"{count} {role}" for role, count in facts["roles"].items()) + f"; {facts['blocks']} block{'s' * (facts['blocks'] != 1)}",
@@ -68,8 +69,10 @@ def inspection_lines(facts: Mapping[str, Any]) -> list[str]:
         lines.append("tied: " + ", ".join(" = ".join(names) for names in facts["tied"]))
     if facts["quantized"]:
         lines.append(facts["quantized"])
+    if adapter := facts["adapter"]:
+        lines.append(f"{adapter['modules']} modules of rank {', '.join(map(str, adapter['ranks']))}")
     if packed := facts["packed"]:
-        coding = f"{packed['bits']} bit{'s' * (packed['bits'] > 1)}, {packed['codebook']}, a scale for each {packed['scale']}"
+        coding = f"{packed['bits']:.3g} bit{'s' * (packed['bits'] != 1)}, {packed['codebook']}, a scale for each {packed['scale']}"
         lines.append(f"packed: {size(packed['bytes'])} on the disk, {coding}; above is what it expands to")
     if compact := facts["compact"]:
         groups, voices = compact["groups"], f", voices of rank {compact['rank']} at most" if compact["rank"] else ""

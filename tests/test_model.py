@@ -112,7 +112,7 @@ def test_a_bare_file_without_config_is_described_as_the_model_is(tiny: Tiny, nam
     assert file.linears == model.linears
     assert file.fused == model.fused
     for tensor, meaning in model.tensors.items():
-        assert file.tensors[tensor] == replace(meaning, parameter=None)
+        assert file.tensors[tensor] == replace(meaning, parameter=None, converted=False)  # which transformers alone knows
 
 
 def test_the_roles_of_a_llama_are_those_of_its_modules(tiny: Tiny) -> None:

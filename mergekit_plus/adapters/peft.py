@@ -100,7 +100,8 @@ def read_adapter(checkpoint: Checkpoint) -> Adapter:
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
     """adapter_config.json, where it is one of LoRA."""
     if ADAPTER_CONFIG not in checkpoint.files:
-        what = "a model, not an adapter" if checkpoint.config else f"no adapter: there is no {ADAPTER_CONFIG} beside it"
+        a_model = "a model, not an adapter; give a folder that peft saved, or make an adapter of a fine-tune: `compress adapter extract`"
+        what = a_model if checkpoint.config else f"no adapter: there is no {ADAPTER_CONFIG} beside it, which peft writes; save it again with peft"
         raise CheckpointError(f"{checkpoint.label} is {what}")
     config = checkpoint.json_file(ADAPTER_CONFIG)
     way_out = "apply it with peft (merge_and_unload)"

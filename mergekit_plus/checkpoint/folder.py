@@ -203,7 +203,7 @@ def _open_packed(folder: Listing, label: str, pinned: str, packed: str) -> Check
     from quant.adapters.container import expanded
 
     if missing := next((name for name in PACKED[packed] if name not in folder.names), None):
-        raise CheckpointError(f"{folder.place} has {packed} but no {missing}, which says what is in it")
+        raise CheckpointError(f"{folder.place} has {packed} but no {missing}, which says what is in it; get that file too")
     small = _small(folder, (*CARRIED, *PACKED[packed]))
     return expanded(Checkpoint(label, _source([folder.open(packed)]), small, pinned=pinned), PACKED[packed][-1])
 

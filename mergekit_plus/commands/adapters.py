@@ -36,6 +36,7 @@ FactorScale = Annotated[str, typer.Option("--scale", help="what shares a scale: 
 LessonSteps = Annotated[int, typer.Option("--steps", min=1, help="steps of the training")]
 LessonBatch = Annotated[int, typer.Option("--batch", min=1, help="windows that a step reads")]
 LessonRate = Annotated[float | None, typer.Option("--lr", help="learning rate; relative to the size of what trains, where that starts from something")]
+LessonAutocast = Annotated[bool, typer.Option("--autocast", help="train in bfloat16 where torch finds it safe")]
 LessonSeed = Annotated[int, typer.Option("--seed", help="seed of the order of the text, and of what starts at random")]
 
 
@@ -118,12 +119,14 @@ def quantize_adapter(
     average_bits: Annotated[float | None, typer.Option("--average-bits", help="a width for each component, so many bits on the average")] = None,
     gauge: Annotated[str | None, typer.Option("--gauge", help="how B A is shared out before it is coded: balanced, svd, or none (as it is)")] = None,
     refit: Annotated[bool, typer.Option("--refit/--no-refit", help="fit codes and scales to the product B A")] = True,
+    distill: Annotated[float, typer.Option("--distill", min=0, max=1, help="the adapter's own predictions' part of the loss; the rest is the text's")] = 1.0,
     base: Annotated[str | None, typer.Option("--base", "-b", help="the model that it was trained on, to distil with --text")] = None,
     text: LessonText = [],  # noqa: B006
     window: CalibrationWindow = None,
     steps: LessonSteps = 200,
     batch: LessonBatch = 4,
     lr: LessonRate = None,
+    autocast: LessonAutocast = False,
     seed: LessonSeed = 0,
 ) -> None:
     """Bring a LoRA adapter to a few bits, packed.
@@ -134,8 +137,8 @@ def quantize_adapter(
     """
     from mergekit_plus.recipe import check
 
-    coding = {"bits": bits, "average_bits": average_bits, "codebook": codebook, "scale": scale, "gauge": gauge, "refit": refit}
-    step = {**coding, **_lesson(text, window, steps, batch, lr, seed)}
+    coding = {"bits": bits, "average_bits": average_bits, "codebook": codebook, "scale": scale, "gauge": gauge, "refit": refit, "distill": distill}
+    step = {**coding, **_lesson(text, window, steps, batch, lr, autocast, seed)}
     inputs = {"adapter": adapter}
     if base is not None:
         inputs["base"] = base
@@ -158,9 +161,13 @@ def expand(
 
     `compress adapter expand code-lora-2bit`
     """
+    from mergekit_plus.errors import CheckpointError
+    from mergekit_plus.inspection import packed_facts
     from mergekit_plus.recipe import check
 
     ref = adapter if base is None else f"{base}+{adapter}"
+    if packed_facts(open_model(ref)) is None:
+        raise CheckpointError(f"{ref} is not packed: it is as peft and engines read it")
     carry_out(check({"inputs": {"adapter": ref}}, Path(), "compress adapter expand"), how, beside(adapter, "expanded", "folder"))
 
 
@@ -187,6 +194,7 @@ def train(
     steps: LessonSteps = 200,
     batch: LessonBatch = 4,
     lr: LessonRate = None,
+    autocast: LessonAutocast = False,
     seed: LessonSeed = 0,
 ) -> None:
     """Train a LoRA adapter for few bits from scratch.
@@ -198,7 +206,7 @@ def train(
     step = {
         "base": "base", "bits": bits, "rank": rank, "target": target, "codebook": codebook, "scale": scale, "init": init, "budget": budget,
         "neurons": neurons, "pools": {"rank": pool_rank, "private": pool_private, "shards": pool_shards} if pool_rank else None,
-        **_lesson(text, window, steps, batch, lr, seed), **calibration_key(calibration),
+        **_lesson(text, window, steps, batch, lr, autocast, seed), **calibration_key(calibration),
     }  # fmt: skip
     recipe = check({"inputs": {"base": base}, "steps": [{"train_adapter": step}]}, Path(), "compress adapter train")
     carry_out(recipe, how, beside(base, f"{bits}bit-adapter", "folder"))
@@ -220,6 +228,7 @@ def delta(
     steps: LessonSteps = 100,
     batch: LessonBatch = 4,
     lr: LessonRate = None,
+    autocast: LessonAutocast = False,
     seed: LessonSeed = 0,
 ) -> None:
     """Bring the difference of a fine-tune to a bit a weight.
@@ -232,12 +241,13 @@ def delta(
 
     step = {
         "base": "base", "tuned": "tuned", "bits": bits, "scale": scale, "save_rest": save_rest, "exclude": exclude,
-        **_lesson(text, window, steps, batch, lr, seed),
+        **_lesson(text, window, steps, batch, lr, autocast, seed),
     }  # fmt: skip
     recipe = check({"inputs": {"base": base, "tuned": tuned}, "steps": [{"delta": step}]}, Path(), "compress adapter delta")
     carry_out(recipe, how, beside(tuned, "delta", "folder"))
 
 
-def _lesson(text: list[str], window: int | None, steps: int, batch: int, lr: float | None, seed: int) -> dict[str, Any]:
+def _lesson(text: list[str], window: int | None, steps: int, batch: int, lr: float | None, autocast: bool, seed: int) -> dict[str, Any]:
     """The keys of a step that trains on a text; nothing where no text is given."""
-    return {"text": text_key(text, window=window, seed=seed), "steps": steps, "batch": batch, "lr": lr, "seed": seed} if text else {}
+    how = {"steps": steps, "batch": batch, "lr": lr, "autocast": autocast, "seed": seed}
+    return {"text": text_key(text, window=window, seed=seed), **how} if text else {}

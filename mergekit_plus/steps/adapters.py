@@ -11,8 +11,9 @@ from pydantic import Field
 from ..calibration.options import CalibrationOptions
 from ..checkpoint import Checkpoint
 from ..checkpoint.dtypes import parse_float_dtype
-from ..errors import not_inputs
+from ..errors import CheckpointError, not_inputs
 from ..merge.plan import MergeOptions
+from ..model import adapter_reason
 from .base import Execution, Strict, dtype_problems, lesson_rows, moments_of, source_of, with_lesson
 from .merging import MergeStep
 
@@ -84,6 +85,7 @@ class LessonStep(Strict):
     steps: int = 200
     batch: int = 4
     lr: float | None = None
+    autocast: bool = False
     seed: int = 0
 
     def lesson(self, model: Checkpoint, how: Execution, lr: float) -> Any:
@@ -94,8 +96,11 @@ class LessonStep(Strict):
 
         if self.text is None:
             return None
+        if reason := adapter_reason(model):
+            raise CheckpointError(reason)
         ids = lesson_rows(self.text, self.steps * self.batch + HELD_OUT, model, how)
-        training = TrainOptions(self.steps, lr if self.lr is None else self.lr, self.batch, schedule="cosine", warmup=0.05, clip=None, seed=self.seed)
+        rate = lr if self.lr is None else self.lr
+        training = TrainOptions(self.steps, rate, self.batch, schedule="cosine", warmup=0.05, clip=None, seed=self.seed, autocast=self.autocast)
         return Lesson(ids, training)
 
     def told(self, made: Checkpoint, lesson: Any) -> Checkpoint:
@@ -112,6 +117,7 @@ class QuantizeAdapterStep(LessonStep):
     gauge: str | None = None
     refit: bool = True
     average_bits: float | None = None
+    distill: float = 1.0
     base: str | None = None
     of: str | None = None  # an input; by default what the step before made, or the only input
 
@@ -124,7 +130,7 @@ class QuantizeAdapterStep(LessonStep):
     def _options(self) -> Any:
         from quant.adapters.plan import QuantizeOptions
 
-        return QuantizeOptions(self.bits, self.codebook, self.scale, self.gauge, self.refit, self.average_bits)  # type: ignore[arg-type]  # which its `problems` says
+        return QuantizeOptions(self.bits, self.codebook, self.scale, self.gauge, self.refit, self.average_bits, self.distill)  # type: ignore[arg-type]  # which its `problems` says
 
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
         from quant.adapters.container import expanded, is_packed

@@ -15,6 +15,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mergekit_plus.errors import OptionError
 
@@ -50,6 +51,18 @@ class Coding:
     def scales(self, rows: int, width: int) -> int:
         """How many scales a matrix has."""
         return 1 if self.scale == "tensor" else rows * (1 if self.scale == "component" else -(-width // GROUP))
+
+    def shared(self, values: Tensor) -> Tensor:
+        """The elements [rows, width] of each scale, [scales, elements]; groups that the width does not fill are filled with zeros."""
+        if self.scale == "tensor":
+            return values.reshape(1, -1)
+        return values if self.scale == "component" else pad(values, (0, -values.shape[1] % GROUP)).view(-1, GROUP)
+
+    def spread(self, scales: Tensor, rows: int, width: int) -> Tensor:
+        """A number for each scale, [scales], as it multiplies elements: [rows, width], or what broadcasts to it."""
+        if self.scale != "group":
+            return scales[:, None]
+        return scales.view(rows, -1, 1).expand(-1, -1, GROUP).flatten(1)[:, :width]
 
     def owners(self, rows: int, width: int) -> Tensor:
         """The number of the scale of each element, int64 [rows, width]."""
@@ -118,12 +131,11 @@ def _rows_of_width(bits: tuple[int, ...]) -> dict[int, list[int]]:
 
 def encode(matrix: Tensor, coding: Coding) -> Coded:
     """The codes of a float matrix [rows, width], in float64; a scale whose elements are all equal (all zero) gets scale 0, so that they come back exactly."""
-    owners = coding.owners(*matrix.shape)
     work = matrix.detach().double()
-    mean, spread = _moments(work, owners, coding)
-    codes = nearest(_normal(work, mean, spread, owners), coding)
+    mean, spread = _moments(work, coding)
+    codes = nearest(_normal(work, mean, spread, coding), coding)
     if coding.codebook == "l2":
-        spread = fitted(work, codes, owners, coding)
+        spread = fitted(work, codes, coding)
     return Coded(codes, _stats(mean, spread, coding), coding)
 
 
@@ -132,10 +144,9 @@ def decode(coded: Coded, levels: Tensor | None = None) -> Tensor:
 
     levels: those of a file, where it is not to be this version's codebook.
     """
-    owners = coded.coding.owners(*coded.codes.shape)
     values = levels_of(coded.codes, coded.coding) if levels is None else levels[coded.codes.long()]
-    values = values * coded.stats[:, -1][owners]
-    return values + coded.stats[:, 0][owners] if coded.coding.columns == 2 else values
+    values = values * coded.coding.spread(coded.stats[:, -1], *values.shape)
+    return values + coded.coding.spread(coded.stats[:, 0], *values.shape) if coded.coding.columns == 2 else values
 
 
 def straight_through(matrix: Tensor, coding: Coding) -> Tensor:
@@ -144,22 +155,21 @@ def straight_through(matrix: Tensor, coding: Coding) -> Tensor:
     For k-median the gradient is `r (G - mean G) + mean G + <G, q - r n> / (N - 1) * n` over each scale's N elements, n being the normalised ones and q
     their levels (r = 1: no epsilon is added to the scale).
     """
-    owners = coding.owners(*matrix.shape)
-    mean, spread = _moments(matrix, owners, coding)
-    normal = _normal(matrix, mean, spread, owners)
+    mean, spread = _moments(matrix, coding)
+    normal = _normal(matrix, mean, spread, coding)
     codes = nearest(normal, coding)
     levels = levels_of(codes, coding).to(matrix.dtype)
     through = levels + normal - normal.detach()
-    scale = spread if coding.codebook == "k-median" else fitted(matrix, codes, owners, coding)
-    return through * scale[owners] + mean[owners]
+    if coding.codebook == "l2":
+        return through * coding.spread(fitted(matrix, codes, coding), *matrix.shape)
+    return through * coding.spread(spread, *matrix.shape) + coding.spread(mean, *matrix.shape)
 
 
-def fitted(matrix: Tensor, codes: Tensor, owners: Tensor, coding: Coding) -> Tensor:
+def fitted(matrix: Tensor, codes: Tensor, coding: Coding) -> Tensor:
     """The scales of least squares for these codes, [scales]: `<w, q> / <q, q>`."""
     levels = levels_of(codes, coding).to(matrix.dtype)
-    scales = coding.scales(*matrix.shape)
-    size = _sums(levels * levels, owners, scales)
-    return _sums(matrix * levels, owners, scales) / torch.where(size > 0, size, torch.ones_like(size))
+    size = coding.shared(levels * levels).sum(1)
+    return coding.shared(matrix * levels).sum(1) / torch.where(size > 0, size, torch.ones_like(size))
 
 
 def rescaled(coded: Coded, factors: Tensor) -> Coded:
@@ -167,15 +177,14 @@ def rescaled(coded: Coded, factors: Tensor) -> Coded:
     return replace(coded, stats=(coded.stats.double() * factors[:, None]).float())
 
 
-def _moments(matrix: Tensor, owners: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
+def _moments(matrix: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (of n - 1) of what shares a scale; for l2 zero and the root mean square."""
-    scales = coding.scales(*matrix.shape)
-    counts = _sums(torch.ones_like(matrix), owners, scales).detach()
+    counts = coding.shared(torch.ones_like(matrix)).sum(1)
     if coding.codebook == "l2":
-        return torch.zeros_like(counts), _root(_sums(matrix * matrix, owners, scales) / counts)
-    mean = _sums(matrix, owners, scales) / counts
-    centred = matrix - mean[owners]
-    return mean, _root(_sums(centred * centred, owners, scales) / (counts - 1).clamp(min=1))
+        return torch.zeros_like(counts), _root(coding.shared(matrix * matrix).sum(1) / counts)
+    mean = coding.shared(matrix).sum(1) / counts
+    centred = matrix - coding.spread(mean, *matrix.shape)
+    return mean, _root(coding.shared(centred * centred).sum(1) / (counts - 1).clamp(min=1))
 
 
 def _root(squares: Tensor) -> Tensor:
@@ -184,13 +193,9 @@ def _root(squares: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, squares, torch.ones_like(squares)).sqrt(), torch.zeros_like(squares))
 
 
-def _normal(matrix: Tensor, mean: Tensor, spread: Tensor, owners: Tensor) -> Tensor:
-    return (matrix - mean[owners]) / torch.where(spread > 0, spread, torch.ones_like(spread))[owners]
-
-
-def _sums(values: Tensor, owners: Tensor, scales: int) -> Tensor:
-    """The sum of what shares a scale, [scales]."""
-    return torch.zeros(scales, dtype=values.dtype).index_add(0, owners.flatten(), values.flatten())
+def _normal(matrix: Tensor, mean: Tensor, spread: Tensor, coding: Coding) -> Tensor:
+    size = coding.spread(torch.where(spread > 0, spread, torch.ones_like(spread)), *matrix.shape)
+    return matrix / size if coding.codebook == "l2" else (matrix - coding.spread(mean, *matrix.shape)) / size
 
 
 def _stats(mean: Tensor, spread: Tensor, coding: Coding) -> Tensor:

@@ -149,10 +149,9 @@ def _anew(row: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
 
 def _with_scales(row: Tensor, stats: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
     """The nearest codes under the scales that there are; then, where these are the row's own and have no mean, the best scales for them."""
-    owners = coding.owners(1, len(row))
-    scale = torch.where(stats[:, -1] != 0, stats[:, -1], torch.ones_like(stats[:, -1])).double()[owners]
-    mean = stats[:, 0].double()[owners] if coding.columns == 2 else 0.0
+    scale = coding.spread(torch.where(stats[:, -1] != 0, stats[:, -1], torch.ones_like(stats[:, -1])).double(), 1, len(row))
+    mean = coding.spread(stats[:, 0].double(), 1, len(row)) if coding.columns == 2 else 0.0
     codes = nearest((row[None] - mean) / scale, coding)
     if coding.columns == 1 and coding.scale != "tensor":
-        stats = fitted(row[None], codes, owners, coding)[:, None].float()
+        stats = fitted(row[None], codes, coding)[:, None].float()
     return codes, stats

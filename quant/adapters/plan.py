@@ -35,6 +35,7 @@ class QuantizeOptions:
     gauge: Gauge | None = None  # balanced, or svd for widths that differ
     refit: bool = True
     average_bits: float | None = None
+    distill: float = 1.0  # where it trains on a text: the part of the loss that is the adapter's own predictions; the rest is the text's
 
     @property
     def coding(self) -> Coding:
@@ -55,6 +56,8 @@ class QuantizeOptions:
             found.append(str(error))
         if self.chosen_gauge not in get_args(Gauge):
             found.append(f"gauge={self.gauge!r}: one of {', '.join(get_args(Gauge))}")
+        if not 0 <= self.distill <= 1:
+            found.append(f"distill={self.distill:g}: a share of the loss, 0 to 1")
         if self.average_bits is not None and not 0 < self.average_bits <= BITS[-1]:
             found.append(f"average_bits={self.average_bits:g}: above 0 and up to {BITS[-1]}")
         if self.average_bits is not None and (self.chosen_gauge != "svd" or self.scale == "tensor"):
@@ -88,7 +91,7 @@ def quantize_adapter(adapter: Adapter, options: QuantizeOptions, base: Checkpoin
 
     steps = [packed_step(entries, [(part, name) for name in names], code)]
     if base is not None and lesson is not None:
-        made = distilled(adapter, base, lesson, entries, options.chosen_gauge, options.refit)
+        made = distilled(adapter, base, lesson, entries, options.chosen_gauge, options.refit, options.distill)
         steps = [copy_step(made, name) for name in made.specs]
     steps = [*steps, *(copy_step(part, name) for name in part.specs if name not in names)]
     return Checkpoint(f"{part.label} at {codings[0]}", Plan(steps), {**part.files, ADAPTER_QUANT: sidecar(entries)}, part.notes)

@@ -18,7 +18,7 @@ from torch import Tensor
 from mergekit_plus.adapters.lowrank import factors, leading, rank_of_product
 from mergekit_plus.adapters.weighted import damped
 
-from .latent import Latent, size_of
+from .latent import Latent
 
 Init = Literal["lora", "pissa", "corda-ipm", "corda-kpm"]
 RATES = {"pissa": 1e-2, "corda-ipm": 1e-2, "corda-kpm": 1e-1}  # learning rates by default, relative to the components: the last are small
@@ -44,7 +44,7 @@ class Shifted(Latent):
     """Latents that start from components of the weight, and add only what they have become since."""
 
     def __init__(self, a: Tensor, rows_b: Tensor) -> None:
-        super().__init__(a, rows_b, 1.0, None, (size_of(a), size_of(rows_b)))
+        super().__init__(a, rows_b, 1.0, None, (_size(a), _size(rows_b)))
         self.start = tuple(rows.detach().clone() for rows in super().rows())
 
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -57,3 +57,8 @@ class Shifted(Latent):
         a, rows_b = (rows.double() for rows in self.rows())
         a, b = rank_of_product([rows_b.T], [a], len(a))
         return a, b.T
+
+
+def _size(rows: Tensor) -> Tensor:
+    """The root mean square of all components together: the paper's gauge between them stays."""
+    return rows.square().mean().sqrt()

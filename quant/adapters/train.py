@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mergekit_plus.adapters import apply
 from mergekit_plus.adapters.extract import task_of
 from mergekit_plus.adapters.layout import Product, adapter_of
-from mergekit_plus.adapters.peft import Adapter
+from mergekit_plus.adapters.peft import Adapter, LowRank
 from mergekit_plus.calibration.statistics import MomentsFile
 from mergekit_plus.checkpoint import Checkpoint, Deferred, Work, copy_step
 from mergekit_plus.checkpoint.folder import ADAPTER_QUANT
@@ -36,7 +36,7 @@ from .codebooks import Codebook
 from .coding import Coding, Scale, encode
 from .container import Entry, packed_specs, packed_tensors, rows_of, sidecar
 from .factors import Gauge, encode_pair, turned, wanted
-from .latent import Factors, Latent, Teacher, attached, size_of, small
+from .latent import Factors, Latent, Teacher, attached, sizes_of, small
 from .modules import check_trained, factor_entries, factor_names
 from .pools import Sharing, check_pools, pooled
 from .principal import Init, Shifted, components
@@ -73,14 +73,17 @@ class Lesson:
         )
 
 
-def distilled(adapter: Adapter, base: Checkpoint, lesson: Lesson, entries: Sequence[Entry], gauge: Gauge, refit: bool) -> Checkpoint:
-    """The packed tensors of an adapter, trained so that the model predicts with them what it predicts with the adapter (KL, over a text).
+def distilled(
+    adapter: Adapter, base: Checkpoint, lesson: Lesson, entries: Sequence[Entry], gauge: Gauge, refit: bool, distill: float
+) -> Checkpoint:
+    """The packed tensors of an adapter, trained on a text: for what the model predicts with the adapter (KL) and, `distill` being this part's share of
+    the loss, for the text itself.
 
-    Errors: CheckpointError where the adapter does not fit the base, or has modules that are no plain products beside linear layers.
+    DoRA's lengths stay as they are. Errors: CheckpointError where the adapter does not fit the base, or has modules that are no linear layers, or biases.
     """
     apply(base, [adapter])  # refuses what does not fit
     for module in adapter.lowrank.values():
-        if not module.plain or len(adapter.checkpoint.specs[module.a].shape) > 2:
+        if module.embedding or module.bias or len(adapter.checkpoint.specs[module.a].shape) > 2:
             raise CheckpointError(
                 f"{adapter.label}: {module.module} is more than a product B A beside a linear layer, which cannot be distilled; leave --text out"
             )
@@ -92,10 +95,10 @@ def distilled(adapter: Adapter, base: Checkpoint, lesson: Lesson, entries: Seque
             factors = [adapter.checkpoint.read(name) for name in factor_names(modules)]
             check_trained(adapter.checkpoint, modules, factors)
             latents = {
-                module.module: _of_product(a, b, module.scale, entry.coding, gauge, refit)
+                module.module: _of_product(adapter, module, a, b, entry.coding, gauge, refit)
                 for module, a, b, entry in zip(modules, factors[::2], factors[1::2], entries[::2], strict=True)
             }
-            _train(student, latents, lesson, work, teach=True)
+            _train(student, latents, lesson, work, distill)
             return _packed(list(latents.values()), entries)
 
         work.part("adapter", made)
@@ -103,13 +106,14 @@ def distilled(adapter: Adapter, base: Checkpoint, lesson: Lesson, entries: Seque
     return Checkpoint(adapter.label, Deferred(packed_specs(entries), [adapter.checkpoint, student], compute, memory=memory_of(student)))
 
 
-def _of_product(a: Tensor, b: Tensor, scale: float, coding: Coding, gauge: Gauge, refit: bool) -> Latent:
+def _of_product(adapter: Adapter, module: LowRank, a: Tensor, b: Tensor, coding: Coding, gauge: Gauge, refit: bool) -> Latent:
     plain = rows_of(a, 0).float(), rows_of(b, 1).float()
     a, b = turned(plain[0], plain[1].T, gauge)
     rows_b = b.T
     if refit:
         a, rows_b = wanted(a, rows_b, encode_pair(a, b, coding, "none"))
-    latent = Latent(a, rows_b, scale, coding, (size_of(a), size_of(rows_b)))
+    lengths = adapter.checkpoint.read(module.magnitude).float().flatten() if module.magnitude else None
+    latent = Latent(a, rows_b, module.scale, coding, (sizes_of(a), sizes_of(rows_b)), lengths)
     latent.plain = plain
     return latent
 
@@ -121,11 +125,11 @@ def _packed(latents: Sequence[Factors], entries: Sequence[Entry]) -> dict[str, T
     return {spec.name: tensor for spec, tensor in zip(packed_specs(entries), packed_tensors(entries, coded), strict=True)}
 
 
-def _train(base: Checkpoint, latents: Mapping[str, Factors], lesson: Lesson, work: Work, teach: bool) -> None:
+def _train(base: Checkpoint, latents: Mapping[str, Factors], lesson: Lesson, work: Work, distill: float = 0.0) -> None:
     """Train latents on a model of this base."""
     model = load(base, progress=work.progress)
     with attached(model, latents) as parameters:
-        record = lesson.train(model, parameters, distillation(Teacher(model, latents)) if teach else next_token, work)
+        record = lesson.train(model, parameters, distillation(Teacher(model, latents), distill) if distill else next_token, work)
     work.progress.tell(f"held-out loss {record.evaluations[0][1]:.4f} before, {record.value:.4f} after {record.best} steps")
     refuse_failure(record)
 
@@ -223,7 +227,7 @@ def train_adapter(
                 latents = {product.module: _shifted(dense, modules[product.module], ranks[product.module], options.init, grams) for product in products}
             else:
                 latents = {product.module: _fresh(product, coding, options.alpha, generator) for product in products}
-            _train(base, latents, lesson, work, teach=False)
+            _train(base, latents, lesson, work)
             if coding is not None:
                 return _packed(list(latents.values()), entries)
             with torch.no_grad():
@@ -291,4 +295,5 @@ def _shifted(base: Checkpoint, module: _Linear, rank: int, init: Init, grams: Mo
 def _fresh(product: Product, coding: Coding | None, alpha: float, generator: torch.Generator) -> Latent:
     out, width = product.shape
     a = torch.empty(product.rank, width).uniform_(-1 / sqrt(width), 1 / sqrt(width), generator=generator)
-    return Latent(a, alpha * small((product.rank, out), coding, generator), 1.0, coding, (1.0, alpha))
+    rows_b = alpha * small((product.rank, out), coding, generator)
+    return Latent(a, rows_b, 1.0, coding, (torch.tensor(1.0), torch.tensor(alpha)))

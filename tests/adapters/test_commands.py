@@ -10,7 +10,7 @@ import torch
 import yaml
 from adapter_toys import adapted, model_of, saved
 from program import Ended, Program
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mergekit_plus.adapters.extract import ExtractOptions, extract, kept
 from mergekit_plus.checkpoint import Checkpoint, SaveOptions
@@ -65,6 +65,45 @@ def test_mistakes_are_one_line(toys: Path, compress: Program) -> None:
     refused(compress("merge", "wide+one", "base"), "one does not fit wide", "mlp.down_proj: (16, 32) in the adapter, (32, 32) in the base")
     refused(compress("quantize", "one"), "one is an adapter, not a model", "MODEL+one", "compress adapter merge")
     refused(compress("adapter", "merge", "one", "base"), "base is a model, not an adapter")
+
+
+def test_adapters_that_cannot_be_quantized_are_one_line(toys: Path, compress: Program) -> None:
+    """What is no adapter, of another kind, never trained, damaged, or of another base."""
+    file, config = (toys / "one" / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    tensors, said = load_file(file), config.read_text()
+    (toys / "text.txt").write_text("words")
+    assert compress("adapter", "quantize", "one", "--bits", "1", "-o", "packed").returncode == 0
+    refused(compress("adapter", "quantize", "base"), "base is a model, not an adapter; give a folder that peft saved, or", "`compress adapter extract`")
+    refused(compress("adapter", "quantize", "one", "--base", "two", "--text", "text.txt"), "two is an adapter, not a model", "MODEL+two")
+    saved(model_of(hidden_size=32), toys / "wide")
+    refused(compress("merge", "wide+packed", "base"), "packed does not fit wide", "mlp.down_proj: (16, 32) in the adapter, (32, 32) in the base")
+    saved(model_of("GPT2LMHeadModel"), toys / "gpt2")
+    refused(compress("merge", "gpt2+packed", "base"), "packed does not fit gpt2", "no 'model.layers.0.mlp.down_proj.weight'", "the base that it was trained on")
+    save_file({name: tensor * ("lora_B" not in name) for name, tensor in tensors.items()}, file)
+    refused(compress("adapter", "quantize", "one"), "one changes nothing: every B is zero", "compress adapter train")
+    config.write_text(said.replace('"LORA"', '"IA3"'))
+    refused(compress("adapter", "quantize", "one"), "one is an adapter of type IA3; LORA is the one that is known here", "with peft")
+    config.unlink()
+    refused(compress("adapter", "quantize", "one"), "there is no adapter_config.json beside it", "save it again with peft")
+    codes = load_file(toys / "packed" / "adapter_model.packed.safetensors")
+    codes["codes"][0] ^= 1
+    save_file(codes, toys / "packed" / "adapter_model.packed.safetensors")
+    refused(compress("adapter", "expand", "packed"), "down_proj.lora_A.weight are not those that were written (checksum); get the file again")
+    refused(compress("adapter", "expand", "two"), "two is not packed: it is as peft and engines read it")
+    assert not [path.name for path in toys.iterdir() if path.name.endswith(("-4bit", "-expanded"))]
+
+
+def test_inspect_says_what_an_adapter_is_and_how_it_is_packed(toys: Path, compress: Program) -> None:
+    assert compress("adapter", "quantize", "two", "--average-bits", "1.5", "-o", "packed").returncode == 0
+    facts = json.loads(compress("inspect", "packed", "--json").stdout)
+    assert facts["adapter"] == {"type": "LORA", "base": "an unnamed base", "modules": 4, "ranks": [2]}
+    assert (facts["packed"]["codebook"], facts["packed"]["scale"]) == ("l2", "component")
+    assert 1 <= facts["packed"]["bits"] <= 1.5
+    shown = compress("inspect", "packed").stdout
+    assert "packed: LORA adapter of an unnamed base, 8 tensors" in shown
+    assert "4 modules of rank 2" in shown
+    assert "on the disk, " in shown
+    assert json.loads(compress("inspect", "base", "--json").stdout)["adapter"] is None
 
 
 def test_an_adapter_is_a_folder(toys: Path) -> None:

@@ -39,8 +39,8 @@ def rows(windows: int = 24, window: int = 12, seed: int = 0) -> torch.Tensor:
     return (starts + 5 * torch.arange(window)) % 64
 
 
-def lesson(steps: int = 30, lr: float = 3e-2, **options: object) -> Lesson:
-    return Lesson(rows(), TrainOptions(steps, lr, clip=None, **options))  # type: ignore[arg-type]
+def lesson(steps: int = 30, lr: float = 3e-2, windows: int = 24, **options: object) -> Lesson:
+    return Lesson(rows(windows), TrainOptions(steps, lr, clip=None, **options))  # type: ignore[arg-type]
 
 
 def test_latents_add_what_is_stored_and_leave_the_model_as_it_was(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_latents_add_what_is_stored_and_leave_the_model_as_it_was(tmp_path: Path
     plain = model(rows()).logits
     generator = torch.Generator().manual_seed(0)
     a, rows_b = (torch.randn((3, 16), generator=generator) for _ in range(2))
-    latent = Latent(a, rows_b, 0.5, None, (2.0, 3.0))
+    latent = Latent(a, rows_b, 0.5, None, (torch.tensor(2.0), torch.tensor(3.0)))
     with attached(model, {"model.layers.0.self_attn.q_proj": latent}) as parameters:
         assert sorted(parameters) == ["model.layers.0.self_attn.q_proj.a", "model.layers.0.self_attn.q_proj.rows_b"]
         changed = model(rows()).logits
@@ -96,12 +96,37 @@ def test_the_same_lesson_gives_the_same_bytes_and_goes_on_after_a_kill(tmp_path:
     assert sorted(latents_gone) == ["checksums", "codes", "levels.1", "stats"]
 
 
-def test_distilled_codes_are_nearer_to_the_adapter_than_those_found_post_hoc(tmp_path: Path) -> None:
+KINDS: dict[str, dict[str, object]] = {
+    "plain": LINEAR,
+    "rslora and patterns": {**LINEAR, "use_rslora": True, "rank_pattern": {"down_proj": 3}, "alpha_pattern": {"q_proj": 9}},
+    "dora": {**LINEAR, "use_dora": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_latents_that_are_not_coded_are_the_adapter(kind: str, architecture: str, tmp_path: Path) -> None:
+    options = dict(KINDS[kind]) if architecture == "LlamaForCausalLM" else {**KINDS[kind], "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
+    saved(model_of(architecture), tmp_path / "base")
+    expected = adapted(model_of(architecture), tmp_path / "lora", **options)(rows()).logits
+    adapter, model = open_adapter(tmp_path / "lora"), load_model(Checkpoint.open(tmp_path / "base"))
+    read = adapter.checkpoint.read
+    sizes = torch.tensor(2.0), torch.tensor(3.0)
+    latents = {
+        name: Latent(read(module.a), read(module.b).T, module.scale, None, sizes, read(module.magnitude) if module.magnitude else None)
+        for name, module in adapter.lowrank.items()
+    }
+    with attached(model, latents):
+        assert torch.allclose(model(rows()).logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_distilled_codes_are_nearer_to_the_adapter_than_those_found_post_hoc(kind: str, tmp_path: Path) -> None:
     base = Checkpoint.open(saved(lively(), tmp_path / "base"))
-    adapted(lively(), tmp_path / "lora", **LINEAR)
+    adapted(lively(), tmp_path / "lora", **KINDS[kind])
     adapter = open_adapter(tmp_path / "lora")
     save(quantize_adapter(adapter, QuantizeOptions(1)), tmp_path / "post-hoc")
-    save(quantize_adapter(adapter, QuantizeOptions(1), base, lesson(40)), tmp_path / "distilled")
+    save(quantize_adapter(adapter, QuantizeOptions(1), base, lesson(40, windows=96)), tmp_path / "distilled")
     teacher = load_model(Checkpoint.open(f"{tmp_path / 'base'}+{tmp_path / 'lora'}"))
     divergence = {
         name: loss_on(load_model(Checkpoint.open(f"{tmp_path / 'base'}+{tmp_path / name}")), rows(seed=2), distillation(teacher))
@@ -112,16 +137,28 @@ def test_distilled_codes_are_nearer_to_the_adapter_than_those_found_post_hoc(tmp
     assert sizes["distilled"] == sizes["post-hoc"]
 
 
+def test_codes_that_train_for_the_text_learn_what_the_adapter_does_not_know(tmp_path: Path) -> None:
+    base = Checkpoint.open(saved(lively(), tmp_path / "base"))
+    adapted(lively(), tmp_path / "lora", **LINEAR)
+    losses = {}
+    for distill in (0.0, 0.5, 1.0):
+        save(quantize_adapter(open_adapter(tmp_path / "lora"), QuantizeOptions(1, distill=distill), base, lesson(40)), tmp_path / str(distill))
+        losses[distill] = loss_on(load_model(Checkpoint.open(f"{tmp_path / 'base'}+{tmp_path / str(distill)}")), rows(seed=2))
+    assert losses[0.0] < losses[0.5] < losses[1.0]
+
+
 def test_what_cannot_be_distilled_or_trained_is_refused(tmp_path: Path) -> None:
     base = Checkpoint.open(saved(lively(), tmp_path / "base"))
-    adapted(lively(), tmp_path / "dora", **LINEAR, use_dora=True)
+    adapted(lively(), tmp_path / "tables", target_modules=["embed_tokens"])
     adapted(lively(hidden_size=32), tmp_path / "wide", **LINEAR)
     with pytest.raises(CheckpointError, match="is more than a product B A beside a linear layer, which cannot be distilled; leave --text out"):
-        quantize_adapter(open_adapter(tmp_path / "dora"), QuantizeOptions(1), base, lesson())
+        quantize_adapter(open_adapter(tmp_path / "tables"), QuantizeOptions(1), base, lesson())
     with pytest.raises(CheckpointError, match="wide does not fit .*base"):
         quantize_adapter(open_adapter(tmp_path / "wide"), QuantizeOptions(1), base, lesson())
     with pytest.raises(OptionError, match="to distil, give both a text and the base"):
-        quantize_adapter(open_adapter(tmp_path / "dora"), QuantizeOptions(1), base)
+        quantize_adapter(open_adapter(tmp_path / "tables"), QuantizeOptions(1), base)
+    with pytest.raises(OptionError, match="distill=2: a share of the loss, 0 to 1"):
+        quantize_adapter(open_adapter(tmp_path / "tables"), QuantizeOptions(1, distill=2))
     with pytest.raises(OptionError, match="rank must be 1 or more, not 0; alpha must be positive, not 0; bits=5: .*; 16 trains a plain LoRA"):
         train_adapter(base, lesson(), TrainAdapterOptions(5, 0, alpha=0))
     with pytest.raises(OptionError, match=r"--target 'q_prj' matches no linear layer of .*base. Did you mean 'q_proj'\?"):
@@ -158,7 +195,7 @@ def test_train_quantize_expand_peft_merge(compress: Program, tmp_path: Path) -> 
     base, text = MODELS / "base", MODELS / "text" / "docs.val.txt"
     short = ["--text", text, "--window", 32, "--steps", 3]
     printed("adapter", "train", base, "--bits", 16, "--rank", 2, *short, "-o", "lora")
-    printed("adapter", "quantize", "lora", "--bits", 1, "--base", base, *short, "-o", "packed")
+    printed("adapter", "quantize", "lora", "--bits", 1, "--base", base, *short, "--distill", 0.5, "--autocast", "-o", "packed")
     assert "packed: " in printed("inspect", "packed")
     printed("adapter", "expand", "packed", "-o", "expanded")
     printed("adapter", "merge", "packed", "lora", "-s", "weight=1,0", "-o", "both")
