@@ -70,7 +70,12 @@ def prune(
     exclude: Exclude = [],  # noqa: B006
     include: Include = [],  # noqa: B006
 ) -> None:
-    """Set the least important weights to zero, or take out neurons and heads: `compress prune MODEL --sparsity 0.5`."""
+    """Set weights to zero, or take out neurons and heads.
+
+    `compress prune merged --sparsity 0.5`
+
+    `compress prune code --pattern 2:4 --method wanda --calibration code.txt`
+    """
     digests = None if how.resume else hash_early(model)
     from mergekit_plus.errors import OptionError
     from mergekit_plus.recipe import check
@@ -133,7 +138,10 @@ def fold(
     window: CalibrationWindow = None,
     seed: CalibrationSeed = None,
 ) -> None:
-    """Take out the blocks that count least, and let blocks share weights: `compress fold MODEL --remove 0.25 --calibration text.txt`."""
+    """Take out the blocks that count least, or share their weights.
+
+    `compress fold merged --remove 0.25 --calibration code.txt`
+    """
     digests = None if how.resume else hash_early(model)
     from mergekit_plus.recipe import check
 
@@ -238,7 +246,12 @@ def retrain(
     seed: Annotated[int, typer.Option("--seed", help="seed of the start and of the order of the text")] = 0,
     set_: Set = [],  # noqa: B006
 ) -> None:
-    """Retrain a few parameters of a model, which stays as sparse and as compact: `compress retrain MODEL --train norms,mask_lora --text FILE`."""
+    """Retrain a few parameters of a pruned or folded model.
+
+    It stays as sparse, and as compact, as it is.
+
+    `compress retrain merged-pruned --train mask_lora -t code.txt --steps 20`
+    """
     digests = None if how.resume else hash_early(model, *([teacher] if teacher else []))
     from mergekit_plus.recipe import check
 
