@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import yaml
 
@@ -29,10 +30,8 @@ variables:
   {ref}
 inputs:
   model: $model
-  # base: org/base                                  # to merge with, and to measure against
-steps:                                              # one after the other; nothing is written in between
-  # - merge: {{method: ties, base: base, models: [model, other], density: 0.5}}
-  # - prune: {{sparsity: 0.5, method: wanda, calibration: calibration.txt}}
+{inputs}steps:                                              # one after the other; nothing is written in between
+{merge}  # - prune: {{sparsity: 0.5, method: wanda, calibration: calibration.txt}}
   # - retrain: {{train: [norms, mask_lora], text: training.txt}}
   - quantize: {{bits: 4, group_size: {group}}}{pad_group}# with a text that is like what the model will read: method: gptq, calibration: calibration.txt
 checks:                                             # what is not kept makes the exit code 1
@@ -47,10 +46,15 @@ checks:                                             # what is not kept makes the
 """
 
 
-def starter(model: Checkpoint, ref: str, name: str, recipe: str = "recipe.yaml") -> str:
-    """The text of a recipe that quantizes a model to 4 bits and checks it, from the model's headers alone.
+NO_INPUTS = "  # base: org/base                                  # to merge with, and to measure against\n"
+NO_MERGE = "  # - merge: {method: ties, base: base, models: [model, other], density: 0.5}\n"
 
-    ref: where the model is, as seen from the recipe. name: what its outputs are called after. recipe: the file's own name.
+
+def starter(model: Checkpoint, ref: str, name: str, others: Mapping[str, str] | None = None, base: str | None = None, recipe: str = "recipe.yaml") -> str:
+    """The text of a recipe that quantizes a model, merged with others, to 4 bits and checks it, from the model's headers alone.
+
+    ref: where the model is, as seen from the recipe. name: what its outputs are called after. others: where those are that it is merged with, by name;
+    base: the name of one that is no model of the merge but what they were tuned from. recipe: the file's own name.
     Errors: CheckpointError for what is packed or an adapter.
     """
     if reason := adapter_reason(model):
@@ -65,8 +69,14 @@ def starter(model: Checkpoint, ref: str, name: str, recipe: str = "recipe.yaml")
     kind = next(iter(model.config.get("architectures") or ["a checkpoint without config.json"]))
     about = f"{kind}, {before.parameters / 1e6:.4g} M parameters, {before.nbytes / 1e6:.4g} MB"
     sample = "  sample: The meaning of life is                    # how the output goes on with it; shown on the model card\n" if has_tokenizer(model) else ""
+    others = others or {}
+    inputs = "".join(f"  {_line(other, _plain(place))}\n" for other, place in others.items()) or NO_INPUTS
+    listed = ", ".join(["model", *(other for other in others if other != base)])
+    merging = f"method: ties, base: {base}, models: [{listed}], density: 0.5" if base else f"method: linear, models: [{listed}]"
+    merge = f"  - merge: {{{merging}}}\n" if others else NO_MERGE
     return TEMPLATE.format(
-        label=model.label, about=about, name=name, recipe=recipe, ref=_line("model", ref), out=_line("out", f"{name}-4bit".replace("$", "$$")),
+        inputs=inputs, merge=merge,
+        label=model.label, about=about, name=name, recipe=recipe, ref=_line("model", ref), out=_line("out", _plain(f"{name}-4bit")),
         group=group, load=str(bool(model.config)).lower(), sample=sample, bits=bits,
         pad=" " * (31 - len(bits)), pad_group=" " * (12 - len(str(group))), before=before.bits_per_weight,
     )  # fmt: skip
@@ -75,3 +85,8 @@ def starter(model: Checkpoint, ref: str, name: str, recipe: str = "recipe.yaml")
 def _line(key: str, text: str) -> str:
     """A key with a text as YAML, in quotes where it would be a number or more than a text."""
     return yaml.safe_dump({key: text}, allow_unicode=True, width=math.inf).rstrip()
+
+
+def _plain(text: str) -> str:
+    """A text that stands where variables are filled in, and has none."""
+    return text.replace("$", "$$")

@@ -14,7 +14,7 @@ from tiny import tiny_model
 
 from mergekit_plus.checkpoint import Checkpoint
 from mergekit_plus.errors import CheckpointError
-from mergekit_plus.recipe import load, run
+from mergekit_plus.recipe import load, plan, run
 from mergekit_plus.recipe_schema import as_json, recipe_schema
 from mergekit_plus.starter import starter
 from mergekit_plus.steps import Execution
@@ -84,6 +84,18 @@ def test_what_it_leaves_in_comments_is_valid_too() -> None:
     assert list(yaml.safe_load(uncommented)["checks"]["limits"]) == ["bits_per_weight", "perplexity_ratio", "kl"]
 
 
+def test_several_models_are_merged_first(tmp_path: Path) -> None:
+    places = {name: str(MODELS / name) for name in ("docs", "base")}
+    tuned = starter(Checkpoint.open(MODELS / "code"), str(MODELS / "code"), "merged", places, "base")
+    VALIDATOR.validate(yaml.safe_load(tuned))
+    assert yaml.safe_load(tuned)["steps"][0] == {"merge": {"method": "ties", "base": "base", "models": ["model", "docs"], "density": 0.5}}
+    assert yaml.safe_load(tuned)["out"] == "merged-4bit"
+    (tmp_path / "recipe.yaml").write_text(tuned)
+    assert plan(load(tmp_path / "recipe.yaml"), Execution(out=tmp_path / "out"))["tensors"]["computed"] > 0
+    alike = starter(Checkpoint.open(MODELS / "code"), "code", "merged", {"docs": "docs"})
+    assert yaml.safe_load(alike)["steps"][0] == {"merge": {"method": "linear", "models": ["model", "docs"]}}
+
+
 def test_groups_are_those_that_the_model_has(tmp_path: Path) -> None:
     assert yaml.safe_load(starter(tiny_model("LlamaForCausalLM", tmp_path), "m", "m"))["steps"] == [{"quantize": {"bits": 4, "group_size": 16}}]
 
@@ -98,7 +110,7 @@ def test_what_is_small_already_has_no_recipe_to_begin_with(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["123", "a: b", "it's", "no", "2026-01-02", "cost$5"])
 def test_a_recipe_to_begin_with_names_its_model_whatever_that_is_called(name: str, tmp_path: Path) -> None:
     (tmp_path / name).symlink_to(MODELS / "code")
-    (tmp_path / "new.yaml").write_text(starter(Checkpoint.open(MODELS / "code"), name, name, "new.yaml"))
+    (tmp_path / "new.yaml").write_text(starter(Checkpoint.open(MODELS / "code"), name, name, recipe="new.yaml"))
     recipe = load(tmp_path / "new.yaml")
     assert (recipe.inputs["model"].ref, recipe.out) == (name, f"{name}-4bit")
     assert "compress run new.yaml " in (tmp_path / "new.yaml").read_text()
