@@ -6,10 +6,10 @@ BIN = $(VENV)/bin
 $(VENV)/ready: pyproject.toml constraints.txt cli.py CMakeLists.txt $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev,docs]'
 	touch $@
 
-.PHONY: install demo test check sanitize clean
+.PHONY: install demo test check docs sanitize clean
 install: $(VENV)/ready
 
 # PCB-merge two fine-tunes of the small model in tests/models, quantize to 4 bits, measure before and after
@@ -22,6 +22,10 @@ test: $(VENV)/ready
 check: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# the site, in build/site; a broken link, or a page that is not in the navigation, fails it
+docs: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # the CPU kernels, every one that this machine can run, under ASan and UBSan
 sanitize: $(VENV)/ready

@@ -23,7 +23,7 @@ def list_methods(name: str | None = None) -> dict[str, Any]:
         for key, entry in entries.items():
             options = [
                 {
-                    "name": option.name, "default": _plain(option.default), "required": option.required, "per_model": option.per_model,
+                    "name": option.name, "type": option.type, "default": _plain(option.default), "required": option.required, "per_model": option.per_model,
                     "choices": list(option.choices), "help": option.help,
                 }
                 for option in entry.options.table.values()

@@ -54,6 +54,16 @@ class Option:
     choices: tuple[object, ...] = ()  # all of its values, where they are a few names
 
     @property
+    def type(self) -> str:
+        """What kind of value it is, in a word, or the values themselves."""
+        if self.choices:
+            return ", ".join(map(str, self.choices))
+        default = self.default[0] if isinstance(self.default, tuple) and self.default else self.default
+        if isinstance(default, bool):
+            return "true or false"
+        return {int: "integer", float: "number", None: "text"}[self.number]
+
+    @property
     def keyword(self) -> str:
         """The Python name of the parameter."""
         return "lambda_" if self.name == "lambda" else self.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from quant import Scheme
 from quant.plan import is_packed, quantize
@@ -26,10 +27,8 @@ variables:
   model: {ref}
 inputs:
   model: $model
-  # base: org/base                                  # to merge with, and to measure against
-steps:                                              # one after the other; nothing is written in between
-  # - merge: {{method: ties, base: base, models: [model, other], density: 0.5}}
-  # - prune: {{sparsity: 0.5, method: wanda, calibration: calibration.txt}}
+{inputs}steps:                                              # one after the other; nothing is written in between
+{merge}  # - prune: {{sparsity: 0.5, method: wanda, calibration: calibration.txt}}
   # - retrain: {{train: [norms, mask_lora], text: training.txt}}
   - quantize: {{bits: 4, group_size: {group}}}{pad_group}# with a text that is like what the model will read: method: gptq, calibration: calibration.txt
 checks:                                             # what is not kept makes the exit code 1
@@ -44,10 +43,15 @@ out: {name}-4bit
 """
 
 
-def starter(model: Checkpoint, ref: str, name: str) -> str:
-    """The text of a recipe that quantizes a model to 4 bits and checks it, from the model's headers alone.
+NO_INPUTS = "  # base: org/base                                  # to merge with, and to measure against\n"
+NO_MERGE = "  # - merge: {method: ties, base: base, models: [model, other], density: 0.5}\n"
 
-    ref: where the model is, as seen from the recipe. name: what its outputs are called after. Errors: CheckpointError for what is packed or an adapter.
+
+def starter(model: Checkpoint, ref: str, name: str, others: Mapping[str, str] | None = None, base: str | None = None) -> str:
+    """The text of a recipe that quantizes a model, merged with others, to 4 bits and checks it, from the model's headers alone.
+
+    ref: where the model is, as seen from the recipe. name: what its outputs are called after. others: where those are that it is merged with, by name;
+    base: the name of one that is no model of the merge but what they were tuned from. Errors: CheckpointError for what is packed or an adapter.
     """
     if reason := adapter_reason(model):
         raise CheckpointError(f"{reason}; `compress adapter quantize {ref}` makes it small")
@@ -62,7 +66,13 @@ def starter(model: Checkpoint, ref: str, name: str) -> str:
     about = f"{kind}, {before.parameters / 1e6:.4g} M parameters, {before.nbytes / 1e6:.4g} MB"
     tokenizer = any("token" in file for file in model.files)
     sample = "  sample: The meaning of life is                    # how the output goes on with it; shown on the model card\n" if tokenizer else ""
+    others = others or {}
+    inputs = "".join(f"  {other}: {place}\n" for other, place in others.items()) or NO_INPUTS
+    listed = ", ".join(["model", *(other for other in others if other != base)])
+    merging = f"method: ties, base: {base}, models: [{listed}], density: 0.5" if base else f"method: linear, models: [{listed}]"
+    merge = f"  - merge: {{{merging}}}\n" if others else NO_MERGE
     return TEMPLATE.format(
+        inputs=inputs, merge=merge,
         label=model.label, about=about, name=name, ref=ref, group=group, load=str(bool(model.config)).lower(), sample=sample, bits=bits,
         pad=" " * (31 - len(bits)), pad_group=" " * (12 - len(str(group))), before=before.bits_per_weight,
     )  # fmt: skip

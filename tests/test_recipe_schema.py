@@ -14,7 +14,7 @@ from tiny import tiny_model
 
 from mergekit_plus.checkpoint import Checkpoint
 from mergekit_plus.errors import CheckpointError
-from mergekit_plus.recipe import load, run
+from mergekit_plus.recipe import load, plan, run
 from mergekit_plus.recipe_schema import as_json, recipe_schema
 from mergekit_plus.starter import starter
 from mergekit_plus.steps import Execution
@@ -82,6 +82,18 @@ def test_what_it_leaves_in_comments_is_valid_too() -> None:
     uncommented = "".join(rest) + re.sub("\n( *)# ", r"\n\1", after)
     VALIDATOR.validate(yaml.safe_load(uncommented))
     assert list(yaml.safe_load(uncommented)["checks"]["limits"]) == ["bits_per_weight", "perplexity_ratio", "kl"]
+
+
+def test_several_models_are_merged_first(tmp_path: Path) -> None:
+    places = {name: str(MODELS / name) for name in ("docs", "base")}
+    tuned = starter(Checkpoint.open(MODELS / "code"), str(MODELS / "code"), "merged", places, "base")
+    VALIDATOR.validate(yaml.safe_load(tuned))
+    assert yaml.safe_load(tuned)["steps"][0] == {"merge": {"method": "ties", "base": "base", "models": ["model", "docs"], "density": 0.5}}
+    assert yaml.safe_load(tuned)["out"] == "merged-4bit"
+    (tmp_path / "recipe.yaml").write_text(tuned)
+    assert plan(load(tmp_path / "recipe.yaml"), Execution(out=tmp_path / "out"))["tensors"]["computed"] > 0
+    alike = starter(Checkpoint.open(MODELS / "code"), "code", "merged", {"docs": "docs"})
+    assert yaml.safe_load(alike)["steps"][0] == {"merge": {"method": "linear", "models": ["model", "docs"]}}
 
 
 def test_groups_are_those_that_the_model_has(tmp_path: Path) -> None:

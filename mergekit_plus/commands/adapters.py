@@ -52,7 +52,10 @@ def merge_adapters(
     seed: Annotated[int, typer.Option("--seed", help="seed of the methods that draw at random")] = 0,
     dtype: Dtype = None,
 ) -> None:
-    """Merge adapters into one: `compress adapter merge ./code-lora ./docs-lora`."""
+    """Merge adapters into one.
+
+    `compress adapter merge code-lora docs-lora`
+    """
     from mergekit_plus.recipe import check
 
     names = distinct(adapters)
@@ -78,7 +81,12 @@ def extract(
     window: CalibrationWindow = None,
     seed: CalibrationSeed = None,
 ) -> None:
-    """Extract a LoRA adapter from a fine-tune, and say what it loses: `compress adapter extract org/base ./tuned --rank 16`."""
+    """Extract a LoRA adapter from a fine-tune.
+
+    It is said what that loses.
+
+    `compress adapter extract base code --rank 16`
+    """
     from dataclasses import asdict
 
     from mergekit_plus.adapters.extract import kept
@@ -121,7 +129,12 @@ def quantize_adapter(
     autocast: LessonAutocast = False,
     seed: LessonSeed = 0,
 ) -> None:
-    """Bring a LoRA adapter to a few bits, packed: `compress adapter quantize ./code-lora --bits 1 --base org/base --text code.txt`."""
+    """Bring a LoRA adapter to a few bits, packed.
+
+    With --base and --text it is distilled for them.
+
+    `compress adapter quantize code-lora --bits 2`
+    """
     from mergekit_plus.recipe import check
 
     coding = {"bits": bits, "average_bits": average_bits, "codebook": codebook, "scale": scale, "gauge": gauge, "refit": refit, "distill": distill}
@@ -142,7 +155,12 @@ def expand(
     adapter: Annotated[str, typer.Argument(help="a packed adapter, or the packed difference of a fine-tune")],
     base: Annotated[str | None, typer.Option("--base", "-b", help="the model that a difference is of; the output is a model then")] = None,
 ) -> None:
-    """Turn a packed adapter into an ordinary one, which peft and vLLM load; a packed difference and its base into a model."""
+    """Turn a packed adapter into an ordinary one.
+
+    peft and vLLM load that. With --base, a packed difference becomes a model.
+
+    `compress adapter expand code-lora-2bit`
+    """
     from mergekit_plus.errors import CheckpointError
     from mergekit_plus.inspection import packed_facts
     from mergekit_plus.recipe import check
@@ -179,7 +197,10 @@ def train(
     autocast: LessonAutocast = False,
     seed: LessonSeed = 0,
 ) -> None:
-    """Train a LoRA adapter for few bits from scratch: `compress adapter train org/base --text code.txt --bits 1 --rank 16`."""
+    """Train a LoRA adapter for few bits from scratch.
+
+    `compress adapter train base --text code.txt --bits 1 --rank 16 --steps 20`
+    """
     from mergekit_plus.recipe import check
 
     step = {
@@ -210,7 +231,12 @@ def delta(
     autocast: LessonAutocast = False,
     seed: LessonSeed = 0,
 ) -> None:
-    """Bring the difference of a fine-tune to one bit a weight (BitDelta); --text trains its scales: `compress adapter delta org/base ./tuned`."""
+    """Bring the difference of a fine-tune to a bit a weight.
+
+    That is BitDelta; --text trains its scales.
+
+    `compress adapter delta base code`
+    """
     from mergekit_plus.recipe import check
 
     step = {

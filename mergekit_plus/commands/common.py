@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="compress",
-    help="Merge and compress model checkpoints as one stream: read tensor by tensor, written once, checked.",
+    help="Merge and compress model checkpoints as one stream: read tensor by tensor, written once, checked.\n\n"
+    "In the examples of each command, code and docs are fine-tunes of base: folders here, or models on the Hub by their names, org/name.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-adapter = typer.Typer(help="Merge LoRA adapters, or extract one from a fine-tune; MODEL+ADAPTER is a model everywhere.", no_args_is_help=True)
+adapter = typer.Typer(help="Merge, extract, train and pack adapters.\n\nMODEL+ADAPTER is a model everywhere.", no_args_is_help=True)
 app.add_typer(adapter, name="adapter")
 Model = Annotated[
     str, typer.Argument(help="a model folder, a .safetensors file, or org/name[@revision][/folder] on the Hub; MODEL+ADAPTER applies a LoRA adapter")

@@ -20,7 +20,10 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="list every tensor")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a checkpoint holds, from its headers alone."""
+    """Show what a checkpoint holds, from its headers alone.
+
+    `compress inspect merged-4bit`
+    """
     from mergekit_plus.inspection import inspect as look
     from mergekit_plus.show import inspection_lines
 
@@ -30,7 +33,12 @@ def inspect(
 
 @app.command()
 def diff(a: Model, b: Model, as_json: Json = False) -> None:
-    """Compare two checkpoints tensor by tensor; exit code 1 when they differ."""
+    """Compare two checkpoints tensor by tensor.
+
+    Exit code 1 when they differ.
+
+    `compress diff base code`
+    """
     from dataclasses import asdict
 
     from mergekit_plus.diff import diff as compare
@@ -51,7 +59,14 @@ def verify(
     inputs: Annotated[bool, typer.Option("--inputs", help="check the files that it was made of too, where they were then")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compare an output with its manifest, and packed weights with config.json; exit code 1 when a file is not what was written, or would be loaded wrongly."""
+    """Compare an output with its manifest.
+
+    Packed weights are compared with config.json too.
+
+    Exit code 1 when a file is not what was written, or would be loaded wrongly.
+
+    `compress verify merged-4bit --inputs`
+    """
     from dataclasses import asdict
 
     from mergekit_plus.progress import on
@@ -73,7 +88,10 @@ def eval(
     windows: Annotated[int | None, typer.Option("--windows", min=1, help="use only so many windows of each text")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity, divergence from a reference, and size."""
+    """Measure perplexity, divergence from a reference, and size.
+
+    `compress eval merged-4bit --text code.txt --against merged`
+    """
     from mergekit_plus.checks import Checks, measure
     from mergekit_plus.progress import on
     from mergekit_plus.show import table
@@ -96,7 +114,12 @@ def compare(
     plot: Annotated[Path | None, typer.Option("--plot", help="picture to draw: .svg, .png or .pdf (needs matplotlib)")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what recipes make, and models, on every text; nothing is written but the picture."""
+    """Measure recipes and models side by side, on several texts.
+
+    What a recipe makes is computed as it is measured; nothing is written but the picture.
+
+    `compress compare recipe.yaml base code --text code.txt --text docs.txt`
+    """
     from mergekit_plus.checks import Checks
     from mergekit_plus.compare import compare as measure_all
     from mergekit_plus.compare import draw
@@ -112,7 +135,12 @@ def compare(
 
 @app.command()
 def methods(name: Annotated[str | None, typer.Argument(help="one method, with its options")] = None, as_json: Json = False) -> None:
-    """List merge methods, quantizers and pruners with their options."""
+    """List methods with their options.
+
+    Merge methods, quantizers, pruners, and variants of retraining.
+
+    `compress methods ties`
+    """
     from mergekit_plus.listing import list_methods
     from mergekit_plus.show import method_lines
 
@@ -127,7 +155,12 @@ def report(
     plots: Annotated[Path | None, typer.Option("--plots", metavar="FOLDER", help="write each picture too, as .svg and .png")] = None,
     sensitivities: Annotated[Path | None, typer.Option("--sensitivities", metavar="FILE", help="of `compress allocate`: for its frontier")] = None,
 ) -> None:
-    """Write a page about an output, one file of HTML with pictures: `compress report merged-4bit`. Reads the weights, and those of its inputs, once."""
+    """Write a page about an output, with pictures.
+
+    One file of HTML; the weights of the output and of its inputs are read once.
+
+    `compress report merged-4bit`
+    """
     from mergekit_plus.progress import on
     from mergekit_plus.report import gather, page
     from mergekit_plus.report.plots import save

@@ -43,7 +43,10 @@ def merge(
     ] = None,
     dtype: Dtype = None,
 ) -> None:
-    """Merge models: `compress merge a.safetensors b.safetensors`."""
+    """Merge models.
+
+    `compress merge code docs --method ties --base base`
+    """
     digests = None if how.resume else hash_early(*models, *([base] if base else []))  # what was hashed before is not hashed again
     from mergekit_plus.recipe import check
 
@@ -76,7 +79,12 @@ def moe(
     how: Writing,
     config: Annotated[Path, typer.Argument(help="base_model and experts with their prompts, in the schema of mergekit-moe")],
 ) -> None:
-    """Make a mixture of experts of dense models: Mixtral, or Qwen2-MoE with a shared expert."""
+    """Make a mixture of experts of dense models.
+
+    The result is a Mixtral, or a Qwen2-MoE with a shared expert.
+
+    `compress moe experts.yaml --out experts`
+    """
     from mergekit_plus.recipe import load
 
     carry_out(load(config), how)

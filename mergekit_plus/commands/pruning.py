@@ -70,7 +70,12 @@ def prune(
     exclude: Exclude = [],  # noqa: B006
     include: Include = [],  # noqa: B006
 ) -> None:
-    """Set the least important weights to zero, or take out neurons and heads: `compress prune MODEL --sparsity 0.5`."""
+    """Set weights to zero, or take out neurons and heads.
+
+    `compress prune merged --sparsity 0.5`
+
+    `compress prune code --pattern 2:4 --method wanda --calibration code.txt`
+    """
     digests = None if how.resume else hash_early(model)
     from mergekit_plus.errors import OptionError
     from mergekit_plus.recipe import check
@@ -133,16 +138,22 @@ def fold(
     window: CalibrationWindow = None,
     seed: CalibrationSeed = None,
 ) -> None:
-    """Take out the blocks that count least, and let blocks share weights: `compress fold MODEL --remove 0.25 --calibration text.txt`."""
+    """Take out the blocks that count least, or share their weights.
+
+    `compress fold merged --remove 0.25 --calibration code.txt`
+    """
     digests = None if how.resume else hash_early(model)
     from mergekit_plus.recipe import check
 
+    how_it_shares = share > 1 or map_ != "sequence" or parent != "first" or relax or compact
+    says = bool(remove or keep is not None or by != "leave-one-out" or how_it_shares or plan or residual_scale)
+    plans = budget is not None or operations is not None
     if expand or export:
-        folds = bool(remove or keep or compact or calibration or relax or share > 1 or plan or budget or operations or (expand and export))
+        folds = says or plans or bool(calibration) or (expand and export is not None)
         return _expand(model, how, folds, digests) if expand else _export(model, how, export or "peft", folds, digests)
     text = calibration_key(calibration, windows=windows, window=window, seed=seed) if calibration else {}
-    if budget is not None or operations is not None:
-        if remove or keep is not None or share > 1 or plan is not None or residual_scale or relax or compact:
+    if plans:
+        if says:
             from mergekit_plus.errors import OptionError
 
             raise OptionError("a budget is for finding a plan, on which nothing else bears; fold with --plan then")
@@ -170,13 +181,14 @@ def _expand(model: str, how: Writing, folds: bool, digests: Digests | None) -> N
 
 def _export(model: str, how: Writing, layout: str, folds: bool, digests: Digests | None) -> None:
     """`compress fold COMPACT --export peft`: a base, and an adapter that names it."""
+    from mergekit_plus.checkpoint.upload import parse_target
     from mergekit_plus.errors import OptionError
     from mergekit_plus.recipe import check
 
     if folds:
         raise OptionError("--export writes out what a compact model stands for; fold, or expand, in a run of its own")
     out = how.out or beside(model, layout, "folder")
-    if how.push or str(out).startswith("hf://"):
+    if how.push or parse_target(str(out)):
         raise OptionError("--export writes two folders; write them here, and publish each of them")
     base, facts, lines = out.with_name(f"{out.name}-base"), dict[str, Any](), list[str]()
     for part in ("base", "adapter"):
@@ -190,11 +202,15 @@ def _export(model: str, how: Writing, layout: str, folds: bool, digests: Digests
 def _plan_depth(model: str, budget: float | None, operations: float | None, text: dict[str, Any], how: Writing) -> None:
     """Find a plan for `compress fold --plan`, and write it."""
     from mergekit_plus.calibration.options import CalibrationOptions
+    from mergekit_plus.checkpoint.upload import parse_target
     from mergekit_plus.depths import DepthOptions, facts, plan_depth
     from mergekit_plus.errors import OptionError
     from mergekit_plus.progress import on
     from mergekit_plus.show import depth_lines
 
+    out = how.out or Path("plan.yaml")
+    if how.dry_run or how.push or parse_target(str(out)):
+        raise OptionError("a plan is one small file, which is written here; leave out --dry-run and --push")
     if not text:
         raise OptionError("a plan is found on a text: give one with --calibration FILE")
     check_device(how.device)
@@ -202,7 +218,7 @@ def _plan_depth(model: str, budget: float | None, operations: float | None, text
     for problem in options.problems(Path()):
         raise OptionError(f"--calibration: {problem}")
     asked = DepthOptions(options, budget, operations, device=how.device, overwrite=how.overwrite)
-    found = facts(plan_depth(open_model(model), asked, how.out or Path("plan.yaml"), on()))
+    found = facts(plan_depth(open_model(model), asked, out, on()))
     print_result(found, depth_lines(found), how.as_json)
 
 
@@ -230,7 +246,12 @@ def retrain(
     seed: Annotated[int, typer.Option("--seed", help="seed of the start and of the order of the text")] = 0,
     set_: Set = [],  # noqa: B006
 ) -> None:
-    """Retrain a few parameters of a model, which stays as sparse and as compact: `compress retrain MODEL --train norms,mask_lora --text FILE`."""
+    """Retrain a few parameters of a pruned or folded model.
+
+    It stays as sparse, and as compact, as it is.
+
+    `compress retrain merged-pruned --train mask_lora -t code.txt --steps 20`
+    """
     digests = None if how.resume else hash_early(model, *([teacher] if teacher else []))
     from mergekit_plus.recipe import check
 

@@ -68,7 +68,12 @@ def quantize(
     moments: Annotated[str | None, typer.Option("--moments", metavar="FILE", help="what `compress calibrate` wrote, in place of a text")] = None,
     rotate: Annotated[bool, typer.Option("--rotate", help="write the residual stream in another basis first: fewer outliers, the same function")] = False,
 ) -> None:
-    """Quantize a model's linear layers: `compress quantize --bits 4` in its folder; `--method gptq --calibration text.txt` looks at their inputs."""
+    """Quantize a model's linear layers.
+
+    `compress quantize merged --bits 4`
+
+    `compress quantize merged --bits 3 --method gptq --calibration code.txt`
+    """
     digests = None if how.resume else hash_early(model)
     from mergekit_plus.recipe import check
 
@@ -97,7 +102,12 @@ def calibrate(
     window: CalibrationWindow = None,
     seed: CalibrationSeed = None,
 ) -> None:
-    """Measure the inputs of a model's linear layers on a text, for any number of `compress quantize --moments`."""
+    """Measure what reaches the layers of a model on a text.
+
+    The moments serve any number of `compress quantize --moments`.
+
+    `compress calibrate merged --text code.txt`
+    """
     from mergekit_plus.recipe import check
 
     step = {"text": text_key(text, windows=windows, window=window, seed=seed)}
@@ -134,7 +144,12 @@ def allocate(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Give each layer the bits that it needs, within a budget, provably: `compress allocate --bits-per-weight 3.5 --calibration text.txt`."""
+    """Find the bits that each layer needs, within a budget.
+
+    `compress allocate merged --bits-per-weight 3.5 --calibration code.txt`
+
+    `compress quantize merged --allocation bits.yaml`
+    """
     from mergekit_plus.calibration.options import CalibrationOptions
     from mergekit_plus.checkpoint.shards import parse_size
     from mergekit_plus.compare import check_picture
@@ -174,7 +189,12 @@ def dequantize(
     how: Writing,
     model: Model = ".",
 ) -> None:
-    """Turn a packed model (compressed-tensors, GPTQ, AWQ) back into a dense one."""
+    """Turn a packed model back into a dense one.
+
+    It may be packed as compressed-tensors, GPTQ or AWQ do.
+
+    `compress dequantize merged-4bit`
+    """
     from mergekit_plus.recipe import check
 
     recipe = check({"inputs": {"model": model}, "steps": [{"dequantize": {}}]}, Path(), "compress dequantize")
@@ -189,7 +209,10 @@ def convert(
     model: Model = ".",
     to: Annotated[str, typer.Option("--to", help="pack-quantized, gptq, gptq_v2 or int-quantized")],
 ) -> None:
-    """Store a packed model in another format, code for code: `compress convert MODEL --to gptq`."""
+    """Store a packed model in another format, code for code.
+
+    `compress convert merged-4bit --to gptq`
+    """
     from mergekit_plus.recipe import check
 
     recipe = check({"inputs": {"model": model}, "steps": [{"convert": {"to": to}}]}, Path(), "compress convert")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import Model, Overwrite, Writing, app, beside, carried_out, open_model, print_result, settings, writes
+from .common import Overwrite, Writing, app, beside, carried_out, open_model, print_result, settings, writes
 
 if TYPE_CHECKING:
     from mergekit_plus.recipe import Outcome
@@ -34,7 +34,12 @@ def run(
     report: Annotated[bool, typer.Option("--report", help="write a page about each output beside it, <out>-report.html")] = False,
     mergekit_lenient: Annotated[bool, typer.Option("--mergekit-lenient", help="warn of keys that mergekit ignores instead of refusing them")] = False,
 ) -> None:
-    """Carry out a YAML recipe, each combination of its matrix; exit code 1 when a check fails: `compress run recipe.yaml --set bits=3 -o out`."""
+    """Carry out a recipe, and check what it makes.
+
+    Each combination of its matrix is carried out; exit code 1 when a check fails.
+
+    `compress run recipe.yaml --junit checks.xml`
+    """
     from mergekit_plus.errors import CheckFailed, CompressError
     from mergekit_plus.recipe import load_all, outs
     from mergekit_plus.results import Ran
@@ -103,17 +108,32 @@ def _raise(refused: Sequence[Exception], runs: Sequence[Ran]) -> None:
 
 @app.command()
 def init(
-    model: Model = ".",
+    models: Annotated[list[str], typer.Argument(help="a model, or several that are to be merged: folders, files or org/name")] = ["."],  # noqa: B006
+    base: Annotated[str | None, typer.Option("--base", "-b", help="the model that several were tuned from")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="recipe to write")] = Path("recipe.yaml"),
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a recipe to begin with, in comments what else one may want, and beside it the schema that editors read: `compress init org/model`."""
-    from mergekit_plus.errors import OutputError
+    """Write a recipe to begin with.
+
+    In comments it has what else one may want; beside it goes the schema that editors read.
+
+    `compress init code`
+
+    `compress init code docs --base base --out merge.yaml`
+    """
+    from mergekit_plus.errors import OptionError, OutputError
+    from mergekit_plus.names import distinct
     from mergekit_plus.recipe_schema import as_json
     from mergekit_plus.starter import starter
 
-    opened = open_model(model)
-    text = starter(opened, os.path.relpath(model, out.parent) if Path(model).exists() else model, beside(model, "", "folder").name.rstrip("-"))
+    if base is not None and len(models) == 1:
+        raise OptionError("--base is for a merge: name the models that were tuned from it, as in `compress init code docs --base base`")
+    first, *others = models
+    named = {ref: name for name, ref in list(distinct(["model", *others, *([base] if base else [])]).items())[1:]}
+    opened = [open_model(ref) for ref in (first, *named)]
+    places = {name: _seen_from(out.parent, ref) for ref, name in named.items()}
+    called = "merged" if others else beside(first, "", "folder").name.rstrip("-")
+    text = starter(opened[0], _seen_from(out.parent, first), called, places, named.get(base or ""))
     for path, content in ((out, text), (out.with_name("recipe.schema.json"), as_json())):
         if path.exists() and not overwrite and path.read_text(encoding="utf-8") != content:
             raise OutputError(f"{path} exists already; name another recipe with -o, or replace it with --overwrite")
@@ -121,9 +141,17 @@ def init(
     print_result({}, [f"wrote {out}; `compress run {out}` carries it out, `--dry-run` tells first what that takes"], False)
 
 
+def _seen_from(folder: Path, ref: str) -> str:
+    """Where a model is, for a recipe in this folder."""
+    return os.path.relpath(ref, folder) if Path(ref).exists() else ref
+
+
 @app.command()
 def schema() -> None:
-    """Print the JSON Schema of recipes, for editors: `compress schema > recipe.schema.json`."""
+    """Print the JSON Schema of recipes, for editors.
+
+    `compress schema > recipe.schema.json`
+    """
     from mergekit_plus.recipe_schema import as_json
 
     print(as_json(), end="")

@@ -23,7 +23,12 @@ def generate(
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="of the processor (default: torch's)")] = None,
     device: Device = "cpu",
 ) -> None:
-    """Continue a text with a model as it is stored, packed weights as packed ones; the text on stdout, tokens a second on stderr."""
+    """Continue a text with a model as it is stored.
+
+    Packed weights stay packed. The text goes to stdout, tokens a second to stderr.
+
+    `compress generate merged-4bit --prompt "def main("`
+    """
     from mergekit_plus.checkpoint.dtypes import TORCH_DTYPES, parse_float_dtype
     from mergekit_plus.generate import Sampling
     from mergekit_plus.generate import generate as run
