@@ -4,7 +4,9 @@
 
 Each row is a run in a process of its own, the ways in turn, several times; the median is printed as it comes. "Whole" is from before the imports to the end.
 "Writing" is the phase in which the tensors are computed, hashed and written; "first" is how long it took of that until the first batch was there
-(for Ray: processes started, torch imported, the plan made again), and "steady" the rest of the bytes over the rest of the seconds. The files are compared.
+(for Ray: processes started, torch imported, the plan made again), and "steady" the rest of the bytes over the rest of the seconds. "Busiest" is the
+CPU time of the Ray worker that had most (start included; of threads, their share), "own" that of the first process: on a machine that others use too these
+say what the seconds do not. The files are compared.
 """
 
 from __future__ import annotations
@@ -68,11 +70,26 @@ def child(job: str, way: str, models: Path, out: Path, began: float) -> dict[str
     engine, workers = WAYS[way]
     clock = Clock()
     recipe = check({"inputs": {name: str(models / name) for name in JOBS[job]["inputs"]}, "steps": [JOBS[job]["step"]]}, Path(), job)
+    if engine == "ray":  # in place of one that is gone when `run` ends, with its workers and their times
+        import ray
+
+        ray.init("local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=256 << 20)
     run(recipe, Execution(SaveOptions(overwrite=True, workers=workers, memory=1 << 30, max_shard_size=300 * 10**6, progress=clock), out=out, engine=engine))
+    busiest = max(workers_cpu()) if engine == "ray" else time.process_time() / workers
     first, amount = clock.first["writing"]
     steady = (clock.done["writing"] - amount) / max(1e-9, clock.seconds["writing"] - first) / 1e6
     measuring = sum(seconds for label, seconds in clock.seconds.items() if "measuring" in label)
-    return {"whole": time.time() - began, "measuring": measuring, "writing": clock.seconds["writing"], "first": first, "steady": steady}
+    return {"whole": time.time() - began, "measuring": measuring, "writing": clock.seconds["writing"], "first": first, "steady": steady, "busiest": busiest,
+            "own": time.process_time()}  # fmt: skip
+
+
+def workers_cpu() -> list[float]:
+    """CPU seconds of each Ray worker of the cluster that this process has started, its start included."""
+    raylets = [pid for listed in Path("/proc/self/task").glob("*/children") for pid in listed.read_text().split()]
+    workers = [pid for raylet in raylets for listed in Path(f"/proc/{raylet}/task").glob("*/children") for pid in listed.read_text().split()]
+    named = [pid for pid in workers if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::")]
+    times = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13] for pid in named]
+    return [sum(map(int, time)) / os.sysconf("SC_CLK_TCK") for time in times]
 
 
 def main() -> None:
@@ -93,7 +110,7 @@ def main() -> None:
             make(models / name, options.shape, seed, origin)
     print(f"{options.shape}, {sum(path.stat().st_size for path in shards(base)) / 1e9:.2f} GB a model, {len(os.sched_getaffinity(0))} cores, "
           f"median of {options.runs}, load {os.getloadavg()[0]:.1f}")  # fmt: skip
-    print("| job | way | whole s | measuring s | writing s | of it first s | steady MB/s | steady / one |\n|---|---|---|---|---|---|---|---|")
+    print("| job | way | whole s | measuring s | writing s | of it first s | busiest CPU s | own CPU s | steady MB/s | steady / one |\n" + "|---" * 10 + "|")
     for job in options.jobs.split(","):
         rows: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
         digests: set[str] = set()
@@ -102,6 +119,7 @@ def main() -> None:
                 environment = {**os.environ, "BEGAN": str(time.time()), "HF_HUB_OFFLINE": "1"}
                 command = [sys.executable, __file__, "--work", str(options.work), "--shape", options.shape, "--child", job, way]
                 rows[way].append(json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout))
+                print(job, way, rows[way][-1], file=sys.stderr, flush=True)
                 digests.add(hashlib.sha256(b"".join(path.read_bytes() for path in shards(out))).hexdigest())
                 shutil.rmtree(out)
         assert len(digests) == 1, "the ways differ"
@@ -109,7 +127,7 @@ def main() -> None:
         for way, row in median.items():
             one = median[way.replace("2", "1").replace("threads", "thread").replace("workers", "worker")]
             times = f"{row['steady'] / one['steady']:.2f}" if row is not one else ""
-            facts = " | ".join(f"{row[key]:.1f}" for key in ("whole", "measuring", "writing", "first"))
+            facts = " | ".join(f"{row[key]:.1f}" for key in ("whole", "measuring", "writing", "first", "busiest", "own"))
             print(f"| {job} | {way} | {facts} | {row['steady']:.0f} | {times} |", flush=True)
 
 
