@@ -33,7 +33,8 @@ from mergekit_plus.progress import on
 from mergekit_plus.training import TrainOptions, loss_on
 from quant.adapters.delta import DeltaOptions, delta
 from quant.adapters.plan import QuantizeOptions, quantize_adapter
-from quant.adapters.train import Lesson, TrainAdapterOptions, train_adapter
+from quant.adapters.scratch import TrainAdapterOptions, train_adapter
+from quant.adapters.train import Lesson
 
 WINDOW, WINDOWS, TRAIN_WINDOW = 256, 16, 128
 DISTILL_LR = 0.03

@@ -33,7 +33,8 @@ from quant.adapters.neurons import NeuronOptions, train_neurons
 from quant.adapters.pools import Sharing
 from quant.adapters.principal import Init
 from quant.adapters.ranks import ranks_within
-from quant.adapters.train import LR, Lesson, TrainAdapterOptions, train_adapter
+from quant.adapters.scratch import LR, TrainAdapterOptions, train_adapter
+from quant.adapters.train import Lesson
 
 WINDOW, WINDOWS, CALIBRATION = 256, 16, 128
 BATCH, TRAIN_WINDOW = 4, 128
@@ -120,7 +121,7 @@ class Bench:
             if isinstance(options, NeuronOptions):
                 made = train_neurons(self.base, lesson, options)
             else:
-                with patch("quant.adapters.train.ranks_within", ranks):
+                with patch("quant.adapters.scratch.ranks_within", ranks):
                     made = train_adapter(self.base, lesson, options, moments)
             save(made, out / "adapter")
             numbers = sum(spec.numel for spec in Checkpoint.open(out / "adapter").specs.values())

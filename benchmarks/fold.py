@@ -83,8 +83,8 @@ class Bench:
     def every(self) -> list[tuple[int, ...]]:
         return [blocks for count in range(1, self.most + 1) for blocks in combinations(range(self.count), count)]
 
-    def without(self, removed: Sequence[int], share: int = 1) -> Fold:
-        return Fold.of([block for block in range(self.count) if block not in removed], share)
+    def without(self, removed: Sequence[int]) -> Fold:
+        return Fold.of([block for block in range(self.count) if block not in removed])
 
     def exhaustive(self) -> dict[tuple[int, ...], float]:
         """The loss on the calibration text without each set of blocks, measured a portion of the text at a time."""

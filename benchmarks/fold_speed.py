@@ -59,7 +59,7 @@ def variants(name: str) -> dict[str, Any]:
 
     from mergekit_plus.checkpoint import Checkpoint, save
     from mergekit_plus.evaluate import load_model
-    from prune.fold import Fold, compacted, folded, stack_of
+    from prune.fold import Fold, compacted, folded, mapped, stack_of
     from prune.structured import shrink
 
     model = Checkpoint.open(name)
@@ -69,7 +69,7 @@ def variants(name: str) -> dict[str, Any]:
         kept = [block for block in range(blocks) if not 1 <= block <= removed]  # which ones does not matter here
         found[f"{removed} of {blocks} blocks removed"] = load_model(folded(model, Fold.of(kept)))
     for share in (2, 3):
-        fold = Fold.of(range(blocks), share)
+        fold = mapped(range(blocks), share)
         found[f"groups of {share}, expanded"] = load_model(folded(model, fold))
         with tempfile.TemporaryDirectory() as folder:
             save(compacted(model, fold), Path(folder) / "compact")

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -125,7 +125,8 @@ class Model:
         """Compute, write and check: a folder that transformers and vLLM load, a `.safetensors` file, or `hf://org/name`.
 
         how: overwrite, resume, device, memory ("2GB"), workers, max_shard_size, push ("org/name"), private, cache, allow_nonfinite, progress (bars; off by
-        default). The outcome has the table and what became of the checks; `raise_failures()` raises CheckFailed where one was not kept.
+        default), engine ("ray") and ray_address.
+        The outcome has the table and what became of the checks; `raise_failures()` raises CheckFailed where one was not kept.
         """
         return run(self.recipe, _execution(out, **how))
 
@@ -171,12 +172,14 @@ def _execution(
     cache: bool = False,
     allow_nonfinite: bool = False,
     progress: bool = False,
+    engine: Literal["threads", "ray"] = "threads",
+    ray_address: str | None = None,
 ) -> Execution:
     save = SaveOptions(
         overwrite, parse_size(max_shard_size), None if memory is None else parse_size(memory), workers, allow_nonfinite, on() if progress else quiet(),
         resume=resume,
     )  # fmt: skip
-    return Execution(save, device, None if out is None else Path(out), cache, push, private)
+    return Execution(save, device, None if out is None else Path(out), cache, push, private, engine=engine, ray_address=ray_address)
 
 
 def _plain(value: Any) -> Any:

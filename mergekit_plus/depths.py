@@ -1,9 +1,9 @@
 """Depth plans: which blocks of a model go and which share, within a budget, by what each change costs on a text.
 
-The items are groups of neighbouring blocks, three by default, and the choices of an item all that can become of its blocks: each subset of them, and each way
+The items are runs of three neighbouring blocks, and the choices of an item all that can become of its blocks: each subset of them, and each way
 in which neighbours of the subset share one set of linear weights; 14 for three blocks. So whether "shares with the one before" has one before that stays never
-has to be asked, and what blocks of a group do to each other is measured with them. What it costs is that no two groups share across their border, and
-that losses of different groups are taken to add up. They do not: so every choice is measured once more, with the other groups as the first solution has
+has to be asked, and what blocks of an item do to each other is measured with them. What it costs is that no two items share across their border, and
+that losses of different items are taken to add up. They do not: so every choice is measured once more, with the other items as the first solution has
 them, and what comes out is measured whole, beside its neighbours, on windows that no loss was measured on.
 
 The program is that of `quant.allocate`: one choice for each item, of least summed loss, within bytes and operations.
@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from prune.fold import Fold, shareable, stack_of
-from prune.fold.blocks import Blocks, blocks_of
+from prune.fold.blocks import Blocks, load_blocks
 from prune.fold.measure import losses
 from prune.fold.plan_file import FoldPlan, write
 from quant.allocate import solve
@@ -28,9 +28,9 @@ from quant.allocate import solve
 from .calibration.options import CalibrationOptions
 from .checkpoint import Checkpoint
 from .errors import OptionError, OutputError
-from .evaluate import load_model, windows
 from .progress import Progress, quiet
 
+ITEM = 3  # neighbouring blocks of which what becomes is one choice
 ROUNDS = 2  # of measuring and solving
 HELD_OUT = 3  # of so many windows one is for choosing among candidates
 Choice = tuple[tuple[int, ...], ...]  # the blocks of an item that stay, those together that share
@@ -43,7 +43,6 @@ class DepthOptions:
     calibration: CalibrationOptions
     budget: float | None = None
     operations: float | None = None
-    group: int = 3
     device: str = "cpu"
     overwrite: bool = False
 
@@ -111,7 +110,7 @@ def _pieces(blocks: tuple[int, ...]) -> list[Choice]:
     return [(blocks[:size], *rest) for size in range(1, len(blocks) + 1) for rest in _pieces(blocks[size:])]
 
 
-def fold_of(choices: Sequence[Choice]) -> Fold:
+def fold_with(choices: Sequence[Choice]) -> Fold:
     """The fold that these choices are; blocks that share have the weights of the first."""
     pieces = [piece for choice in choices for piece in choice]
     groups = [group for group, piece in enumerate(pieces) for _ in piece]
@@ -128,7 +127,7 @@ def plan_depth(checkpoint: Checkpoint, options: DepthOptions, out: Path, progres
         raise OutputError(f"{out} exists already; name another output with -o, or replace it with --overwrite")
     costs = Costs.of(checkpoint)
     blocks = len(costs.shared)
-    items = [range(first, min(first + options.group, blocks)) for first in range(0, blocks, options.group)]
+    items = [range(first, min(first + ITEM, blocks)) for first in range(0, blocks, ITEM)]
     table = [[choice for choice in choices_of(item) if choice or len(items) > 1] for item in items]
     limits = _limits(costs, table, options)
     rows, _ = options.calibration.read(checkpoint)
@@ -136,9 +135,7 @@ def plan_depth(checkpoint: Checkpoint, options: DepthOptions, out: Path, progres
         raise OptionError(f"the calibration text has {len(rows)} windows; give at least {HELD_OUT}, one of which chooses among candidates")
     heldout = rows[HELD_OUT - 1 :: HELD_OUT]
     rows = rows[[number for number in range(len(rows)) if number % HELD_OUT != HELD_OUT - 1]]
-    model = load_model(checkpoint, progress=progress).to(options.device)
-    windows(model, rows.flatten(), rows.shape[1])  # refuses what the model cannot read
-    bench = _Bench(blocks_of(model, checkpoint), table, limits, rows.to(options.device), heldout.to(options.device), progress)
+    bench = _Bench(load_blocks(checkpoint, rows, options.device, progress), table, limits, rows.to(options.device), heldout.to(options.device), progress)
     whole = standing = (0,) * len(items)
     (base,) = bench.losses([whole], bench.rows)
     found: dict[tuple[int, ...], tuple[str, float]] = {}
@@ -153,7 +150,7 @@ def plan_depth(checkpoint: Checkpoint, options: DepthOptions, out: Path, progres
     candidates.sort(key=lambda one: one.measured)
     picked = bench.picked(candidates[0].choices)
     shares = (costs.outside + sum(map(costs.bytes, picked))) / checkpoint.nbytes, sum(map(costs.operations, picked)) / sum(costs.weights)
-    plan = FoldPlan.of(fold_of(picked), blocks, _made(checkpoint, options, shares, candidates[0], table, measured))
+    plan = FoldPlan.of(fold_with(picked), blocks, _made(checkpoint, options, shares, candidates[0], table, measured))
     write(out, plan)
     return Planned(out, plan, tuple(candidates), *shares)
 
@@ -193,12 +190,12 @@ class _Bench:
 
     def losses(self, candidates: Sequence[Sequence[int]], rows: Tensor) -> list[float]:
         """The losses of whole plans on a part of the text."""
-        return losses(self.blocks, [fold_of(self.picked(chosen)) for chosen in candidates], rows, self.progress)
+        return losses(self.blocks, [fold_with(self.picked(chosen)) for chosen in candidates], rows, self.progress)
 
     def measured(self, standing: tuple[int, ...]) -> list[list[float]]:
         """The loss of every choice, the other items standing so; infinite where no block would be left."""
         plans = {(item, number): (*standing[:item], number, *standing[item + 1 :]) for item, row in enumerate(self.table) for number in range(len(row))}
-        folds = {key: fold_of(self.picked(chosen)) for key, chosen in plans.items()}
+        folds = {key: fold_with(self.picked(chosen)) for key, chosen in plans.items()}
         able = [key for key, fold in folds.items() if fold.kept]
         values = dict(zip(able, losses(self.blocks, [folds[key] for key in able], self.rows, self.progress), strict=True))
         return [[values.get((item, number), float("inf")) for number in range(len(choices))] for item, choices in enumerate(self.table)]
@@ -214,7 +211,7 @@ class _Bench:
                 found.append(self._solution(closed))
             except OptionError:  # nothing else fits
                 continue
-        able = [chosen for chosen in dict.fromkeys(found) if fold_of(self.picked(chosen)).kept]
+        able = [chosen for chosen in dict.fromkeys(found) if fold_with(self.picked(chosen)).kept]
         if not able:
             raise OptionError("within this budget nothing is better than no block at all; allow more")
         return [(chosen, start + sum(row[choice] - start for row, choice in zip(measured, chosen, strict=True))) for chosen in able]
@@ -248,7 +245,7 @@ def _made(
 def facts(planned: Planned) -> dict[str, Any]:
     """What was planned, as data; blocks that share stand together, as in 3+4."""
     plan = planned.plan
-    pieces = ["+".join(str(block) for block, its in zip(plan.kept, plan.groups, strict=True) if its == group) for group in range(len(plan.parents))]
+    pieces = ["+".join(map(str, plan.fold.members(group))) for group in range(len(plan.parents))]
     return {
         "out": str(planned.out), "blocks": " ".join(pieces), "kept": plan.kept, "groups": plan.groups, "parents": plan.parents,
         "bytes": planned.bytes, "operations": planned.operations, "loss": planned.candidates[0].measured,

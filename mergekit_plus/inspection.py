@@ -40,7 +40,7 @@ def inspect(checkpoint: Checkpoint, tensors: bool = False) -> dict[str, Any]:
         "fused": sorted({" + ".join(name.rsplit(".", 2)[-2] for name in group[:8]) for group in roles.fused}),
         "tied": [list(names) for names in roles.tied],
         "quantized": quantized_reason(checkpoint),
-        "packed": packed_facts(checkpoint) if {ADAPTER_CONFIG, DELTA_QUANT} & checkpoint.files.keys() else None,
+        "packed": _packed(checkpoint),
         "compact": _compact(checkpoint),
     }
     if tensors:
@@ -53,7 +53,7 @@ def inspect(checkpoint: Checkpoint, tensors: bool = False) -> dict[str, Any]:
 
 def stored_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of a checkpoint where it lies, or would lie: of what is expanded as it is read, those that it is expanded from."""
-    kept = (packed_facts(checkpoint) if {ADAPTER_CONFIG, DELTA_QUANT} & checkpoint.files.keys() else None) or _compact(checkpoint)
+    kept = _packed(checkpoint) or _compact(checkpoint)
     return kept["bytes"] if kept else checkpoint.nbytes
 
 
@@ -67,13 +67,18 @@ def _adapter(checkpoint: Checkpoint) -> dict[str, Any] | None:
     return {"type": kind, "base": config.get("base_model_name_or_path") or "an unnamed base", "modules": len(ranks), "ranks": sorted(set(ranks))}
 
 
+def _packed(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """How an adapter or a difference lies on the disk, where it is packed; a model with one applied is not."""
+    return packed_facts(checkpoint) if {ADAPTER_CONFIG, DELTA_QUANT} & checkpoint.files.keys() else None
+
+
 def packed_facts(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """How what was opened lies on the disk, where it is expanded from a few bits: `bits` is the average where rows have widths of their own."""
     for part, source in file_inputs(checkpoint):
         for sidecar in (ADAPTER_QUANT, DELTA_QUANT):
             if said := part.json_file(sidecar):
-                size = sum({blob.place: blob.size for blob, _ in source.places.values()}.values())
-                return {"bytes": size, "bits": _bits(said), "codebook": said["codebook"], "scale": said["scale"]}
+                stored = sum({blob.place: blob.size for blob, _ in source.places.values()}.values())
+                return {"bytes": stored, "bits": _bits(said), "codebook": said["codebook"], "scale": said["scale"]}
     return None
 
 

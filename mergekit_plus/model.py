@@ -79,6 +79,12 @@ class ModelMap:
         return tuple(name for name, meaning in self.tensors.items() if meaning.role == role)
 
     @property
+    def parameters(self) -> dict[str, str]:
+        """The parameter of the transformers model that each tensor is, where it alone is it: experts that are packed there are many tensors of one."""
+        counts = Counter(meaning.parameter for meaning in self.tensors.values())
+        return {name: meaning.parameter for name, meaning in self.tensors.items() if meaning.parameter and counts[meaning.parameter] == 1}
+
+    @property
     def linears(self) -> tuple[str, ...]:
         """The weights of linear layers, [out, in] unless transposed; without heads, routers and embeddings."""
         return self.names("linear")

@@ -130,6 +130,8 @@ def help_with(recipe: Recipe, how: Execution) -> None:
 
 
 def _run(recipe: Recipe, how: Execution, out: Path, upload: Upload | None) -> Outcome:
+    from .engines import crew_of
+
     built = build(recipe, how)
     _check_out(recipe, built.result, out)
     if upload is not None:
@@ -146,7 +148,9 @@ def _run(recipe: Recipe, how: Execution, out: Path, upload: Upload | None) -> Ou
 
     options = replace(_save_options(recipe, how), job=job(recipe, how.device), upload=upload)
     finish = _Finish(recipe, built, options, out)
-    manifest = save(built.result, out, options, finish.describe, partial(finish.publish, upload) if upload and how.push is None else None)
+    with crew_of(recipe, built, how) as crew:
+        options = replace(options, crew=crew)
+        manifest = save(built.result, out, options, finish.describe, partial(finish.publish, upload) if upload and how.push is None else None)
 
     table, verdicts, sampled = finish.measurements()
 

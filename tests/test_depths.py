@@ -13,7 +13,7 @@ from program import Program
 
 from mergekit_plus.calibration.options import CalibrationOptions
 from mergekit_plus.checkpoint import Checkpoint
-from mergekit_plus.depths import Costs, DepthOptions, choices_of, fold_of, plan_depth
+from mergekit_plus.depths import Costs, DepthOptions, choices_of, fold_with, plan_depth
 from mergekit_plus.errors import OptionError, OutputError
 from mergekit_plus.evaluate import load_model
 from mergekit_plus.training import loss_on
@@ -33,7 +33,7 @@ def test_all_that_can_become_of_neighbours() -> None:
 
 
 def test_choices_put_together_are_a_fold_whose_groups_have_the_weights_of_their_first_block() -> None:
-    assert fold_of([((0,), (1, 2)), (), ((7, 8),)]) == Fold((0, 1, 2, 7, 8), (0, 1, 1, 2, 2), (0, 1, 7))
+    assert fold_with([((0,), (1, 2)), (), ((7, 8),)]) == Fold((0, 1, 2, 7, 8), (0, 1, 1, 2, 2), (0, 1, 7))
 
 
 def test_costs_are_those_of_what_is_stored_once_and_of_what_runs() -> None:
@@ -69,7 +69,7 @@ def test_the_second_round_is_measured_around_the_solution_of_the_first(tmp_path:
     whole = loss_on(dense, rows)
 
     def lost(*chosen: int) -> float:
-        fold = fold_of([choices[number] for choices, number in zip(table, chosen, strict=True)])
+        fold = fold_with([choices[number] for choices, number in zip(table, chosen, strict=True)])
         return loss_on(load_model(folded(BASE, fold)), rows) - whole if fold.kept else math.inf
 
     first = [[lost(number, 0) for number in range(14)], [lost(0, number) for number in range(14)]]

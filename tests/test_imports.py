@@ -21,7 +21,7 @@ LAYERS = [
         "mergekit_plus.recipe", "mergekit_plus.recipe_file",
         "mergekit_plus.provenance", "mergekit_plus.steps", "mergekit_plus.mergekit", "mergekit_plus.checks", "mergekit_plus.card",
         "mergekit_plus.template", "mergekit_plus.trial", "mergekit_plus.search", "mergekit_plus.sparsities", "mergekit_plus.depths", "mergekit_plus.verify",
-        "mergekit_plus.generate",
+        "mergekit_plus.generate", "mergekit_plus.engines",
     ],
     ["mergekit_plus.merge", "mergekit_plus.moe", "quant", "prune"],
     [

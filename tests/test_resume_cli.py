@@ -21,8 +21,8 @@ MERGE = ["merge", str(MODELS / "code"), str(MODELS / "docs"), "-o", "out", "--ma
 SLOW = """
 import importlib, itertools, time
 saving = importlib.import_module("mergekit_plus.checkpoint.save")
-write_unit, calls = saving._write_unit, itertools.count()
-saving._write_unit = lambda *unit: (write_unit(*unit), time.sleep(0 if next(calls) < 12 else 3))
+write_unit, calls = saving.write_unit, itertools.count()
+saving.write_unit = lambda *unit: (write_unit(*unit), time.sleep(0 if next(calls) < 12 else 3))
 from mergekit_plus.__main__ import main
 main()
 """  # a merge of models so small would be over before one can press a key

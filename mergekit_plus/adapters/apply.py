@@ -7,7 +7,6 @@ rounded once, to the base's dtype. An adapter that changes one of two tied tenso
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, reduce
@@ -101,8 +100,7 @@ class _Names:
 
     @cached_property
     def by_parameter(self) -> dict[str, str]:
-        parameters = Counter(meaning.parameter for meaning in self.meanings.tensors.values())  # packed experts are one parameter of many tensors
-        return {meaning.parameter: name for name, meaning in self.meanings.tensors.items() if meaning.parameter and parameters[meaning.parameter] == 1}
+        return {parameter: name for name, parameter in self.meanings.parameters.items()}
 
     def stored(self, parameter: str) -> str | None:
         """The tensor that holds a parameter under its own name or another's, None where there is none."""

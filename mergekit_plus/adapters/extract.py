@@ -7,7 +7,6 @@ adapter can be laid out before it is computed; and one that computes it. `kept` 
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from ..checkpoint.hub import parse_reference
 from ..checkpoint.plan import row_multiple
 from ..checkpoint.spec import check_patterns, matches, natural_order
 from ..errors import CheckpointError, OptionError
-from ..model import Meaning, adapter_reason, describe, quantized_reason, tied_alias
+from ..model import Meaning, ModelMap, adapter_reason, describe, quantized_reason, tied_alias
 from ..progress import Progress, quiet
 from .apply import apply, targets
 from .layout import Product, adapter_of
@@ -93,7 +92,7 @@ def extract(
         raise CheckpointError(f"there is no adapter between {base.label} and {tuned.label}: {what}")
 
     differences = Checkpoint(f"{tuned.label} - {base.label}", Plan([_difference(base, tuned, name) for name in linears]))
-    module_of = _modules(roles)
+    module_of = _modules(meanings)
     products, steps = [], []
     for name, (rank, count) in _ranks(differences, linears, module_of, options, progress).items():
         meaning, shape = linears[name], base.specs[name].shape
@@ -201,10 +200,10 @@ class _Truncate:
         return factors(u[:, : self.rank], s[: self.rank], v[:, : self.rank])
 
 
-def _modules(roles: Mapping[str, Meaning]) -> dict[str, str]:
+def _modules(meanings: ModelMap) -> dict[str, str]:
     """The module of every tensor, as transformers names it; as the checkpoint does where several tensors are one parameter there (experts)."""
-    shared = Counter(meaning.parameter for meaning in roles.values())
-    return {name: (meaning.parameter if meaning.parameter and shared[meaning.parameter] == 1 else name).rpartition(".")[0] for name, meaning in roles.items()}
+    parameters = meanings.parameters
+    return {name: parameters.get(name, name).rpartition(".")[0] for name in meanings.tensors}
 
 
 def _saved(

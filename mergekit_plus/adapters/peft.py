@@ -66,6 +66,11 @@ class Adapter:
         """What its user calls it."""
         return self.checkpoint.label
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is products beside modules that are no embeddings, and no more."""
+        return not self.whole and all(module.plain for module in self.lowrank.values())
+
 
 def open_adapter(ref: str | Path, cache: bool = False) -> Adapter:
     """Open the folder of a PEFT adapter, its adapter_model.safetensors, or `org/name[@revision]` on the Hub; reads headers only.

@@ -26,6 +26,12 @@ class Call:
     kwargs: Mapping[str, Any]
     named: bool  # the hidden states are given by name
 
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Call]:
+        """The hidden states that a block is called with, and the rest."""
+        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        return args[0] if args else kwargs["hidden_states"], cls(args[1:], rest, not args)
+
     def __call__(self, block: nn.Module, states: Tensor) -> Tensor:
         """The block's output for these hidden states."""
         args, kwargs = tree_map(lambda value: value.to(states.device) if isinstance(value, Tensor) else value, (self.args, dict(self.kwargs)))
@@ -218,9 +224,9 @@ class Skeleton:
         def stand_in(number: int) -> Any:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 nonlocal straight
-                states = args[0] if args else kwargs["hidden_states"]
+                states, call = Call.of(args, kwargs)
                 straight = straight and len(calls) == number and (not handed or states is handed[-1])
-                calls.append(Call(args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}, not args))
+                calls.append(call)
                 handed.append(states)
                 if number == len(self.blocks) - 1 or not straight:
                     raise _Seen

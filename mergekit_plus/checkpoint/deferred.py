@@ -108,19 +108,29 @@ class Deferred:
                     work = Work(Path(tempfile.mkdtemp(prefix="compress-")), progress)
                     weakref.finalize(self, shutil.rmtree, work.folder, ignore_errors=True)
                 self.compute(work)
-                self._made = self._source(work)
+                self._made = self._source([work.folder / file for file in work.parts])
             return self._made
+
+    @property
+    def made(self) -> list[Path]:
+        """The files; for `adopt` of the same computation in another process."""
+        return list(dict.fromkeys(Path(blob.place) for blob, _ in self.run().places.values()))
+
+    def adopt(self, made: Sequence[Path]) -> None:
+        """Take the files as they were computed elsewhere."""
+        with self._lock:
+            self._made = self._source(made)
 
     def forget(self) -> None:
         """The files are gone, or will be: a later read computes again."""
         with self._lock:
             self._made = None
 
-    def _source(self, work: Work) -> FileSource:
+    def _source(self, files: Iterable[Path]) -> FileSource:
         specs: dict[str, TensorSpec] = {}
         places: dict[str, tuple[Blob, int]] = {}
-        for file in work.parts:
-            part = open_checkpoint(work.folder / file).source
+        for file in files:
+            part = open_checkpoint(file).source
             assert isinstance(part, FileSource)
             specs |= part.specs
             places |= part.places

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from .prefetch import plan_spans, span_limit
 from .scan import Measured
 from .shards import Shard, plan_shards
 from .upload import Upload
+
+if TYPE_CHECKING:
+    from .crew import Crew
 
 MANIFEST = "manifest.json"
 HELD = 256 << 20  # bytes of one tensor's inputs that a worker holds, to measure them and compute from them with one reading
@@ -45,6 +49,7 @@ class SaveOptions:
     job: str | None = None  # what tells this job from others, beside its inputs and shards; one without a name cannot be resumed
     resume: bool = False  # go on with what the same job left when it was interrupted
     upload: Upload | None = None  # each file goes up there when it is finished
+    crew: Crew | None = None  # who computes the units, in place of this process' threads
 
 
 Unit = tuple[Step, Rows | None]  # a step, and the rows of it that are computed at once

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -23,27 +25,30 @@ from typing import Any
 import torch
 
 from ..digests import Digests
-from ..errors import CheckFailed, CheckpointError, CompressError, OutputError, ReadError
-from ..progress import Progress
+from ..errors import CheckFailed, CompressError, OutputError, ReadError
+from ..progress import Progress, quiet
 from .blob import Blob
 from .checkpoint import Checkpoint, Rows
+from .crew import Errand, plan_digest
 from .deferred import Deferred, Work
-from .finite import is_finite
 from .hub import HubFile
 from .inputs import check_target, digest_of, input_files
 from .journal import sync_folder
 from .layout import Layout, SaveOptions, Unit, bytes_of, cost, is_file, plan_save, reads_of
 from .manifest import Describe, Manifest, input_facts, input_places, write_small_files, written_manifest
-from .plan import Step, execute, of_inner, proportional
+from .plan import Step
 from .prefetch import Prefetch
 from .scan import ParallelMap, Recall
 from .shards import Abandoned, ShardFile, known_prefix
-from .spec import TensorSpec
 from .stage import Stage, was_published
+from .units import write_unit, written_by
 from .upload import Upload
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 ENVIRONMENT = (OSError, OutputError, ReadError, CheckFailed, KeyboardInterrupt, SystemExit, *OUT_OF_MEMORY)  # what may go better the next time
+
+BATCH = 64 << 20  # bytes that a member of a crew writes before it is heard of again
+BATCHES = 16  # at least, where there are so many units: few would leave some members idle at the end
 
 Publish = Callable[[Path, Manifest], None]  # makes a folder visible somewhere else
 
@@ -173,9 +178,12 @@ def _write_all(checkpoint: Checkpoint, inputs: Mapping[str, Sequence[Blob]], lay
                 with options.progress.phase("writing", layout.bytes_written, done=done):
 
                     def work(unit: Unit) -> None:
-                        _write_unit(*unit, where, options)
+                        write_unit(*unit, where, options)
 
-                    parallel(work, units)
+                    if options.crew is None:
+                        parallel(work, units)
+                    else:
+                        _by_crew(checkpoint, layout, units, where, stage, options, stop)
                     wait(output_digests)
                 with options.progress.phase("uploading", None) if options.upload else nullcontext():
                     digests = _results(output_digests, uploads)
@@ -230,11 +238,46 @@ def _bytes_of(units: Iterable[Unit]) -> int:
     return sum(bytes_of(spec.nbytes, step, rows) for step, rows in units for spec in step.writes)
 
 
+def _by_crew(
+    checkpoint: Checkpoint, layout: Layout, units: Sequence[Unit], where: Mapping[str, ShardFile], stage: Stage, options: SaveOptions, stop: threading.Event
+) -> None:
+    """Have the units computed elsewhere; what comes back that could not be written there is written here."""
+    assert options.crew is not None
+    how = replace(options, memory=layout.memory, workers=layout.workers, progress=quiet(), digests=None, upload=None, crew=None)
+    inodes = {file.shard.name: os.fstat(file.fd).st_ino for file in where.values()}
+    made, memory = [each.made for each in layout.before], layout.largest_unit + BATCH
+    errand = Errand(stage.out, how, plan_digest(checkpoint, layout), stage.files, inodes, made, memory)
+    wanted = set(map(id, units))
+    numbers = [number for number, unit in enumerate(layout.units) if id(unit) in wanted]
+    with closing(options.crew.compute(errand, _batches(layout.units, numbers), stop)) as finished:
+        for batch, pieces in finished:
+            for name, at, data in pieces:
+                where[name].put(data, name, at)
+            for step, rows in map(layout.units.__getitem__, batch):
+                for spec, start, length in written_by(step, rows):
+                    where[spec.name].was_put(spec.name, start, length)
+                    options.progress.advance(length)
+
+
+def _batches(units: Sequence[Unit], numbers: Sequence[int]) -> list[list[int]]:
+    """The units of these numbers, in order, so many to a batch that they write about `BATCH` bytes, or less where that is much of everything."""
+    size = min(BATCH, max(1, _bytes_of(units[number] for number in numbers) // BATCHES))
+    batches: list[list[int]] = []
+    filled = size
+    for number in numbers:
+        if filled >= size:
+            batches.append([])
+            filled = 0
+        batches[-1].append(number)
+        filled += _bytes_of([units[number]])
+    return batches
+
+
 def _is_finished(step: Step, rows: Rows | None, where: Mapping[str, ShardFile]) -> bool:
     """Whether all that a unit writes lies in what an interrupted save has finished."""
     return all(
-        file.shard.offsets[spec.name] + _first(step, rows, spec) * spec.row_bytes + bytes_of(spec.nbytes, step, rows) <= file.finished
-        for spec in step.writes
+        file.shard.offsets[spec.name] + start + length <= file.finished
+        for spec, start, length in written_by(step, rows)
         for file in [where[spec.name]]
     )
 
@@ -310,37 +353,6 @@ def _results(digests: Iterable[Future[str]], uploads: Iterable[Future[None]]) ->
     if errors:
         raise next((error for error in errors if not isinstance(error, Abandoned)), errors[0])
     return [future.result() for future in digests]
-
-
-def _write_unit(step: Step, rows: Rows | None, where: Mapping[str, ShardFile], options: SaveOptions) -> None:
-    for part in step.slabs(rows=rows) if rows is not None else [None]:
-        _write_rows(step, part, where, options)
-
-
-def _write_rows(step: Step, rows: Rows | None, where: Mapping[str, ShardFile], options: SaveOptions) -> None:
-    for spec, tensor in zip(step.writes, execute(step, rows), strict=True):
-        if not options.allow_nonfinite and spec.is_float and not is_finite(tensor):
-            raise CheckpointError(_explain_nonfinite(step, rows, spec.name))
-        where[spec.name].write(tensor, spec.name, _first(step, rows, spec) * spec.row_bytes)
-    options.progress.advance(sum(bytes_of(spec.nbytes, step, rows) for spec in step.writes))
-
-
-def _first(step: Step, rows: Rows | None, spec: TensorSpec) -> int:
-    """The first row of a write that goes with these rows of its step."""
-    return 0 if rows is None else proportional(rows, step.rows, spec.rows).start
-
-
-def _explain_nonfinite(step: Step, rows: Rows | None, name: str) -> str:
-    """Which input brought the value in, or which result is where it arose."""
-    for feed in step.feeds:
-        whole = rows is None or feed.take is not None
-        tensor = feed.checkpoint.read(feed.name, None if rows is None or whole else proportional(rows, step.rows, feed.spec.rows))
-        if not tensor.is_floating_point() or is_finite(tensor.to(torch.float64)):
-            continue
-        if feed.step is not None:
-            return _explain_nonfinite(feed.step, of_inner(step, feed.step, rows, whole), feed.name)
-        return f"{feed.checkpoint.label}: {feed.name} holds values that are NaN or infinite; mend the model, or carry them with --allow-nonfinite"
-    return f"{name}: the result has NaN or infinite values although the inputs have none: it overflows its dtype; try --dtype float32"
 
 
 def _parallel(pool: ThreadPoolExecutor, stop: threading.Event, budget: _Budget, ahead: Prefetch) -> ParallelMap:

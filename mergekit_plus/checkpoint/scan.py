@@ -76,3 +76,13 @@ class Measured:
                 self._value = self.statistic(Scan(self.steps, None if self.whole_model else held, parallel, recall))
                 self._known = True
             return self._value
+
+    @property
+    def made(self) -> Any:
+        """The value; for `adopt` of the same measurement in another process."""
+        return self.get()
+
+    def adopt(self, made: Any) -> None:
+        """Take the value as it was measured elsewhere."""
+        with self._lock:
+            self._value, self._known = made, True

@@ -85,23 +85,31 @@ class ShardFile:
         self._changed = threading.Condition()
         self._complete = self.finished  # bytes written without a gap from the start
         self._ahead: list[tuple[int, int]] = []  # written runs that begin beyond it
-        self._abandoned = False
+        self._abandoned = self._elsewhere = False
         if shard.size:
             os.posix_fallocate(self.fd, 0, shard.size)
         self._put(memoryview(shard.header), 0)
 
     def write(self, tensor: Tensor, name: str, at: int = 0) -> None:
         """Put a tensor's bytes `at` bytes into the place of the tensor `name`."""
-        if tensor.numel():
-            self._put(tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(uint8).numpy().data, self.shard.offsets[name] + at)
+        self.put(raw_bytes(tensor), name, at)
+
+    def put(self, data: memoryview, name: str, at: int) -> None:
+        """Put bytes `at` bytes into the place of the tensor `name`."""
+        self._put(data, self.shard.offsets[name] + at)
+
+    def was_put(self, name: str, at: int, length: int) -> None:
+        """So many bytes there have been written, by another process that has closed the file since."""
+        self._elsewhere = True
+        self._note(self.shard.offsets[name] + at, length)
 
     def _put(self, data: memoryview, offset: int) -> None:
-        end = offset + len(data)
-        written = 0
-        while written < len(data):
-            written += os.pwrite(self.fd, data[written:], offset + written)
+        write_at(self.fd, data, offset)
+        self._note(offset, len(data))
+
+    def _note(self, offset: int, length: int) -> None:
         with self._changed:
-            heapq.heappush(self._ahead, (offset, end))
+            heapq.heappush(self._ahead, (offset, offset + length))
             while self._ahead and self._ahead[0][0] <= self._complete:
                 self._complete = max(self._complete, heapq.heappop(self._ahead)[1])
             self._changed.notify()
@@ -121,9 +129,8 @@ class ShardFile:
                     self._changed.wait()
                 if self._abandoned:
                     raise Abandoned(f"{self.path.name} was not written to the end")
-            got = os.preadv(self.fd, [buffer], position)
+            got = self._read_back(buffer, position)
             sha.update(buffer[:got])
-            os.posix_fadvise(self.fd, position, got, os.POSIX_FADV_DONTNEED)  # starts writing back what is still dirty
             position += got
             if tell and position - told >= CHECKPOINT and position < self.shard.size:
                 os.fsync(self.fd)
@@ -135,6 +142,17 @@ class ShardFile:
                 tell(position, sha.hexdigest())
         return sha.hexdigest()
 
+    def _read_back(self, buffer: memoryview, position: int) -> int:
+        # what another machine wrote and closed is seen by whoever opens the file after that: network file systems promise no more
+        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC) if self._elsewhere else self.fd
+        try:
+            got = os.preadv(fd, [buffer], position)
+            os.posix_fadvise(fd, position, got, os.POSIX_FADV_DONTNEED)  # starts writing back what is still dirty
+            return got
+        finally:
+            if fd != self.fd:
+                os.close(fd)
+
     def abandon(self) -> None:
         """Let a waiting `digest` go; the file will not be finished."""
         with self._changed:
@@ -144,6 +162,18 @@ class ShardFile:
     def close(self) -> None:
         """Close the file."""
         self._finalizer()
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, as a file has them."""
+    return memoryview(tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(uint8).numpy().data if tensor.numel() else b"")
+
+
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of it at this byte of a file."""
+    written = 0
+    while written < len(data):
+        written += os.pwrite(fd, data[written:], offset + written)
 
 
 def known_prefix(path: Path, length: int, digest: str, advance: Callable[[int], None]) -> tuple[int, hashlib._Hash] | None:

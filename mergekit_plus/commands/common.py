@@ -80,6 +80,10 @@ FewWindows = Annotated[int, typer.Option("--windows", min=1, help="windows of th
 CalibrationWindow = Annotated[int | None, typer.Option("--window", min=2, help="tokens in a window of the text (default: 256, or what the model takes)")]
 CalibrationSeed = Annotated[int | None, typer.Option("--seed", help="moves the windows of the text (default: 0)")]
 LessonText = Annotated[list[str], typer.Option("--text", "-t", metavar="FILE", help="text to train on: .txt, .jsonl, a folder; may be repeated")]
+Engine = Annotated[Literal["threads", "ray"], typer.Option("--engine", help="who computes the tensors: this process, or a Ray cluster (docs/scale.md)")]
+RayAddress = Annotated[
+    str | None, typer.Option("--ray-address", metavar="HOST:PORT", help="of the cluster of --engine ray (default: RAY_ADDRESS, or a cluster of this machine)")
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
@@ -99,6 +103,8 @@ class Writing:
     cache: Cache = False
     push: Push = None
     private: Private = False
+    engine: Engine = "threads"
+    ray_address: RayAddress = None
     as_json: Json = False
 
 
@@ -182,7 +188,7 @@ def execution_of(how: Writing, default: Path | None, digests: Digests | None) ->
         how.overwrite, parse_size(how.max_shard_size), parse_size(how.memory) if how.memory else None, how.workers, how.allow_nonfinite, on(), digests,
         resume=how.resume,
     )  # fmt: skip
-    return Execution(save, how.device, how.out or default, how.cache, how.push, how.private)
+    return Execution(save, how.device, how.out or default, how.cache, how.push, how.private, engine=how.engine, ray_address=how.ray_address)
 
 
 def check_device(name: str) -> None:

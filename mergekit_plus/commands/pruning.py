@@ -145,12 +145,15 @@ def fold(
     digests = None if how.resume else hash_early(model)
     from mergekit_plus.recipe import check
 
+    how_it_shares = share > 1 or map_ != "sequence" or parent != "first" or relax or compact
+    says = bool(remove or keep is not None or by != "leave-one-out" or how_it_shares or plan or residual_scale)
+    plans = budget is not None or operations is not None
     if expand or export:
-        folds = bool(remove or keep or compact or calibration or relax or share > 1 or plan or budget or operations or (expand and export))
+        folds = says or plans or bool(calibration) or (expand and export is not None)
         return _expand(model, how, folds, digests) if expand else _export(model, how, export or "peft", folds, digests)
     text = calibration_key(calibration, windows=windows, window=window, seed=seed) if calibration else {}
-    if budget is not None or operations is not None:
-        if remove or keep is not None or share > 1 or plan is not None or residual_scale or relax or compact:
+    if plans:
+        if says:
             from mergekit_plus.errors import OptionError
 
             raise OptionError("a budget is for finding a plan, on which nothing else bears; fold with --plan then")
@@ -178,13 +181,14 @@ def _expand(model: str, how: Writing, folds: bool, digests: Digests | None) -> N
 
 def _export(model: str, how: Writing, layout: str, folds: bool, digests: Digests | None) -> None:
     """`compress fold COMPACT --export peft`: a base, and an adapter that names it."""
+    from mergekit_plus.checkpoint.upload import parse_target
     from mergekit_plus.errors import OptionError
     from mergekit_plus.recipe import check
 
     if folds:
         raise OptionError("--export writes out what a compact model stands for; fold, or expand, in a run of its own")
     out = how.out or beside(model, layout, "folder")
-    if how.push or str(out).startswith("hf://"):
+    if how.push or parse_target(str(out)):
         raise OptionError("--export writes two folders; write them here, and publish each of them")
     base, facts, lines = out.with_name(f"{out.name}-base"), dict[str, Any](), list[str]()
     for part in ("base", "adapter"):
@@ -198,11 +202,15 @@ def _export(model: str, how: Writing, layout: str, folds: bool, digests: Digests
 def _plan_depth(model: str, budget: float | None, operations: float | None, text: dict[str, Any], how: Writing) -> None:
     """Find a plan for `compress fold --plan`, and write it."""
     from mergekit_plus.calibration.options import CalibrationOptions
+    from mergekit_plus.checkpoint.upload import parse_target
     from mergekit_plus.depths import DepthOptions, facts, plan_depth
     from mergekit_plus.errors import OptionError
     from mergekit_plus.progress import on
     from mergekit_plus.show import depth_lines
 
+    out = how.out or Path("plan.yaml")
+    if how.dry_run or how.push or parse_target(str(out)):
+        raise OptionError("a plan is one small file, which is written here; leave out --dry-run and --push")
     if not text:
         raise OptionError("a plan is found on a text: give one with --calibration FILE")
     check_device(how.device)
@@ -210,7 +218,7 @@ def _plan_depth(model: str, budget: float | None, operations: float | None, text
     for problem in options.problems(Path()):
         raise OptionError(f"--calibration: {problem}")
     asked = DepthOptions(options, budget, operations, device=how.device, overwrite=how.overwrite)
-    found = facts(plan_depth(open_model(model), asked, how.out or Path("plan.yaml"), on()))
+    found = facts(plan_depth(open_model(model), asked, out, on()))
     print_result(found, depth_lines(found), how.as_json)
 
 

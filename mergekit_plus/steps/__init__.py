@@ -15,8 +15,9 @@ from ..calibration.options import CalibrationOptions
 from ..errors import CompressError, nearest
 from .adapters import DeltaStep, ExtractAdapterStep, MergeAdaptersStep, QuantizeAdapterStep, TrainAdapterStep
 from .base import Execution, Strict, schema_problems, source_of
+from .folding import ExportFoldStep, FoldStep
 from .merging import MergekitStep, MergeStep, MoeStep
-from .pruning import ExportFoldStep, FoldStep, PruneStep, RetrainStep
+from .pruning import PruneStep, RetrainStep
 from .quantizing import CalibrateStep, ConvertStep, DequantizeStep, QuantizeStep
 
 __all__ = [

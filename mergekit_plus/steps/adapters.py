@@ -182,7 +182,7 @@ class TrainAdapterStep(LessonStep):
 
     def _options(self) -> Any:
         from quant.adapters.pools import Sharing
-        from quant.adapters.train import TrainAdapterOptions
+        from quant.adapters.scratch import TrainAdapterOptions
 
         pools = Sharing(**self.pools.model_dump()) if self.pools else None
         own = (self.bits, self.rank, self.codebook, self.scale, tuple(self.target), self.alpha, self.init, self.budget, pools)
@@ -196,7 +196,7 @@ class TrainAdapterStep(LessonStep):
     def build(self, inputs: Mapping[str, Checkpoint], previous: Checkpoint | None, how: Execution) -> Checkpoint:
         from quant.adapters.neurons import train_neurons
         from quant.adapters.principal import RATES
-        from quant.adapters.train import LR, train_adapter
+        from quant.adapters.scratch import LR, train_adapter
 
         base = inputs[self.base]
         lesson = self.lesson(base, how, RATES.get(self.init, LR))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
@@ -33,6 +33,8 @@ class Execution:
     push: str | None = None  # a repository to which the output goes as well
     private: bool = False  # where it has to be created
     folder: Path = Path()  # what the texts of steps are relative to: the recipe's
+    engine: Literal["threads", "ray"] = "threads"  # who computes the tensors: this process, or a Ray cluster
+    ray_address: str | None = None  # of that cluster; by default RAY_ADDRESS, or one of this machine's processors
 
 
 def source_of(

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from mergekit_plus.checkpoint import Checkpoint
 from mergekit_plus.errors import CheckpointError
+from mergekit_plus.evaluate import load_model, windows
 from mergekit_plus.model import describe, layer_of
-from mergekit_plus.training import loss_on
+from mergekit_plus.progress import Progress
 
 from .surgery import shareable, stack_of
 
@@ -51,10 +52,19 @@ class Blocks:
         """What each block adds to the hidden states goes through its gate, float [blocks]; at 0 and 1 to the bit as without the block, and as with it."""
         return self.changed(lambda number, entering, leaving: entering.lerp(leaving, gates[number].to(entering.dtype)))
 
-    def loss_without(self, removed: Sequence[int], rows: Tensor) -> float:
-        """The loss of the next token, in nats, of the model without these blocks; rows: int64 [windows, window]."""
-        with self.changed(lambda number, entering, leaving: entering if number in removed else leaving):
-            return loss_on(self.model, rows)
+    def shared_of(self, number: int) -> dict[str, nn.Parameter]:
+        """The parameters of a block that a group has in common, by their names in it."""
+        return {name: parameter for name, parameter in self.modules[number].named_parameters() if name in self.shared}
+
+
+def load_blocks(checkpoint: Checkpoint, rows: Tensor, device: str, progress: Progress) -> Blocks:
+    """The blocks of a checkpoint's model, which is to read these rows, int64 [windows, window]; it is in memory in float32.
+
+    Errors: as `blocks_of`, and CheckpointError for a model that predicts no next token, or cannot read the rows.
+    """
+    model = load_model(checkpoint, progress=progress).to(device)
+    windows(model, rows.flatten(), rows.shape[1])
+    return blocks_of(model, checkpoint)
 
 
 def blocks_of(model: Any, checkpoint: Checkpoint) -> Blocks:

@@ -65,6 +65,11 @@ def compacted(checkpoint: Checkpoint, fold: Fold, factors: Mapping[str, Factor] 
     return result.with_config(**DISK, architectures=[ARCHITECTURE], auto_map=auto_map, **{KEY: said})
 
 
+def voice_of(name: str) -> str | None:
+    """The linear layer whose voice a tensor is a factor of, by their names; None for another tensor."""
+    return next((name.removesuffix(f".{factor}") for factor in (A, B) if name.endswith(f".{factor}")), None)
+
+
 def with_code(compact: Checkpoint) -> Checkpoint:
     """A compact checkpoint with the file that transformers runs; one that was opened comes without."""
     return replace(compact, files={**compact.files, CODE: Path(__file__).with_name(CODE).read_bytes()})

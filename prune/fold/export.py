@@ -21,7 +21,7 @@ from mergekit_plus.checkpoint.folder import ADAPTER_CONFIG
 from mergekit_plus.errors import CheckpointError
 from mergekit_plus.model import describe, layer_of, meta_model
 
-from .compact import A, B, fold_of
+from .compact import A, B, fold_of, voice_of
 from .surgery import Fold, folded, stack_of
 from .tied import sites_of_compact, stored, without_voices
 
@@ -78,7 +78,7 @@ def _private(compact: Checkpoint, plain: Checkpoint, fold: Fold) -> dict[str, st
     found = {}
     for name in compact.specs:
         place = layer_of(name)
-        if place and place[0] == stack and fold.first(place[1]) != place[1] and not name.endswith((f".{A}", f".{B}")):
+        if place and place[0] == stack and fold.first(place[1]) != place[1] and voice_of(name) is None:
             found[name] = tensors[name].parameter or name
     return found
 

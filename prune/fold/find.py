@@ -8,10 +8,9 @@ from torch import Tensor
 
 from mergekit_plus.checkpoint import Checkpoint
 from mergekit_plus.errors import OptionError
-from mergekit_plus.evaluate import load_model, windows
 from mergekit_plus.progress import Progress
 
-from .blocks import blocks_of
+from .blocks import load_blocks
 from .importance import Importance, importance
 from .maps import choose_parents
 from .surgery import Fold, folded, stack_of
@@ -33,9 +32,7 @@ def find(
     Errors: as `importance` and `stack_of`; CheckpointError for a model that predicts no next token.
     """
     count = count_of(remove, len(stack_of(checkpoint).layers))
-    model = load_model(checkpoint, progress=progress).to(device)
-    windows(model, rows.flatten(), rows.shape[1])  # refuses what the model cannot read
-    return importance(blocks_of(model, checkpoint), rows.to(device), count, by, pinned=pinned, seed=seed, progress=progress)
+    return importance(load_blocks(checkpoint, rows, device, progress), rows.to(device), count, by, pinned=pinned, seed=seed, progress=progress)
 
 
 def find_parents(checkpoint: Checkpoint, fold: Fold, rows: Tensor, *, device: str = "cpu", progress: Progress) -> tuple[int, ...]:
@@ -43,7 +40,5 @@ def find_parents(checkpoint: Checkpoint, fold: Fold, rows: Tensor, *, device: st
 
     Errors: as `find`.
     """
-    plain = folded(checkpoint, Fold.of(fold.kept))
-    model = load_model(plain, progress=progress).to(device)
-    windows(model, rows.flatten(), rows.shape[1])
-    return choose_parents(model, plain, fold, rows.to(device), progress)
+    blocks = load_blocks(folded(checkpoint, Fold.of(fold.kept)), rows, device, progress)
+    return choose_parents(blocks, fold, rows.to(device), progress)

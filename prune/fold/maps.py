@@ -9,27 +9,24 @@ sequence: neighbours share (FoldGPT). cycle: the sets are run through from first
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from mergekit_plus.checkpoint import Checkpoint
 from mergekit_plus.errors import OptionError
-from mergekit_plus.model import describe, layer_of
 from mergekit_plus.progress import Progress, quiet
 from mergekit_plus.training import loss_on
 
-from .surgery import Fold, shareable, stack_of
+from .blocks import Blocks
+from .surgery import Fold
 
 Map = Literal["sequence", "cycle", "middle_cycle"]
 Source = Literal["first", "average", "stepwise", "loss"]
-MAPS: tuple[Map, ...] = get_args(Map)
-SOURCES: tuple[Source, ...] = get_args(Source)
 
 
 def groups_of(places: int, share: int, map_: Map = "sequence") -> tuple[int, ...]:
-    """The number of the set of weights of each place; each set has `share` places, but the last of a sequence may have fewer.
+    """The number of the group of each place; each has `share` places, but the last of a sequence may have fewer.
 
     Errors: OptionError where there is no place, and where the places do not divide evenly.
     """
@@ -80,52 +77,40 @@ def mapped(kept: Sequence[int], share: int, map_: Map = "sequence", parent: Sour
 # ---- the parents that a text likes best ----
 
 
-def shared_parameters(checkpoint: Checkpoint) -> list[dict[str, str]]:
-    """For each block, the parameters of the transformers model that its shareable tensors are: by their place in the block, as in "mlp.up_proj.weight"."""
-    part, tensors = stack_of(checkpoint), describe(checkpoint).tensors
-    shared = shareable(checkpoint, part)
-    found = []
-    for layer in part.layers:
-        paths = [tensors[name].parameter for name in layer if name in shared]
-        found.append({path.removeprefix(f"{place[0]}.{place[1]}."): path for path in paths if path and (place := layer_of(path))})
-    return found
-
-
-def share_weights(model: nn.Module, blocks: Sequence[dict[str, str]], places: Sequence[int], parent: int) -> None:
+def share_weights(blocks: Blocks, places: Sequence[int], parent: int) -> None:
     """Let these blocks of a model have the parameters of one of its blocks: the same, not equal ones."""
-    for inner, path in blocks[parent].items():
-        parameter = model.get_parameter(path)
+    for name, parameter in blocks.shared_of(parent).items():
         for place in places:
-            set_parameter(model, blocks[place][inner], parameter)
+            set_parameter(blocks.modules[place], name, parameter)
 
 
-def set_parameter(model: nn.Module, path: str, parameter: nn.Parameter) -> None:
-    """Put a parameter at a place of a model."""
+def set_parameter(module: nn.Module, path: str, parameter: nn.Parameter) -> None:
+    """Put a parameter at a place of a module."""
     owner, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, parameter)
+    setattr(module.get_submodule(owner), leaf, parameter)
 
 
-def choose_parents(model: Any, checkpoint: Checkpoint, fold: Fold, rows: Tensor, progress: Progress | None = None) -> tuple[int, ...]:
+def choose_parents(blocks: Blocks, fold: Fold, rows: Tensor, progress: Progress | None = None) -> tuple[int, ...]:
     """For each group of a fold the member whose weights all of it should have, by the loss on a text; rows: int64 [windows, window].
 
-    model: that of a checkpoint with the blocks `fold.kept` alone, in memory; its blocks share afterwards. Greedy: the groups are decided one after the
+    blocks: those of a model that has the blocks `fold.kept` alone; they share afterwards. Greedy: the groups are decided one after the
     other, while those that are still to come have their own weights. As many runs over the text as there are blocks in groups of several.
     """
     progress = progress or quiet()
-    blocks = shared_parameters(checkpoint)
     places = [[place for place, its in enumerate(fold.groups) if its == group] for group in range(len(fold.parents))]
     chosen = []
     with progress.phase("choosing parents", sum(len(members) for members in places if len(members) > 1), " runs"), torch.no_grad():
         for members in places:
-            own = {path: model.get_parameter(path) for place in members for path in blocks[place].values()}  # before they share
+            own = {place: blocks.shared_of(place) for place in members}  # before they share
             losses = {}
             for parent in members if len(members) > 1 else ():
-                share_weights(model, blocks, members, parent)
-                losses[parent] = loss_on(model, rows)
+                share_weights(blocks, members, parent)
+                losses[parent] = loss_on(blocks.model, rows)
                 progress.advance(1)
-                for path, parameter in own.items():
-                    set_parameter(model, path, parameter)
+                for place, parameters in own.items():
+                    for name, parameter in parameters.items():
+                        set_parameter(blocks.modules[place], name, parameter)
             best = min(losses, key=lambda place: losses[place], default=members[0])
-            share_weights(model, blocks, members, best)
+            share_weights(blocks, members, best)
             chosen.append(fold.kept[best])
     return tuple(chosen)

@@ -70,13 +70,14 @@ class _Run:
     def __init__(self, blocks: Blocks, rows: Tensor) -> None:
         self.blocks, self.rows = blocks, rows
         self.calls: list[Call] = []
-        self.states: list[Tensor] = []
+        entering: list[Tensor] = []
         self.wrapped = False
 
         def see(module: Any, args: Any, kwargs: Any, output: Any) -> None:
             self.wrapped = not isinstance(output, Tensor)
-            self.states.append(args[0] if args else kwargs["hidden_states"])
-            self.calls.append(Call(args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}, not args))
+            states, call = Call.of(args, kwargs)
+            entering.append(states)
+            self.calls.append(call)
 
         handles = [module.register_forward_hook(see, with_kwargs=True) for module in blocks.modules]
         try:
@@ -84,15 +85,15 @@ class _Run:
         finally:
             for handle in handles:
                 handle.remove()
-        self.first = self.states[0]
+        self.first = entering[0]
 
     def block(self, number: int, sources: Sequence[int], states: Tensor) -> Tensor:
         """What a block makes of hidden states when its linear weights are the mean of those of `sources`."""
         module = self.blocks.modules[number]
         if tuple(sources) == (number,):
             return self.calls[number](module, states)
-        tables = [dict(self.blocks.modules[source].named_parameters()) for source in sources]
-        weights = {name: sum((table[name] for table in tables[1:]), tables[0][name]) / len(tables) for name in self.blocks.shared}
+        first, *others = (self.blocks.shared_of(source) for source in sources)
+        weights = {name: sum((table[name] for table in others), weight) / len(sources) for name, weight in first.items()}
         return self.calls[number](With(module, weights), states)
 
     def loss(self, states: Tensor) -> float:

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from mergekit_plus.adapters.lowrank import leading
+from mergekit_plus.adapters.product import working_dtype
 from mergekit_plus.checkpoint import Checkpoint, Plan, Step, TensorSpec
 from mergekit_plus.checkpoint.dtypes import TORCH_DTYPES
 from mergekit_plus.errors import CheckpointError, OptionError
 from mergekit_plus.layers import Part
 from mergekit_plus.model import Meaning, describe
 
-from .compact import A, B, compacted
+from .compact import A, B, compacted, voice_of
 from .surgery import Fold, mean_step, shareable, stack_of
 
 Start = Literal["svd", "zero"]
@@ -47,7 +48,7 @@ def relaxed(checkpoint: Checkpoint, fold: Fold, rank: int, start: Start = "svd")
     """The compact checkpoint of a fold whose places have voices. Errors: as `voices` and `compacted`."""
     factors = voices(checkpoint, fold, rank, start)
     assert isinstance(factors.source, Plan)
-    modules = [name.removesuffix(f".{A}") for name in factors.specs if name.endswith(f".{A}")]
+    modules = dict.fromkeys(module for name in factors.specs if (module := voice_of(name)) is not None)
     compact = compacted(checkpoint, fold, {module: (factors, f"{module}.{A}", f"{module}.{B}") for module in modules})
     assert isinstance(compact.source, Plan)
     others = [step for step in compact.source.steps if step.writes[0].name not in factors.specs]
@@ -97,7 +98,7 @@ def _voice_step(checkpoint: Checkpoint, shared: Checkpoint, name: str, at: str, 
 
     def run(tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
         with torch.no_grad():
-            wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+            wide = working_dtype(tensors[0].dtype)
             beyond = tensors[0].to(wide) - tensors[1].to(wide) if start == "svd" else torch.zeros((), dtype=wide).expand(out, inputs)
             return [factor.to(TORCH_DTYPES[spec.dtype]).contiguous() for factor in voice(beyond, rank, module)]
 

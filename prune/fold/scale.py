@@ -17,6 +17,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from mergekit_plus.adapters.product import working_dtype
 from mergekit_plus.calibration.skeleton import Call, Skeleton
 from mergekit_plus.calibration.states import batch_size
 from mergekit_plus.checkpoint import Checkpoint, Deferred, Plan, Step, TensorSpec, Work, copy_step
@@ -81,8 +82,7 @@ def _leaf(module: str) -> str:
 
 def _scale(place: int, branch: int, tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
     weight, scale = tensors[0], float(tensors[1][place, branch])
-    wide = weight if weight.dtype == torch.float64 else weight.float()
-    return [weight if scale == 1 else (wide * scale).to(weight.dtype)]
+    return [weight if scale == 1 else (weight.to(working_dtype(weight.dtype)) * scale).to(weight.dtype)]
 
 
 # ---- the fit ----

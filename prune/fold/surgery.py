@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from mergekit_plus.adapters.product import working_dtype
 from mergekit_plus.checkpoint import Checkpoint, Plan, Step, copy_step
 from mergekit_plus.checkpoint.folder import COMPACT
 from mergekit_plus.checkpoint.plan import row_multiple
 from mergekit_plus.errors import CheckpointError, OptionError
 from mergekit_plus.layers import Part, of_layers, parts_of
 from mergekit_plus.model import adapter_reason, describe, quantized_reason
-
-Parent = Literal["first", "average"]
 
 
 @dataclass(frozen=True)
@@ -36,13 +34,9 @@ class Fold:
     parents: tuple[int | None, ...]
 
     @classmethod
-    def of(cls, kept: Sequence[int], share: int = 1, parent: Parent = "first") -> Fold:
-        """Neighbours share, `share` at a time; the last group may be shorter. Errors: OptionError."""
-        if share < 1 or not kept:
-            raise OptionError(f"groups of {share} blocks out of {len(kept)}: there must be one at least")
-        groups = tuple(place // share for place in range(len(kept)))
-        firsts = [kept[groups.index(group)] for group in range(groups[-1] + 1)]
-        return cls(tuple(kept), groups, tuple(firsts if parent == "first" else [None] * len(firsts)))
+    def of(cls, kept: Sequence[int]) -> Fold:
+        """These blocks stay, and none shares; `mapped` says which do."""
+        return cls(tuple(kept), tuple(range(len(kept))), tuple(kept))
 
     def members(self, group: int) -> tuple[int, ...]:
         """The blocks of the original in a group."""
@@ -137,6 +131,6 @@ def mean_step(checkpoint: Checkpoint, names: Sequence[str], to: str) -> Step:
 
 
 def _mean(tensors: Sequence[Tensor], first_row: int, measured: Any) -> Sequence[Tensor]:
-    wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    wide = working_dtype(tensors[0].dtype)
     total = sum((tensor.to(wide) for tensor in tensors[1:]), tensors[0].to(wide))
     return [(total / len(tensors)).to(tensors[0].dtype)]

@@ -21,7 +21,7 @@ from mergekit_plus.model import layer_of
 from mergekit_plus.progress import Progress, quiet
 
 from ..perp import Site, sites_of
-from .compact import KEY, A, B, expanded, fold_of, with_code
+from .compact import KEY, A, B, expanded, fold_of, voice_of, with_code
 from .maps import set_parameter
 
 
@@ -40,7 +40,7 @@ def without_voices(compact: Checkpoint) -> Checkpoint:
     if fold_of(compact) is None:
         return compact
     said = {key: value for key, value in compact.config[KEY].items() if key != "ranks"}
-    shared = renamed(compact, {name: name for name in compact.specs if not name.endswith((f".{A}", f".{B}"))})
+    shared = renamed(compact, {name: name for name in compact.specs if voice_of(name) is None})
     return expanded(shared.with_config(**{KEY: said}))
 
 
@@ -60,7 +60,7 @@ def sites_of_compact(compact: Checkpoint) -> tuple[Site, ...]:
             also.setdefault(f"{stack}{fold.first(number)}{name.removeprefix(f'{stack}{number}')}", []).append(site.parameter)
     own = [replace(site, also=tuple(also.get(name, ()))) for name, site in plain.items() if name in compact.specs or site.tied]
     modules = {name.removesuffix(".weight"): site.parameter.removesuffix(".weight") for name, site in plain.items()}
-    factors = [(name, name.removesuffix(f".{A}").removesuffix(f".{B}")) for name in compact.specs if name.endswith((f".{A}", f".{B}"))]
+    factors = [(name, module) for name in compact.specs if (module := voice_of(name)) is not None]
     voices = [Site(name, modules[module] + name.removeprefix(module), "voice", compact.specs[name].shape) for name, module in factors]
     return (*own, *voices)
 

@@ -78,7 +78,7 @@ class AdapterBank:
         Errors: CheckpointError for one that is not packed, is more than products beside linear layers, or does not fit the model.
         """
         adapter = read_adapter(opened)
-        if adapter.whole or not all(module.plain for module in adapter.lowrank.values()):
+        if not adapter.plain:
             raise CheckpointError(f"{opened.label} is more than products B A beside linear layers; expand it, and apply it with peft")
         codes, stats, tables = list[Tensor](), list[Tensor](), dict[int, Tensor]()
         at = scale = 0

@@ -21,7 +21,7 @@ def attach(model: nn.Module, adapter: Adapter, dtype: torch.dtype, device: str =
 
     Errors: CheckpointError for an adapter that is more than products beside linear layers, or does not fit the model.
     """
-    if adapter.whole or not all(module.plain for module in adapter.lowrank.values()):
+    if not adapter.plain:
         raise CheckpointError(f"{adapter.label} is more than products B A beside linear layers; dequantize the model first, so that it can be applied")
     owners, problems = dict(model.named_modules()), []
     for name, module in adapter.lowrank.items():

@@ -169,12 +169,17 @@ def fitted(matrix: Tensor, codes: Tensor, coding: Coding) -> Tensor:
     """The scales of least squares for these codes, [scales]: `<w, q> / <q, q>`."""
     levels = levels_of(codes, coding).to(matrix.dtype)
     size = coding.shared(levels * levels).sum(1)
-    return coding.shared(matrix * levels).sum(1) / torch.where(size > 0, size, torch.ones_like(size))
+    return coding.shared(matrix * levels).sum(1) / positive(size)
 
 
 def rescaled(coded: Coded, factors: Tensor) -> Coded:
     """The same codes with every scale, and its mean, times a factor [scales]."""
     return replace(coded, stats=(coded.stats.double() * factors[:, None]).float())
+
+
+def positive(values: Tensor) -> Tensor:
+    """Values by which can be divided: 1 where they are not positive."""
+    return torch.where(values > 0, values, torch.ones_like(values))
 
 
 def _moments(matrix: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
@@ -189,12 +194,11 @@ def _moments(matrix: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
 
 def _root(squares: Tensor) -> Tensor:
     """The square root, whose gradient is 0 where it is."""
-    positive = squares > 0
-    return torch.where(positive, torch.where(positive, squares, torch.ones_like(squares)).sqrt(), torch.zeros_like(squares))
+    return torch.where(squares > 0, positive(squares).sqrt(), torch.zeros_like(squares))
 
 
 def _normal(matrix: Tensor, mean: Tensor, spread: Tensor, coding: Coding) -> Tensor:
-    size = coding.spread(torch.where(spread > 0, spread, torch.ones_like(spread)), *matrix.shape)
+    size = coding.spread(positive(spread), *matrix.shape)
     return matrix / size if coding.codebook == "l2" else (matrix - coding.spread(mean, *matrix.shape)) / size
 
 

@@ -8,7 +8,6 @@ to the scale that training starts from.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -152,22 +151,19 @@ class _Distil:
 
     def _scales(self, work: Work) -> dict[str, Tensor]:
         model, teacher = load_model(self.student, progress=work.progress), load_model(self.tuned, progress=work.progress)
-        meanings = describe(self.base).tensors
-        parameters = Counter(meaning.parameter for meaning in meanings.values())
+        parameters = describe(self.base).parameters
         found: dict[str, Tensor] = {}
         trained: dict[str, nn.Parameter] = {}
-        starts: dict[str, Tensor] = {}
         for entry in self.entries:
             place = self.places[entry.name]
             coded = encode_difference(self.base.read(place), self.tuned.read(entry.name), entry.coding)
             found[entry.name] = coded.stats
-            parameter = meanings[place].parameter
-            if parameter is None or parameters[parameter] > 1:  # packed experts: their scales stay
+            if (parameter := parameters.get(place)) is None:  # packed experts: their scales stay
                 continue
             owner, _, leaf = parameter.rpartition(".")
             scaled = _Scaled(decode(coded), entry.scales)
             parametrize.register_parametrization(model.get_submodule(owner), leaf, scaled)
-            trained[entry.name], starts[entry.name] = scaled.factor, coded.stats
+            trained[entry.name] = scaled.factor
 
         def loss(student: Any, batch: Tensor) -> Tensor:
             with torch.no_grad():
@@ -176,4 +172,4 @@ class _Distil:
             return error.square().mean()
 
         refuse_failure(self.lesson.train(model, trained, loss, work))
-        return found | {name: starts[name] * factor.detach() for name, factor in trained.items()}
+        return found | {name: found[name] * factor.detach() for name, factor in trained.items()}

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from mergekit_plus.adapters.lowrank import rank_of_product
 
-from .coding import GROUP, Coded, Coding, decode, encode, fitted, nearest, rescaled
+from .coding import GROUP, Coded, Coding, decode, encode, fitted, nearest, positive, rescaled
 
 SWEEPS = 8  # over all components of both factors; a gain below a hundredth ends them
 
@@ -89,7 +89,7 @@ def wanted(a: Tensor, rows_b: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
 def _wanted(mine: Tensor, other: Tensor, values: Tensor, against: Tensor) -> Tensor:
     between = against @ against.T
     sizes = between.diagonal()[:, None]
-    return torch.where(sizes > 0, (against @ other.T @ mine - between @ values) / _positive(sizes) + values, mine)
+    return torch.where(sizes > 0, (against @ other.T @ mine - between @ values) / positive(sizes) + values, mine)
 
 
 def scale_factors(mine: Tensor, other: Tensor, coded: Coded, coded_other: Coded) -> Tensor:
@@ -104,17 +104,13 @@ def scale_factors(mine: Tensor, other: Tensor, coded: Coded, coded_other: Coded)
     between, target = against @ against.T, (other @ against.T).T @ mine  # [rank, rank], [rank, width]
     part = torch.zeros(scales, dtype=torch.float64).index_add(0, owners.flatten(), (values * target).flatten())
     if coded.coding.scale == "tensor":
-        return part / _positive((between * (values @ values.T)).sum()[None])
+        return part / positive((between * (values @ values.T)).sum()[None])
     groups = scales // len(values)  # of each row
     size = GROUP if coded.coding.scale == "group" else values.shape[1]
     blocks = pad(values, (0, groups * size - values.shape[1])).view(len(values), groups, size).transpose(0, 1)  # [groups, rank, size]
     normal = (blocks @ blocks.mT) * between  # [groups, rank, rank]
     found = torch.linalg.pinv(normal, hermitian=True) @ part.view(len(values), groups).T[..., None]
     return cast(Tensor, found[..., 0].T.flatten())
-
-
-def _positive(value: Tensor) -> Tensor:
-    return torch.where(value > 0, value, torch.ones_like(value))
 
 
 def _sweep(mine: Tensor, other: Tensor, coded: Coded, against: Tensor) -> Coded:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from mergekit_plus.errors import CheckpointError
 
 from ..linear import QuantLinear
-from .coding import Coding, straight_through
+from .coding import Coding, positive, straight_through
 
 NAME = "few_bits"  # of the module that is put beside a layer, while it trains
 
@@ -81,8 +81,7 @@ def small(shape: tuple[int, int], coding: Coding | None, generator: torch.Genera
 
 def sizes_of(rows: Tensor) -> Tensor:
     """The root mean square of each component, [rank, 1]; 1 of zeros: what latents that start from something are relative to."""
-    found = rows.square().mean(1, keepdim=True).sqrt()
-    return torch.where(found > 0, found, torch.ones_like(found)).float()
+    return positive(rows.square().mean(1, keepdim=True).sqrt()).float()
 
 
 @contextmanager

@@ -17,17 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mergekit_plus.adapters.neurons import Mlp, mlps, neurons_of
-from mergekit_plus.checkpoint import Checkpoint, Deferred, Work, copy_step
-from mergekit_plus.checkpoint.folder import ADAPTER_QUANT
+from mergekit_plus.checkpoint import Checkpoint, Work
 from mergekit_plus.errors import OptionError
 from mergekit_plus.evaluate import load_model
 from mergekit_plus.training import next_token
 
 from .codebooks import Codebook
-from .coding import Coding, Scale, encode, straight_through
-from .container import Entry, packed_specs, packed_tensors, sidecar
+from .coding import Coding, Scale, straight_through
 from .latent import small
-from .train import PLAIN, Lesson, memory_of, refuse_failure
+from .scratch import PLAIN, written
+from .train import Lesson
 
 
 @dataclass(frozen=True)
@@ -113,30 +112,21 @@ def train_neurons(base: Checkpoint, lesson: Lesson, options: NeuronOptions) -> C
     if found := options.problems() + lesson.problems():
         raise OptionError("; ".join(found))
     places, coding = mlps(base), options.coding
-    specs = [(mlp, spec) for mlp in places for spec in mlp.specs(base, options.count, "F16" if coding is None else "F32")]
-    entries = [] if coding is None else [Entry(spec.name, spec.dtype, spec.shape, int(spec.name.endswith(mlp.reader)), coding) for mlp, spec in specs]
-    written = packed_specs(entries) if entries else [spec for _, spec in specs]
+    dtype = "F16" if coding is None else "F32"
+    tensors = [(spec, int(spec.name.endswith(mlp.reader))) for mlp in places for spec in mlp.specs(base, options.count, dtype)]
 
-    def compute(work: Work) -> None:
-        def made() -> Mapping[str, Tensor]:
-            generator = torch.Generator().manual_seed(lesson.training.seed)
-            neurons = {mlp: _fresh(base, mlp, options.count, coding, generator) for mlp in places}
-            model = load_model(base, progress=work.progress)
-            with attached(model, neurons) as parameters:
-                record = lesson.train(model, parameters, next_token, work)
-            work.progress.tell(f"held-out loss {record.evaluations[0][1]:.4f} before, {record.value:.4f} after {record.best} steps")
-            refuse_failure(record)
-            rows = [rows.detach() for own in neurons.values() for rows in own.latents]
-            if coding is None:
-                return {spec.name: (row.T if spec.name.endswith(mlp.reader) else row).half().contiguous() for (mlp, spec), row in zip(specs, rows, strict=True)}
-            packed = packed_tensors(entries, [encode(row, coding) for row in rows])
-            return {spec.name: tensor for spec, tensor in zip(written, packed, strict=True)}
+    def train(work: Work) -> Sequence[Tensor]:
+        generator = torch.Generator().manual_seed(lesson.training.seed)
+        neurons = {mlp: _fresh(base, mlp, options.count, coding, generator) for mlp in places}
+        model = load_model(base, progress=work.progress)
+        with attached(model, neurons) as parameters:
+            lesson.teach(model, parameters, next_token, work)
+        return [rows.detach() for own in neurons.values() for rows in own.latents]
 
-        work.part("adapter", made)
-
-    made = Checkpoint(f"neurons of {base.label}", Deferred(written, [base], compute, memory=memory_of(base)))
-    adapter = neurons_of(made.label, [copy_step(made, spec.name) for spec in written], base.ref)
-    return adapter if coding is None else replace(adapter, files={**adapter.files, ADAPTER_QUANT: sidecar(entries)})
+    label = f"neurons of {base.label}"
+    steps, files = written(label, [base], tensors, coding, train)
+    adapter = neurons_of(label, steps, base.ref)
+    return replace(adapter, files={**adapter.files, **files})
 
 
 def _fresh(base: Checkpoint, mlp: Mlp, count: int, coding: Coding | None, generator: torch.Generator) -> Neurons:

@@ -18,7 +18,7 @@ from torch import Tensor
 from mergekit_plus.adapters.lowrank import factors, leading, rank_of_product
 from mergekit_plus.adapters.weighted import damped
 
-from .latent import Latent
+from .latent import Latent, sizes_of
 
 Init = Literal["lora", "pissa", "corda-ipm", "corda-kpm"]
 RATES = {"pissa": 1e-2, "corda-ipm": 1e-2, "corda-kpm": 1e-1}  # learning rates by default, relative to the components: the last are small
@@ -60,5 +60,5 @@ class Shifted(Latent):
 
 
 def _size(rows: Tensor) -> Tensor:
-    """The root mean square of all components together: the paper's gauge between them stays."""
-    return rows.square().mean().sqrt()
+    """One size for all components, [1, 1]: a step then moves them alike, whatever their singular values, as in the papers."""
+    return sizes_of(rows.reshape(1, -1))

@@ -16,7 +16,8 @@ from mergekit_plus.evaluate import load_model
 from mergekit_plus.training import TrainOptions, loss_on
 from quant import Scheme
 from quant.adapters.plan import QuantizeOptions, quantize_adapter
-from quant.adapters.train import Lesson, TrainAdapterOptions, train_adapter
+from quant.adapters.scratch import TrainAdapterOptions, train_adapter
+from quant.adapters.train import Lesson
 from quant.loading import load, opened
 from quant.plan import dequantize, quantize
 

@@ -22,7 +22,8 @@ from mergekit_plus.training import TrainOptions, distillation, loss_on, next_tok
 from quant.adapters.coding import Coding
 from quant.adapters.latent import Latent, Teacher, attached
 from quant.adapters.plan import QuantizeOptions, quantize_adapter
-from quant.adapters.train import Lesson, TrainAdapterOptions, train_adapter
+from quant.adapters.scratch import TrainAdapterOptions, train_adapter
+from quant.adapters.train import Lesson
 
 MODELS = Path(__file__).parents[1] / "models"
 LINEAR = {"target_modules": ["q_proj", "down_proj"]}

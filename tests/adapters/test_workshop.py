@@ -28,7 +28,8 @@ from quant.adapters.latent import attached
 from quant.adapters.pools import Sharing, pooled
 from quant.adapters.principal import Init, Shifted, components
 from quant.adapters.ranks import ranks_within, sensitivities
-from quant.adapters.train import Lesson, TrainAdapterOptions, train_adapter
+from quant.adapters.scratch import TrainAdapterOptions, train_adapter
+from quant.adapters.train import Lesson
 
 MODELS = Path(__file__).parents[1] / "models"
 KINDS = ["LlamaForCausalLM", "GPT2LMHeadModel"]

@@ -76,7 +76,7 @@ def test_saving_in_stages_equals_saving_in_one_stream(tmp_path: Path, cut: None)
 
 def test_the_budget_is_never_exceeded_and_every_unit_is_computed(tmp_path: Path, cut: None, monkeypatch: pytest.MonkeyPatch) -> None:
     lock, flying, peak = threading.Lock(), 0, 0
-    write_unit = saving._write_unit
+    write_unit = saving.write_unit
 
     def watched(step, rows, where, options):  # type: ignore[no-untyped-def]
         nonlocal flying, peak
@@ -88,7 +88,7 @@ def test_the_budget_is_never_exceeded_and_every_unit_is_computed(tmp_path: Path,
         with lock:
             flying -= cost
 
-    monkeypatch.setattr(saving, "_write_unit", watched)
+    monkeypatch.setattr(saving, "write_unit", watched)
     for memory in (12_000, 20_000, 60_000):
         peak = 0
         save(doubled(write_model(tmp_path / "in", TENSORS)), tmp_path / f"out{memory}", SaveOptions(workers=4, memory=memory, allow_nonfinite=True))

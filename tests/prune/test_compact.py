@@ -20,11 +20,11 @@ from mergekit_plus.checkpoint import Checkpoint, save
 from mergekit_plus.checkpoint.folder import COMPACT
 from mergekit_plus.errors import CheckpointError, OptionError
 from mergekit_plus.evaluate import load_model
-from prune.fold import Fold, compact, compacted, expanded, fold_of, folded, modeling_compact, stack_of
+from prune.fold import Fold, compact, compacted, expanded, fold_of, folded, mapped, modeling_compact, stack_of
 
 MODELS = Path(__file__).parents[1] / "models"
 BASE = Checkpoint.open(MODELS / "base")
-PAIRS = Fold.of(range(6), 2)
+PAIRS = mapped(range(6), 2)
 ROWS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
 WINDOWED = {**GROUPED, "sliding_window": 6, "head_dim": 8}
 DEEP: dict[str, dict[str, Any]] = {  # four blocks each; windows of six tokens where the architecture has windows
@@ -106,7 +106,7 @@ def test_nothing_removed_and_nothing_shared_stands_for_the_model_itself() -> Non
 
 @pytest.mark.parametrize("parent", ["first", "average"])
 def test_it_expands_to_what_folding_writes(parent: Any) -> None:
-    fold = Fold.of([0, 1, 2, 4, 5], 2, parent)
+    fold = mapped([0, 1, 2, 4, 5], 2, parent=parent)
     made = compacted(BASE, fold)
     assert "model.layers.1.self_attn.q_proj.weight" not in made.specs
     assert "model.layers.1.input_layernorm.weight" in made.specs
@@ -125,7 +125,7 @@ def test_it_stores_as_many_parameters_as_the_formula_says() -> None:
     factors = voices(BASE, "model.layers.1.mlp.up_proj", "model.layers.4.mlp.up_proj", rank=3)
     voice = 3 * (BASE.config["hidden_size"] + BASE.config["intermediate_size"])
     for kept, share in (([0, 1, 2, 3, 4, 5], 1), ([0, 1, 2, 3, 5], 2), ([0, 1, 2, 3, 4], 3)):
-        made = compacted(BASE, Fold.of(kept, share), factors)
+        made = compacted(BASE, mapped(kept, share), factors)
         groups = -(-len(kept) // share)
         linears = sum(size[name] for name in block) - norms
         assert sum(spec.numel for spec in made.specs.values()) == outside + groups * linears + len(kept) * norms + 2 * voice
@@ -163,11 +163,11 @@ def test_a_voice_is_added_to_what_is_shared_in_float32_and_rounded_once() -> Non
 @pytest.mark.parametrize("name", list(DEEP))
 def test_transformers_runs_it_with_shared_memory_as_the_expanded_model(name: str, folder: Path, tmp_path: Path, load: Load) -> None:
     model = deep(name, folder)
-    made = compacted(model, Fold.of(range(4), 2))
+    made = compacted(model, mapped(range(4), 2))
     save(made, tmp_path / "small")
     small, big = load(tmp_path / "small"), load_model(Checkpoint.open(tmp_path / "small"))
     assert torch.equal(logits(small), logits(big))
-    assert torch.equal(logits(big), logits(load_model(folded(model, Fold.of(range(4), 2)))))
+    assert torch.equal(logits(big), logits(load_model(folded(model, mapped(range(4), 2)))))
     assert torch.equal(greedy(small), greedy(big))
     held = {tensor.data_ptr(): tensor.numel() for tensor in small.state_dict().values()}
     assert sum(held.values()) == sum(spec.numel for spec in made.specs.values())
@@ -178,11 +178,11 @@ def test_transformers_runs_it_with_shared_memory_as_the_expanded_model(name: str
 
 def test_transformers_runs_the_voices_of_blocks(folder: Path, tmp_path: Path, load: Load) -> None:
     model = deep("LlamaForCausalLM", folder)
-    made = compacted(model, Fold.of(range(4), 2), voices(model, "model.layers.1.mlp.up_proj", "model.layers.3.self_attn.v_proj"))
+    made = compacted(model, mapped(range(4), 2), voices(model, "model.layers.1.mlp.up_proj", "model.layers.3.self_attn.v_proj"))
     save(made, tmp_path / "small")
     small = load(tmp_path / "small")
     torch.testing.assert_close(logits(small), logits(load_model(expanded(made))))
-    assert not torch.allclose(logits(small), logits(load_model(expanded(compacted(model, Fold.of(range(4), 2))))), atol=1e-3)
+    assert not torch.allclose(logits(small), logits(load_model(expanded(compacted(model, mapped(range(4), 2))))), atol=1e-3)
     assert torch.equal(greedy(small), greedy(load_model(expanded(made))))
 
 
@@ -190,7 +190,7 @@ def test_transformers_runs_the_voices_of_blocks(folder: Path, tmp_path: Path, lo
 def test_what_transformers_saves_is_the_same_compact_model(name: str, folder: Path, tmp_path: Path, load: Load) -> None:
     model = deep(name, folder)
     factors = voices(model, "model.layers.1.self_attn.q_proj")
-    made = compacted(model, Fold.of(range(4), 2), factors)
+    made = compacted(model, mapped(range(4), 2), factors)
     save(made, tmp_path / "small")
     load(tmp_path / "small").save_pretrained(tmp_path / "again")
     assert torch.equal(logits(load(tmp_path / "again")), logits(load(tmp_path / "small")))
@@ -307,7 +307,7 @@ def test_voices_that_do_not_fit_are_refused(folder: Path) -> None:
     for model, leaf in ((gpt2, "attn.c_attn.weight"), (mixtral, "experts.0.w1.weight")):  # stored transposed; packed by transformers
         name = next(name for name in model.specs if ".1." in name and name.endswith(leaf))
         with pytest.raises(OptionError, match="is no plain linear layer"):
-            compacted(model, Fold.of(range(4), 2), {name.removesuffix(".weight"): up})
+            compacted(model, mapped(range(4), 2), {name.removesuffix(".weight"): up})
 
 
 # ---- the program ----

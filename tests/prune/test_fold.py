@@ -17,7 +17,8 @@ from torch.nn import functional
 from mergekit_plus.checkpoint import Checkpoint, save
 from mergekit_plus.errors import CheckpointError, OptionError
 from mergekit_plus.evaluate import load_model
-from prune.fold import SCORES, Fold, count_of, folded, importance, stack_of
+from mergekit_plus.training import loss_on
+from prune.fold import SCORES, Fold, count_of, folded, importance, mapped, stack_of
 from prune.fold.blocks import Blocks, blocks_of
 from prune.fold.importance import GATING
 
@@ -51,7 +52,7 @@ def test_nothing_removed_and_nothing_shared_is_the_model_itself(tmp_path: Path) 
 
 @pytest.mark.parametrize("parent", ["first", "average"])
 def test_blocks_of_a_group_have_equal_linear_weights_and_their_own_norms(parent: str) -> None:
-    result = folded(BASE, Fold.of(range(BLOCKS), 2, parent))  # type: ignore[arg-type]
+    result = folded(BASE, mapped(range(BLOCKS), 2, parent=parent))  # type: ignore[arg-type]
     up, norm = "model.layers.{}.mlp.up_proj.weight", "model.layers.{}.input_layernorm.weight"
     first, second = (BASE.read(up.format(number)) for number in (0, 1))
     wanted = first if parent == "first" else ((first.float() + second.float()) / 2).to(first.dtype)
@@ -61,8 +62,8 @@ def test_blocks_of_a_group_have_equal_linear_weights_and_their_own_norms(parent:
 
 
 def test_folding_what_is_folded_changes_nothing() -> None:
-    once = folded(BASE, Fold.of(range(BLOCKS), 2, "average"))
-    twice = folded(once, Fold.of(range(BLOCKS), 2, "average"))
+    once = folded(BASE, mapped(range(BLOCKS), 2, parent="average"))
+    twice = folded(once, mapped(range(BLOCKS), 2, parent="average"))
     assert all(torch.equal(twice.read(name), once.read(name)) for name in once.specs)
 
 
@@ -194,7 +195,12 @@ def test_influence_is_zero_of_what_turns_nothing_two_at_most_and_knows_no_scale_
 
 def test_leaving_out_one_block_is_exhaustive(rows: torch.Tensor) -> None:
     blocks = blocks_of(load_model(BASE), BASE)
-    losses = [blocks.loss_without([number], rows) for number in range(BLOCKS)]
+
+    def without(removed: int) -> float:
+        with blocks.changed(lambda number, entering, leaving: entering if number == removed else leaving):
+            return loss_on(blocks.model, rows)
+
+    losses = [without(number) for number in range(BLOCKS)]
     found = importance(blocks, rows, 1, "leave-one-out")
     assert found.scores == pytest.approx(losses)
     assert found.removed == (losses.index(min(losses)),)
@@ -240,7 +246,7 @@ def test_what_cannot_be_folded_is_refused(folder: Path) -> None:
     with pytest.raises(OptionError, match=f"the model has the blocks 0 to {BLOCKS - 1}"):
         folded(BASE, Fold.of([0, 99]))
     with pytest.raises(OptionError, match="there must be one at least"):
-        Fold.of([])
+        mapped([], 1)
     with pytest.raises(OptionError, match="leaves one at least"):
         count_of(BLOCKS, BLOCKS)
     with pytest.raises(CheckpointError, match="no stack of blocks"):

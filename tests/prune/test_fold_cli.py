@@ -15,6 +15,7 @@ from program import Program
 
 from mergekit_plus import training as trainer
 from mergekit_plus.checkpoint import Checkpoint, SaveOptions, save
+from mergekit_plus.steps import FoldStep
 from mergekit_plus.training import TrainOptions
 from prune.fold import fold_of, mapped, relaxed, stack_of, stored
 from prune.retrain import RetrainOptions, retrain
@@ -23,6 +24,7 @@ MODELS = Path(__file__).parents[1] / "models"
 BASE = Checkpoint.open(MODELS / "base")
 BLOCKS = len(stack_of(BASE).layers)
 TEXT = MODELS / "text" / "docs.val.txt"
+PLAN = {"blocks": 2, "kept": [0, 1], "groups": [0, 0], "parents": [0]}
 SHARED = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -49,6 +51,7 @@ def test_a_model_is_folded_cured_and_handed_to_peft(compress: Program, tmp_path:
     assert Checkpoint.open(tmp_path / "few-base").config["num_hidden_layers"] == BLOCKS // 2
     assert "is not a compact model" in compress("fold", MODELS / "base", "--export", "peft").line
     assert "in a run of its own" in compress("fold", "cured", "--export", "peft", "--share", 2).line
+    assert "--export writes two folders" in compress("fold", "cured", "--export", "peft", "-o", "hf://org/name").line
 
 
 def test_without_compact_the_voices_are_in_the_weights(compress: Program, tmp_path: Path) -> None:
@@ -78,12 +81,32 @@ def test_the_recipe_folds_cures_and_stays_compact(compress: Program, tmp_path: P
     [
         (["--share", 2, "--relax", "lora"], "relax lora: write lora:RANK, as in lora:8"),
         (["--keep", "0,1", "--relax", "lora:8"], "relax is for blocks that share; say how many do with --share"),
+        (["--keep", "0,1", "--map", "cycle"], "map and parent are for blocks that share; say how many do with --share"),
+        (["--remove", 1, "--calibration", TEXT, "--parent", "loss"], "map and parent are for blocks that share; say how many do with --share"),
+        (["--expand", "--residual-scale"], "--expand writes out what a compact model stands for; fold that in a run of its own"),
+        (["--export", "lora", "--push", "org/name"], "--export writes two folders; write them here, and publish each of them"),
+        (["--export", "lora", "--map", "cycle"], "--export writes out what a compact model stands for; fold, or expand, in a run of its own"),
+        (["--budget", 0.5, "--parent", "average"], "a budget is for finding a plan, on which nothing else bears; fold with --plan then"),
+        (["--budget", 0.5, "--by", "gates"], "a budget is for finding a plan, on which nothing else bears; fold with --plan then"),
+        (["--budget", 0.5, "--calibration", TEXT, "--dry-run"], "a plan is one small file, which is written here; leave out --dry-run and --push"),
         (["--share", 4, "--map", "cycle"], f"{BLOCKS} blocks cannot be run through 4 times"),
         (["--share", 2, "--parent", "loss"], "the parents that lose least are found on a text: give one with --calibration FILE"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(arguments: list[Any], message: str, compress: Program) -> None:
     assert message in compress("fold", MODELS / "base", *arguments, "-o", "out").line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plan": PLAN, "parent": "loss"}, "a plan says which blocks share, and whose weights; leave map and parent out"),
+        ({"plan": PLAN, "map": "cycle"}, "a plan says which blocks share, and whose weights; leave map and parent out"),
+        ({"keep": [0, 1], "pinned": [0]}, "pinned keeps blocks that remove would take; say how many it takes, or leave pinned out"),
+    ],
+)
+def test_what_would_not_be_looked_at_is_a_problem_of_the_step(options: dict[str, Any], message: str) -> None:
+    assert f"fold: {message}" in list(FoldStep.model_validate(options).problems({}))
 
 
 def test_the_tail_is_refused_without_a_teacher(compress: Program) -> None:

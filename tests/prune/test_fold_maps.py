@@ -12,6 +12,7 @@ from mergekit_plus.errors import OptionError
 from mergekit_plus.evaluate import load_model, load_tokenizer
 from mergekit_plus.training import loss_on
 from prune.fold import Fold, folded, stack_of
+from prune.fold.blocks import blocks_of
 from prune.fold.maps import choose_parents, groups_of, mapped, regular
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -92,7 +93,7 @@ def test_the_parents_that_a_text_chooses_are_the_best_of_each_group_in_turn() ->
     rows = read_text([MODELS / "text" / "docs.val.txt"], load_tokenizer(BASE), 4, 48)
     plain = mapped(range(BLOCKS), 3)
     model = load_model(BASE)
-    chosen = choose_parents(model, BASE, plain, rows)
+    chosen = choose_parents(blocks_of(model, BASE), plain, rows)
 
     def loss(parents: list[int], groups: tuple[int, ...]) -> float:
         return loss_on(load_model(folded(BASE, Fold(tuple(range(BLOCKS)), groups, tuple(parents)))), rows)

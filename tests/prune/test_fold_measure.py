@@ -12,7 +12,7 @@ from tiny import ARCHITECTURES, GROUPED, tiny_model
 from mergekit_plus.errors import OptionError
 from mergekit_plus.evaluate import load_model
 from mergekit_plus.training import loss_on
-from prune.fold import Fold, folded
+from prune.fold import Fold, folded, mapped
 from prune.fold.blocks import blocks_of
 from prune.fold.measure import losses
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name.endswith(("ForCausalLM", "LMHeadModel"))])
 def test_losses_are_those_of_the_models_that_surgery_makes(name: str, folder: Path) -> None:
     model = tiny_model(name, folder)
-    folds = [Fold.of([0, 1]), Fold.of([1]), Fold.of([0]), Fold.of([0, 1], 2), Fold.of([0, 1], 2, "average"), Fold((0, 1), (0, 0), (1,))]
+    folds = [Fold.of([0, 1]), Fold.of([1]), Fold.of([0]), mapped([0, 1], 2), mapped([0, 1], 2, parent="average"), Fold((0, 1), (0, 0), (1,))]
     found = losses(blocks_of(load_model(model), model), folds, ROWS)
     assert found == pytest.approx([loss_on(load_model(folded(model, fold)), ROWS) for fold in folds], rel=1e-6)
 

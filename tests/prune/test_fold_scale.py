@@ -15,7 +15,7 @@ from torch import Tensor
 from mergekit_plus.checkpoint import Checkpoint
 from mergekit_plus.errors import CheckpointError, OptionError
 from mergekit_plus.evaluate import load_model
-from prune.fold import Fold, folded
+from prune.fold import Fold, folded, mapped
 from prune.fold.scale import fitted, rescaled, writers
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -119,7 +119,7 @@ def test_blocks_that_share_stay_as_they_are(deep: Checkpoint) -> None:
     changed = {tensor.split(".")[2] for tensor in short.specs if not torch.equal(result.read(tensor), short.read(tensor))}
     assert changed == {"2", "3"}
     with pytest.raises(OptionError, match="these all share their weights"):
-        rescaled(deep, folded(deep, Fold.of([0, 1], 2)), Fold.of([0, 1], 2), ROWS)
+        rescaled(deep, folded(deep, mapped([0, 1], 2)), mapped([0, 1], 2), ROWS)
     with pytest.raises(OptionError, match="these are not in the order of the model"):
         rescaled(deep, folded(deep, Fold.of([1, 0])), Fold.of([1, 0]), ROWS)
 
