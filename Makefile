@@ -25,7 +25,7 @@ check: $(VENV)/ready
 
 # the site, in build/site; a broken link, or a page that is not in the navigation, fails it
 docs: $(VENV)/ready
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # the CPU kernels, every one that this machine can run, under ASan and UBSan
 sanitize: $(VENV)/ready

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import re
 import types
-import typing
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -165,7 +164,7 @@ def kind_of(hint: Any) -> str:
         return of if of == "[steps](#steps)" else f"table of {of}"
     if isinstance(hint, type) and issubclass(hint, BaseModel):
         return f"[{hint.__name__}](#{hint.__name__.lower()})"
-    return {str: "text", int: "integer", float: "number", bool: "true or false", dict: "table", typing.Any: "anything"}.get(hint, str(hint))
+    return {str: "text", int: "integer", float: "number", bool: "true or false", dict: "table", Any: "anything"}.get(hint, str(hint))
 
 
 def _said(model: type[BaseModel]) -> str:
@@ -185,9 +184,9 @@ def _signature(name: str, thing: Any) -> str:
 
 
 def _code(value: object) -> str:
-    """A value as YAML has it."""
+    """A value as YAML has it; nothing for none."""
     text = str(value).lower() if isinstance(value, bool) else f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
-    return f"`{text}`"
+    return "" if value is None else f"`{text}`"
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

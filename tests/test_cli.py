@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mergekit_plus import __version__
+
 REPOSITORY = Path(__file__).parent.parent
 MODELS = REPOSITORY / "tests" / "models"
 
@@ -50,6 +52,10 @@ def test_help_loads_no_torch_and_takes_little_time(tmp_path: Path) -> None:
     assert not imported & {"torch", "transformers", "numpy", "pydantic", "huggingface_hub"}
     assert "quantize" in run.stdout
     assert after.ru_utime - before.ru_utime < 5  # the target is 0.6 s on an idle machine; this only catches a heavy import
+
+
+def test_the_version_is_told(tmp_path: Path) -> None:
+    assert compress("--version", cwd=tmp_path).stdout == f"mergekit-plus {__version__}\n"
 
 
 def test_two_files_merge_with_no_options_at_all(pair: Path) -> None:

@@ -31,6 +31,21 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from mergekit_plus import __version__
+
+        print(f"mergekit-plus {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False) -> None:
+    """What stands before a command."""
+
+
 adapter = typer.Typer(help="Merge, extract, train and pack adapters.\n\nMODEL+ADAPTER is a model everywhere.", no_args_is_help=True)
 app.add_typer(adapter, name="adapter")
 Model = Annotated[
