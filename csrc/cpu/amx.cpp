@@ -65,6 +65,7 @@ struct Room {  // of one thread
   float *products;            // [2][2][16][columns], of this step and the last one
   float *scales, *zeros;      // [groups][ROWS]
   float *totals;              // [tiles][2][16][columns]
+  float *line;                // [groups], a row's scales
 };
 
 template <int CODES> inline __attribute__((always_inline)) void decode(const Codes<CODES> &codes, const uint8_t *from, int64_t stride, const char *ahead, uint16_t *out) {
@@ -73,12 +74,15 @@ template <int CODES> inline __attribute__((always_inline)) void decode(const Cod
     for (int r = 0; r < 16; r++, from += stride) {
       const __m512i raw = codes.load(from);
       if (r % codes.COPIES == 0) _mm_prefetch(ahead + (block * 16 + r) * codes.BYTES, _MM_HINT_T1);
-      for (int tile = 0; tile < codes.TILES; tile++)
-        _mm512_store_si512(out + tile * 512 + r * 32, _mm512_permutexvar_epi16(_mm512_srlv_epi16(raw, codes.shift[tile]), codes.table));
+#pragma GCC unroll 4
+      for (int tile = 0; tile < codes.TILES; tile++) {
+        const __m512i shifted = CODES == 128 ? _mm512_srli_epi16(raw, 4 * tile) : _mm512_srlv_epi16(raw, codes.shift[tile]);
+        _mm512_store_si512(out + tile * 512 + r * 32, _mm512_permutexvar_epi16(shifted, codes.table));
+      }
     }
 }
 
-template <int CODES> inline __attribute__((always_inline)) void multiply(const uint16_t *weights, const uint16_t *x, int columns, float *out) {
+template <int CODES> inline __attribute__((always_inline)) void multiply(const uint16_t *weights, const uint16_t *x, int columns) {
   const int64_t pitch = 4 * columns;
   asm volatile("" ::: "memory");  // compilers do not know that tiles are loaded from memory
   _tile_zero(0);
@@ -91,8 +95,11 @@ template <int CODES> inline __attribute__((always_inline)) void multiply(const u
     _tile_loadd(5, weights + CODES * 16 + tile * 512, 64);
     _tile_dpbf16ps(1, 5, 6);
   }
-  _tile_stored(0, out, pitch);
-  _tile_stored(1, out + 16 * columns, pitch);
+}
+
+inline void finish(int columns, float *out) {
+  _tile_stored(0, out, 4 * columns);
+  _tile_stored(1, out + 16 * columns, 4 * columns);
 }
 
 // totals += scale * (products - zero * sum)
@@ -114,8 +121,8 @@ inline void collect(const Job &job, const Room &room, const float *products, int
 
 void scales_of(const Job &job, int64_t row, const Room &room) {
   for (int r = 0; r < ROWS; r++) {
-    const void *scale = row_scale(job.w, row + r);
-    for (int64_t g = 0; g < job.groups; g++) room.scales[g * ROWS + r] = load(scale, job.w.scale_dtype, g);
+    load_row(row_scale(job.w, row + r), job.w.scale_dtype, job.groups, room.line);
+    for (int64_t g = 0; g < job.groups; g++) room.scales[g * ROWS + r] = room.line[g];
     if (!job.w.zero_point) continue;
     const uint32_t *words = (const uint32_t *)job.w.zero_point + (row + r) / 8 * job.groups;
     for (int64_t g = 0; g < job.groups; g++) room.zeros[g * ROWS + r] = float(int32_t(words[g] >> (row + r) % 8 * 4 & 15) - 8);
@@ -142,8 +149,9 @@ template <int CODES> void rows(const Codes<CODES> &codes, const Job &job, int64_
   for (int64_t chunk = 0, group = 0; chunk < job.chunks; chunk++) {
     for (int tile = 0; tile < job.tiles; tile++, step++) {
       const uint16_t *x = job.x + (tile * job.chunks + chunk) * CODES * job.columns;
-      multiply<CODES>(room.weights + chunk % 2 * weights, x, job.columns, room.products + step % 2 * products);
+      multiply<CODES>(room.weights + chunk % 2 * weights, x, job.columns);
       if (!tile && chunk + 1 < job.chunks) fetch(chunk + 1);
+      finish(job.columns, room.products + step % 2 * products);
       if (step) collect(job, room, room.products + (step + 1) % 2 * products, last_chunk, last_group, last_tile);
       last_chunk = chunk, last_group = group, last_tile = tile;
     }
@@ -152,23 +160,27 @@ template <int CODES> void rows(const Codes<CODES> &codes, const Job &job, int64_
   collect(job, room, room.products + (step + 1) % 2 * products, last_chunk, last_group, last_tile);
 }
 
-// A token's numbers as `parts` columns of bfloat16 numbers, which add up to them.
-template <int CODES> void stage(const Job &job, float *numbers, int64_t first, int parts, uint16_t *x, float *sums) {
-  for (int part = 0; part < parts; part++) {
-    const int64_t tile = (first + part) / job.columns, column = (first + part) % job.columns;
-    for (int64_t chunk = 0; chunk < job.chunks; chunk++) {
-      float *from = numbers + chunk * CODES, sum = 0;
-      uint16_t *to = x + (tile * job.chunks + chunk) * CODES * job.columns + 2 * column;
-      for (int e = 0; e < CODES; e++) {
-        float &value = from[Codes<CODES>::code(e / 32, e % 32)];
-        const bool finite = (bits_of(value) & 0x7f800000) != 0x7f800000;
-        const uint16_t number = parts > 1 && finite ? uint16_t(bits_of(value) >> 16) : to_bfloat16(value);  // towards zero, so that none overflows
-        to[e / 2 * 2 * job.columns + e % 2] = number;
-        sum += from_bfloat16(number);
-        value = finite ? value - from_bfloat16(number) : 0;
-      }
-      if (job.sums) sums[(tile * job.chunks + chunk) * 16 + column] = sum;
-    }
+// The bfloat16 number next to each on the side of zero, where none overflows, and what is left of it. Three of them hold a float32 number.
+void split(float *numbers, int64_t count, uint16_t *out) {
+  for (int64_t i = 0; i < count; i++) {
+    const uint32_t bits = bits_of(numbers[i]), size = bits & 0x7fffffff;
+    out[i] = uint16_t(bits >> 16 | (size > 0x7f800000 ? 0x40 : 0));  // NaN stays NaN
+    numbers[i] = size < 0x7f800000 ? numbers[i] - float_of(bits & 0xffff0000) : 0;
+  }
+}
+
+// A column of activations.
+template <int CODES> void stage(const Job &job, const uint16_t *numbers, int64_t column, uint16_t *x, float *sums) {
+  const int64_t tile = column / job.columns, place = column % job.columns;
+  uint32_t *to = (uint32_t *)x + tile * job.chunks * (CODES / 2 * job.columns) + place;
+  for (int64_t chunk = 0; chunk < job.chunks; chunk++, numbers += CODES) {
+#pragma GCC unroll 16
+    for (int e = 0; e < CODES; e += 2, to += job.columns)
+      *to = numbers[Codes<CODES>::code(e / 32, e % 32)] | uint32_t(numbers[Codes<CODES>::code(e / 32, e % 32 + 1)]) << 16;
+    if (!job.sums) continue;
+    float sum = 0;
+    for (int i = 0; i < CODES; i++) sum += from_bfloat16(numbers[i]);
+    sums[(tile * job.chunks + chunk) * 16 + place] = sum;
   }
 }
 
@@ -176,7 +188,7 @@ template <int CODES> int32_t tiled(const mkp_weight &w, const mkp_rows &x, const
   const int parts = x.dtype == MKP_BFLOAT16 ? 1 : x.dtype == MKP_FLOAT16 ? 2 : 3;
   const int64_t groups = groups_of(w), chunks = divided_up(w.k, CODES), count = x.m * parts, tiles = divided_up(count, 16), columns = divided_up(count, tiles);
   const int64_t blocks = divided_up(w.n, ROWS), padded = chunks * CODES;
-  const int64_t own[] = {ROWS * CODES, 2 * ROWS * columns, groups * ROWS, groups * ROWS, tiles * ROWS * columns, divided_up(padded, 16) * 16};
+  const int64_t own[] = {ROWS * CODES, 2 * ROWS * columns, groups * ROWS, groups * ROWS, tiles * ROWS * columns, divided_up(groups, 16) * 16, padded + padded / 2};
   int64_t all = 0;
   for (const int64_t floats : own) all += floats;
   const int team_size = team(w.n * w.k, threads);
@@ -191,20 +203,24 @@ template <int CODES> int32_t tiled(const mkp_weight &w, const mkp_rows &x, const
   {
 #pragma omp for schedule(static)
     for (int64_t part = 0; part < team_size; part++) {
-      float *numbers = scratch.data + part * all + all - own[5];
+      float *numbers = scratch.data + part * all + all - own[6];
       for (int64_t i = x.m * part / team_size; i < x.m * (part + 1) / team_size; i++) {
         load_row(row_of(x, i), x.dtype, w.k, numbers);
         for (int64_t k = w.k; k < padded; k++) numbers[k] = 0;
-        stage<CODES>(job, numbers, i * parts, parts, (uint16_t *)staged.data, sums.data);
+        for (int64_t column = i * parts; column < (i + 1) * parts; column++) {
+          split(numbers, padded, (uint16_t *)(numbers + padded));
+          stage<CODES>(job, (const uint16_t *)(numbers + padded), column, (uint16_t *)staged.data, sums.data);
+        }
       }
     }
 #pragma omp for schedule(static)
     for (int64_t part = 0; part < team_size; part++) {
-      float *at[5], *next = scratch.data + part * all;
-      for (int i = 0; i < 5; i++) at[i] = next, next += own[i];
-      const Room room = {(uint16_t *)at[0], at[1], at[2], at[3], at[4]};
+      float *at[6], *next = scratch.data + part * all;
+      for (int i = 0; i < 6; i++) at[i] = next, next += own[i];
+      const Room room = {(uint16_t *)at[0], at[1], at[2], at[3], at[4], at[5]};
       const Codes<CODES> codes;
       const Shapes shapes{job.columns};
+      asm volatile("" ::"r"(&shapes) : "memory");  // nor that all of these are read
       _tile_loadconfig(&shapes);
       for (int64_t b = blocks * part / team_size; b < blocks * (part + 1) / team_size; b++) {
         const int64_t from = least(b * ROWS, w.n - ROWS);  // the last rows are done with some before them, which are not written again
