@@ -225,13 +225,15 @@ template <int CODES> int32_t tiled(const mkp_weight &w, const mkp_rows &x, const
       for (int64_t b = blocks * part / team_size; b < blocks * (part + 1) / team_size; b++) {
         const int64_t from = least(b * ROWS, w.n - ROWS);  // the last rows are done with some before them, which are not written again
         rows(codes, job, from, room);
-        for (int64_t token = 0; token < x.m; token++)
-          for (int64_t r = b * ROWS - from; r < ROWS; r++) {
-            float total = 0;
-            for (int64_t column = token * parts + parts - 1; column >= token * parts; column--)
-              total += room.totals[column / columns * ROWS * columns + r * columns + column % columns];
-            store(row_of(y, token), y.dtype, from + r, total);
+        const int64_t first = b * ROWS - from;
+        for (int64_t token = 0; token < x.m; token++) {
+          float sums[ROWS] = {};
+          for (int64_t column = (token + 1) * parts - 1; column >= token * parts; column--) {  // the smallest part first
+            const float *totals = room.totals + column / columns * ROWS * columns + column % columns;
+            for (int r = 0; r < ROWS; r++) sums[r] += totals[r * columns];
           }
+          store_row(sums + first, ROWS - first, y.dtype, (char *)row_of(y, token) + (from + first) * size_of(y.dtype));
+        }
       }
       _tile_release();
     }
