@@ -18,3 +18,6 @@ extern const Isa mkp_isa_scalar;
 #ifdef MKP_X86
 extern const Isa mkp_isa_avx2, mkp_isa_avx512, mkp_isa_avx512_bf16;
 #endif
+#ifdef MKP_X86_AMX
+extern const Isa mkp_isa_amx;
+#endif

@@ -37,7 +37,7 @@ void require(bool right, const char *what, int isa, int64_t n, int64_t k, int bi
 
 void one_weight(int isa) {
   const int bits = between(1, 8);
-  const int64_t n = between(1, 40), k = between(1, 600), m = between(1, 12), group = between(0, 2) ? 8 * between(1, 40) : between(1, 200);
+  const int64_t n = between(1, 80), k = between(1, 600), m = between(1, 12), group = between(0, 2) ? 8 * between(1, 40) : between(1, 200);
   const int64_t groups = (k + group - 1) / group, words = (k * bits + 31) / 32;
   const bool symmetric = random_bits() & 1;
   std::vector<int32_t> packed = random_words(n * words), zeros = random_words(symmetric ? 0 : (n * bits + 31) / 32 * groups);

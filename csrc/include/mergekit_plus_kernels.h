@@ -67,7 +67,7 @@ typedef struct mkp_signs {
 /* ---- CPU ----
  * threads: how many of OpenMP's to use, at most. isa: MKP_BEST, the fastest; another, for tests, is not gone beyond. */
 
-enum mkp_isa { MKP_SCALAR = 0, MKP_AVX2 = 1, MKP_AVX512 = 2, MKP_AVX512_BF16 = 3, MKP_BEST = 99 };
+enum mkp_isa { MKP_SCALAR = 0, MKP_AVX2 = 1, MKP_AVX512 = 2, MKP_AVX512_BF16 = 3, MKP_AMX = 4, MKP_BEST = 99 };
 
 MKP_API int32_t mkp_cpu_abi(void);
 /* The highest mkp_isa that this machine can run. */

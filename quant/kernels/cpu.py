@@ -1,7 +1,7 @@
 """The operators on the CPU: csrc/cpu through ctypes, which lets other Python threads run meanwhile, on as many of OpenMP's threads as torch uses.
 
-Up to DIRECT tokens the kernel multiplies the stored codes. Beyond that unpacking is the smaller part: the weight is unpacked by panels of rows, and torch's
-own product takes them. What the kernels do not take (float64, a machine where nothing was compiled) the reference does.
+Up to DIRECT tokens, or MATRIX, the kernel multiplies the stored codes. Beyond that unpacking is the smaller part: the weight is unpacked by panels of rows,
+and torch's own product takes them. What the kernels do not take (float64, a machine where nothing was compiled) the reference does.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from . import ops, reference
 from .library import DTYPES, OK, Rows, Signs, Weight, library
 
 DIRECT = {torch.float32: 32, torch.float16: 32, torch.bfloat16: 16}  # tokens; matrix units make torch's bfloat16 product the faster one sooner
+MATRIX = {torch.float32: 64, torch.float16: 64, torch.bfloat16: 128}  # the same where the kernel has matrix units itself
 PANEL = 1 << 20  # weights that are unpacked at once: they stay in the second cache
-BEST = 99  # the fastest instruction set of the machine; mkp_isa's 0 scalar, 1 AVX2, 2 AVX-512, 3 with BF16 are for tests and benchmarks
+AMX = 4
+BEST = 99  # the fastest instruction set of the machine; mkp_isa's 0 scalar, 1 AVX2, 2 AVX-512, 3 with BF16, 4 AMX are for tests and benchmarks
 
 
 def packed_linear(
     x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int, isa: int = BEST, direct: int | None = None
 ) -> Tensor:
-    """As quant.kernels.packed_linear, whose shapes it believes; up to `direct` tokens, DIRECT of x's dtype where None, from the codes, on a set up to `isa`."""
+    """As quant.kernels.packed_linear, whose shapes it believes; up to `direct` tokens from the codes, on a set up to `isa`; None is what is fastest."""
     opened = library("cpu")
     if opened is None or x.dtype not in DTYPES or scale.dtype not in DTYPES:
         return reference.packed_linear(x, packed, scale, zero_point, bits, group_size)
@@ -35,7 +37,10 @@ def packed_linear(
     zero_point = None if zero_point is None else zero_point.contiguous()
     weight = Weight.of(packed, scale, zero_point, bits, group_size, width)
     threads = torch.get_num_threads()
-    if len(rows) <= (DIRECT[x.dtype] if direct is None else direct):
+    if direct is None:
+        matrix = bits == 4 and weight.n >= 32 and group_size % 32 == 0 and min(isa, opened.mkp_cpu_isa()) >= AMX
+        direct = (MATRIX if matrix else DIRECT)[x.dtype]
+    if len(rows) <= direct:
         _done(opened.mkp_cpu_linear(byref(weight), byref(Rows.of(rows)), byref(Rows.of(y)), threads, isa))
         return out
     # a panel begins at a whole word of zero points; float16 products are slow on most processors, and float32 ones are exact

@@ -11,7 +11,7 @@ from quant.formats.bits import pack
 
 ROUNDING = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # of an output, to nearest, with one to spare
 SUM = 2e-6  # sixteen roundings of float32, of the sum of magnitudes: far below the bound K * 2^-24 of one float32 sum
-SETS = ("scalar", "avx2", "avx512", "avx512_bf16")
+SETS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from quant.kernels.library import library
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [  # rows, width, group size: groups that divide a vector, fill it, span several, are odd; ends of all lengths
     (1, 8, 8), (7, 32, 32), (17, 96, 32), (16, 136, 128), (33, 256, 64), (5, 300, 100), (19, 1024, 0), (6, 1100, 16), (8, 2304, 1152), (3, 33, 7), (2, 1, 1),
+    (32, 200, 0), (37, 520, 128), (75, 320, 64), (64, 264, 32),
 ]  # fmt: skip
 
 
@@ -50,7 +51,7 @@ def test_every_width_and_group_is_the_exact_product_but_for_float32_sums(isa: in
 
 
 @given(
-    st.integers(1, 40), st.integers(1, 700), st.integers(1, 8), st.integers(0, 200), st.booleans(), st.integers(1, 40), st.sampled_from(DTYPES),
+    st.integers(1, 80), st.integers(1, 700), st.integers(1, 8), st.integers(0, 200), st.booleans(), st.integers(1, 40), st.sampled_from(DTYPES),
     st.integers(0, len(SETS) - 1),
 )  # fmt: skip
 def test_any_shape(rows: int, width: int, bits: int, group_size: int, symmetric: bool, tokens: int, dtype: torch.dtype, isa: int) -> None:
