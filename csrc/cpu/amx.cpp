@@ -190,7 +190,8 @@ template <int CODES> int32_t tiled(const mkp_weight &w, const mkp_rows &x, const
   const int64_t groups = groups_of(w), chunks = divided_up(w.k, CODES);
   const int64_t count = x.m * parts, tiles = divided_up(count, 16), columns = divided_up(count, tiles);
   const int64_t blocks = divided_up(w.n, ROWS), padded = chunks * CODES;
-  const int64_t own[] = {ROWS * CODES, 2 * ROWS * columns, groups * ROWS, groups * ROWS, tiles * ROWS * columns, divided_up(groups, 16) * 16, padded + padded / 2};
+  const int64_t own[] = {ROWS * CODES, 2 * ROWS * columns, groups * ROWS, groups * ROWS, tiles * ROWS * columns,
+                         divided_up(groups, 16) * 16, padded + padded / 2};
   int64_t all = 0;
   for (const int64_t floats : own) all += floats;
   const int team_size = team(w.n * w.k, threads);
