@@ -68,7 +68,8 @@ struct Room {  // of one thread
   float *line;                // [groups], a row's scales
 };
 
-template <int CODES> inline __attribute__((always_inline)) void decode(const Codes<CODES> &codes, const uint8_t *from, int64_t stride, const char *ahead, uint16_t *out) {
+template <int CODES> inline __attribute__((always_inline))
+void decode(const Codes<CODES> &codes, const uint8_t *from, int64_t stride, const char *ahead, uint16_t *out) {
   for (int block = 0; block < 2; block++, out += CODES * 16)
 #pragma GCC unroll 16
     for (int r = 0; r < 16; r++, from += stride) {
@@ -186,9 +187,11 @@ template <int CODES> void stage(const Job &job, const uint16_t *numbers, int64_t
 
 template <int CODES> int32_t tiled(const mkp_weight &w, const mkp_rows &x, const mkp_rows &y, int threads) {
   const int parts = x.dtype == MKP_BFLOAT16 ? 1 : x.dtype == MKP_FLOAT16 ? 2 : 3;
-  const int64_t groups = groups_of(w), chunks = divided_up(w.k, CODES), count = x.m * parts, tiles = divided_up(count, 16), columns = divided_up(count, tiles);
+  const int64_t groups = groups_of(w), chunks = divided_up(w.k, CODES);
+  const int64_t count = x.m * parts, tiles = divided_up(count, 16), columns = divided_up(count, tiles);
   const int64_t blocks = divided_up(w.n, ROWS), padded = chunks * CODES;
-  const int64_t own[] = {ROWS * CODES, 2 * ROWS * columns, groups * ROWS, groups * ROWS, tiles * ROWS * columns, divided_up(groups, 16) * 16, padded + padded / 2};
+  const int64_t own[] = {ROWS * CODES, 2 * ROWS * columns, groups * ROWS, groups * ROWS, tiles * ROWS * columns,
+                         divided_up(groups, 16) * 16, padded + padded / 2};
   int64_t all = 0;
   for (const int64_t floats : own) all += floats;
   const int team_size = team(w.n * w.k, threads);
