@@ -6,7 +6,7 @@ MODELS holds `base`, fine-tunes of it, and LoRA adapters `lora-<domain>`; TEXTS 
 nats on 16 windows of 256 tokens, spread evenly over the test text; "of the gain" is the share of what the adapter (or the fine-tune) takes off
 the base's loss. Bytes are those of every file that has to be kept: tensors, adapter_config.json, and the sidecar. What is trained is trained on
 the training text, for STEPS steps of BATCH windows of 128 tokens in bfloat16 where torch finds it safe (the scales of differences: 40 of 4, in float32), at one
-learning rate for each kind, and the state is kept that is best on 16 windows of the training text that are held out. Each result goes into the cache at
+learning rate for each kind, or two, and the state is kept that is best on 16 windows of the training text that are held out. Each result goes into the cache at
 once, and what is there is not computed again.
 """
 
@@ -123,8 +123,11 @@ class Bench:
         print(f"\ntrained from scratch on {domain}, {self.told}: base {start:.4f}\n\n| | bytes | loss | less than the base |\n|---|---:|---:|---:|")
         ways = {
             "rank 16, 16 bits": (TrainAdapterOptions(16, 16), 3e-3),
+            "rank 16, 16 bits, rate 0.01": (TrainAdapterOptions(16, 16), 1e-2),
             "rank 1, 16 bits": (TrainAdapterOptions(16, 1), 1e-2),
+            "rank 16, 1 bit, rate 0.003": (TrainAdapterOptions(1, 16), 3e-3),
             "rank 16, 1 bit": (TrainAdapterOptions(1, 16), 1e-2),
+            "rank 16, 1 bit, k-median, a scale for each tensor, rate 0.003": (TrainAdapterOptions(1, 16, "k-median", "tensor"), 3e-3),
             "rank 16, 1 bit, k-median, a scale for each tensor": (TrainAdapterOptions(1, 16, "k-median", "tensor"), 1e-2),
         }
         for name, (options, lr) in ways.items():
