@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prune.fold import Fold, shareable, stack_of
+from prune.fold import Fold, kinds_of, shareable, stack_of
 from prune.fold.blocks import Blocks, load_blocks
 from prune.fold.measure import losses
 from prune.fold.plan_file import FoldPlan, write
@@ -128,7 +128,11 @@ def plan_depth(checkpoint: Checkpoint, options: DepthOptions, out: Path, progres
     costs = Costs.of(checkpoint)
     blocks = len(costs.shared)
     items = [range(first, min(first + ITEM, blocks)) for first in range(0, blocks, ITEM)]
-    table = [[choice for choice in choices_of(item) if choice or len(items) > 1] for item in items]
+    kinds = kinds_of(checkpoint)
+    table = [
+        [choice for choice in choices_of(item) if (choice or len(items) > 1) and all(len({kinds[block] for block in piece}) == 1 for piece in choice)]
+        for item in items
+    ]
     limits = _limits(costs, table, options)
     rows, _ = options.calibration.read(checkpoint)
     if len(rows) < HELD_OUT:

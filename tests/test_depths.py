@@ -17,7 +17,7 @@ from mergekit_plus.depths import Costs, DepthOptions, choices_of, fold_with, pla
 from mergekit_plus.errors import OptionError, OutputError
 from mergekit_plus.evaluate import load_model
 from mergekit_plus.training import loss_on
-from prune.fold import Fold, folded
+from prune.fold import Fold, folded, kinds_of
 from prune.fold.plan_file import FoldPlan, read, write
 
 MODELS = Path(__file__).parent / "models"
@@ -134,3 +134,21 @@ def test_the_command_plans_and_folds_as_planned_and_the_recipe_holds_the_plan(co
     assert "leave keep, remove and share out" in compress("fold", MODELS / "base", "--plan", "plan.yaml", "--remove", 1, *text).line
     write(tmp_path / "other.yaml", FoldPlan.of(Fold.of([0, 1]), 12))
     assert "the plan is for a model of 12 blocks, this one has 6" in compress("fold", MODELS / "base", "--plan", "other.yaml").line
+
+
+def test_blocks_of_two_kinds_are_not_planned_to_share(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "base")
+    config = Qwen2MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, moe_intermediate_size=32, shared_expert_intermediate_size=32, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, mlp_only_layers=[0],
+    )  # fmt: skip
+    Qwen2MoeForCausalLM(config).save_pretrained(tmp_path / "mixed")
+    tokenizer.save_pretrained(tmp_path / "mixed")
+    mixed = Checkpoint.open(tmp_path / "mixed")
+    kinds = kinds_of(mixed)
+    assert [kinds[0] == kinds[1], kinds[1] == kinds[2]] == [False, True]
+    plan = plan_depth(mixed, DepthOptions(TEXT, budget=0.95), tmp_path / "plan.yaml").plan
+    assert 0 not in [block for block, group in zip(plan.kept, plan.groups, strict=True) if plan.groups.count(group) > 1]
+    assert folded(mixed, plan.fold).nbytes < mixed.nbytes

@@ -107,6 +107,17 @@ def operated(checkpoint: Checkpoint, fold: Fold, part: Part, shared: Collection[
     return of_layers(Checkpoint(label, Plan(steps), checkpoint.files, (*checkpoint.notes, *notes)), part, fold.kept)
 
 
+def kinds_of(checkpoint: Checkpoint) -> list[frozenset[tuple[str, str, tuple[int, ...]]]]:
+    """Of each block what of it is shared: names as in the first block, dtypes and shapes. Blocks can share where these are equal. Errors: as `stack_of`."""
+    part = stack_of(checkpoint)
+    shared = shareable(checkpoint, part)
+    specs = checkpoint.specs
+    return [
+        frozenset((part.moved(name, block, 0), specs[name].dtype, specs[name].shape) for name in layer if name in shared)
+        for block, layer in enumerate(part.layers)
+    ]
+
+
 def shareable(checkpoint: Checkpoint, part: Part) -> frozenset[str]:
     """The tensors of blocks that share: linear weights, their biases, and what else is no vector: routers, packed experts."""
     tensors = describe(checkpoint).tensors
